@@ -1,0 +1,90 @@
+"""The dense layer of compact training: an ordinary forward, a backward that never forms `dW`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sculpt_kernels import checks
+
+
+def compact_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, C: Tensor
+) -> Tensor:
+    """`y = x Wᵀ + bias`, differentiable in the coordinates `C` of `W = W₀ + U C Vᵀ`.
+
+    The forward is one dense product with the current weight, which already contains `U C Vᵀ`:
+    the values of `C` are not read. The backward gives
+
+        dx = dy W        dbias = Σ dy        dC = (dy U)ᵀ (x V)
+
+    so `dW` (`m x n`) is never formed and `x V` (`T x s`) is saved instead of `x` (`T x n`).
+
+    Args:
+        x: `(..., n)`, the dtype of `W` (under autocast everything follows autocast).
+        W: `(m, n)`, must not require grad: it moves through `C` alone.
+        bias: `(m,)` or `None`; may require grad.
+        U: `(m, r)`; V: `(n, s)`; constants, cast to the dtype of the computation where needed.
+        C: `(r, s)`, any floating dtype; its gradient has that dtype.
+
+    Returns:
+        `(..., m)`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+    checks.matrix("W", W, like="(m, n)")
+    if W.requires_grad:
+        raise ValueError(
+            "W requires grad but would never receive one: it moves through C; "
+            "call W.requires_grad_(False)"
+        )
+    if x.shape[-1:] != W.shape[-1:]:
+        raise ValueError(
+            f"x must have shape (..., {W.shape[-1]}) to fit W {tuple(W.shape)}; "
+            f"got {checks.describe(x)}"
+        )
+    if bias is not None and bias.shape != W.shape[:1]:
+        raise ValueError(f"bias must have shape ({W.shape[0]},); got {checks.describe(bias)}")
+    checks.basis("U", U, "W", W, "left")
+    checks.basis("V", V, "W", W, "right")
+    checks.coordinates("C", C, U, V, W)
+    out: Tensor = _CompactLinear.apply(x, W, bias, U, V, C)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _CompactLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, C: Tensor
+    ) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            x = x.to(dtype)
+            y = torch.nn.functional.linear(x, W.to(dtype), None if bias is None else bias.to(dtype))
+            wants_C = ctx.needs_input_grad[5]
+            wants_x = ctx.needs_input_grad[0]
+            ctx.save_for_backward(
+                x.flatten(0, -2) @ V.to(dtype) if wants_C else None,
+                U if wants_C else None,
+                W if wants_x else None,
+            )
+        ctx.C_dtype = C.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xV, U, W = ctx.saved_tensors
+        wants_x, _, wants_bias, _, _, wants_C = ctx.needs_input_grad
+        with torch.autocast(dy.device.type, enabled=False):
+            flat = dy.flatten(0, -2)
+            dx = dy @ W.to(dy.dtype) if wants_x else None
+            dbias = flat.sum(0).to(ctx.bias_dtype) if wants_bias else None
+            dC = ((flat @ U.to(dy.dtype)).mT @ xV).to(ctx.C_dtype) if wants_C else None
+        return dx, None, dbias, None, None, dC
