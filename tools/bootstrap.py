@@ -28,7 +28,7 @@ from pathlib import Path
 OLDEST = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ["demo", "dev"]
-BUILD = ["hatchling"]
+BUILD = ["hatchling", "editables"]
 
 UNREACHABLE = (
     r"Retrying \(Retry|Connection (refused|reset|aborted)|ConnectionError|Max retries exceeded|"
@@ -263,7 +263,7 @@ class Setup:
 
 def explain(said: str, log: Path) -> str:
     """pip's output as: which package failed, why, and what to do."""
-    errors = [line for line in said.splitlines() if line.startswith("ERROR:")]
+    errors = re.findall(r"^\s*(ERROR: .*|\w+Error: .*)$", said, re.MULTILINE)
     reason, remedy = "pip failed", f"read {log}"
     for pattern, why, what in HINTS:
         if re.search(pattern, said):
@@ -288,7 +288,9 @@ def failed_package(said: str) -> str:
         if found := re.search(pattern, said):
             return found[1]
     at = re.findall(r"^\s*(?:Collecting|Obtaining) ([^\s;(]+)", said, re.MULTILINE)
-    return at[-1] if at else "the packages"
+    if not at:
+        return "the packages"
+    return "this project itself" if at[-1].startswith("file:") else at[-1]
 
 
 def has_nvidia_gpu() -> bool:
