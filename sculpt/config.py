@@ -1,0 +1,141 @@
+"""What the user chooses: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+DEFAULT_UNFREEZE_RANK_RATIO = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class SculptConfig:
+    """How a model is sculpted.
+
+    Attributes:
+        unfreeze_rank_ratio: trainable fraction `t / k` of each matrix's `k = min(m, n)` singular
+            directions, in (0, 1). The default, where no rank is chosen otherwise, is 0.25.
+        effective_rank: instead: the *preserved* rank `h`, PEFT's meaning: an int counts directions,
+            a float in (0, 1) is a fraction of `k`.
+        target_modules: PEFT's rules: `"all-linear"` (every linear layer but the output embedding),
+            a regular expression that matches the full module name, or a list of name suffixes.
+        rank_pattern: maps regular expressions (matched against the end of the module name, PEFT's
+            rule) to a preserved rank like `effective_rank`; the first match wins.
+        constraint: `"strict"`: `U_hᵀ ΔW = 0` and `ΔW V_h = 0`.
+        engine: `"compact"` trains coordinates, `ΔW = U_l C V_lᵀ`; `"auto"` takes it.
+        coordinates: `"thin"`: `C` is `t x t`, trailing singular vectors on both sides.
+        others: `"freeze"`: parameters that are no target do not train.
+        weight_update: how bfloat16 and float16 weights follow `C`: `"stochastic"` rounds each
+            step's change at random, unbiased; `"recompute"` rounds `W₀ + U_l C V_lᵀ` once, and
+            keeps `W₀` on the device. float32 and float64 weights are always recomputed.
+        seed: seed of the stochastic rounding.
+
+    Raises:
+        TypeError, ValueError: a value does not fit; the message names the field.
+    """
+
+    unfreeze_rank_ratio: float | None = None
+    effective_rank: int | float | None = None
+    target_modules: str | Sequence[str] = "all-linear"
+    rank_pattern: Mapping[str, int | float] = field(default_factory=dict)
+    constraint: str = "strict"
+    engine: str = "auto"
+    coordinates: str = "thin"
+    others: str = "freeze"
+    weight_update: str = "stochastic"
+    seed: int = 0
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        known = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise TypeError(
+                    f"SculptConfig has no field {name!r}{hint} Known fields: {', '.join(known)}"
+                )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if self.unfreeze_rank_ratio is not None and self.effective_rank is not None:
+            raise ValueError(
+                "unfreeze_rank_ratio and effective_rank exclude each other; got "
+                f"unfreeze_rank_ratio={self.unfreeze_rank_ratio!r} (trainable fraction) and "
+                f"effective_rank={self.effective_rank!r} (preserved rank)"
+            )
+        if self.unfreeze_rank_ratio is None and self.effective_rank is None:
+            object.__setattr__(self, "unfreeze_rank_ratio", DEFAULT_UNFREEZE_RANK_RATIO)
+        if self.unfreeze_rank_ratio is not None:
+            _check_ratio(self.unfreeze_rank_ratio)
+        if self.effective_rank is not None:
+            check_preserved("effective_rank", self.effective_rank)
+        if not isinstance(self.rank_pattern, Mapping):
+            raise TypeError(
+                "rank_pattern must map regular expressions to preserved ranks; "
+                f"got {self.rank_pattern!r}"
+            )
+        for pattern, rank in self.rank_pattern.items():
+            check_preserved(f"rank_pattern[{pattern!r}]", rank)
+        _check_targets(self.target_modules)
+        _check_choice("constraint", self.constraint, ("strict",))
+        _check_choice("engine", self.engine, ("auto", "compact"))
+        _check_choice("coordinates", self.coordinates, ("thin",))
+        _check_choice("others", self.others, ("freeze",))
+        _check_choice("weight_update", self.weight_update, ("stochastic", "recompute"))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int; got {self.seed!r}")
+
+
+def _check_ratio(ratio: Any) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, float):
+        raise TypeError(
+            "unfreeze_rank_ratio must be a float strictly between 0.0 and 1.0, the trainable "
+            f"fraction; got {ratio!r} ({type(ratio).__name__})"
+        )
+    if ratio == 0.0:
+        raise ValueError("unfreeze_rank_ratio=0.0 trains nothing; expected a value above 0.0")
+    if ratio == 1.0:
+        raise ValueError(
+            "unfreeze_rank_ratio=1.0 preserves nothing; expected a value below 1.0 "
+            "(for plain full fine-tuning use the optimizer without sculpt)"
+        )
+    if not 0.0 < ratio < 1.0:
+        raise ValueError(f"unfreeze_rank_ratio must be strictly between 0.0 and 1.0; got {ratio}")
+
+
+def check_preserved(name: str, rank: Any) -> None:
+    """A preserved rank: an int of at least 1, or a float in (0, 1)."""
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise TypeError(
+            f"{name} must be an int (preserved directions) or a float in (0, 1) (preserved "
+            f"fraction); got {rank!r} ({type(rank).__name__})"
+        )
+    if rank == 0:
+        raise ValueError(f"{name}={rank!r} preserves nothing; expected at least 1 direction")
+    if isinstance(rank, float) and rank == 1.0:
+        raise ValueError(
+            f"{name}=1.0 preserves everything and trains nothing; expected a fraction below 1.0 "
+            "(the int 1 preserves one direction)"
+        )
+    if rank < 0 or (isinstance(rank, float) and not 0.0 < rank < 1.0):
+        raise ValueError(f"{name} must be an int >= 1 or a float in (0, 1); got {rank!r}")
+
+
+def _check_targets(targets: Any) -> None:
+    if isinstance(targets, str):
+        if targets:
+            return
+    elif isinstance(targets, Sequence) and targets and all(isinstance(t, str) for t in targets):
+        return
+    raise TypeError(
+        "target_modules must be 'all-linear', a regular expression or a non-empty list of "
+        f"module name suffixes; got {targets!r}"
+    )
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        options = ", ".join(repr(option) for option in allowed)
+        raise ValueError(f"{name} must be one of {options} in this version; got {value!r}")

@@ -1,0 +1,40 @@
+"""How many singular directions of each matrix are preserved."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from sculpt.config import SculptConfig
+
+
+def preserved_rank(name: str, shape: tuple[int, int], config: SculptConfig) -> int:
+    """Preserved rank `h` of the `m x n` matrix `name`, with `1 <= h <= k - 1`, `k = min(m, n)`.
+
+    A trainable fraction `ρ` gives `h = floor((1 - ρ) k)`, a preserved fraction `φ` `floor(φ k)`,
+    both kept inside the bounds; an explicit int outside them is an error.
+    """
+    k = min(shape)
+    for pattern, rank in config.rank_pattern.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return _from_preserved(f"rank_pattern[{pattern!r}]", rank, name, k)
+    if config.effective_rank is not None:
+        return _from_preserved("effective_rank", config.effective_rank, name, k)
+    assert config.unfreeze_rank_ratio is not None
+    return _floor_inside((1.0 - config.unfreeze_rank_ratio) * k, k)
+
+
+def _from_preserved(field: str, rank: int | float, name: str, k: int) -> int:
+    if isinstance(rank, float):
+        return _floor_inside(rank * k, k)
+    if rank >= k:
+        raise ValueError(
+            f"{field}={rank} preserves all {k} directions of {name!r} and trains nothing; "
+            f"expected at most {k - 1}"
+        )
+    return rank
+
+
+def _floor_inside(value: float, k: int) -> int:
+    # The small addition undoes the rounding of products such as (1 - 0.9) * 10.
+    return min(max(math.floor(value + 1e-9), 1), k - 1)
