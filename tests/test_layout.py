@@ -87,7 +87,7 @@ def test_training_layer_uses_the_public_names_of_the_kernels() -> None:
 def load_time_imports(path: Path) -> Iterator[str]:
     """What the module at `path` imports while it is itself imported, without type checking."""
     body = ast.parse(path.read_text(encoding="utf-8")).body
-    yield from imports(ast.unparse([node for node in body if not is_late(node)]))
+    yield from imports("\n".join(ast.unparse(node) for node in body if not is_late(node)))
 
 
 def is_late(node: ast.stmt) -> bool:

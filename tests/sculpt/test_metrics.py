@@ -122,7 +122,7 @@ def test_low_precision_tensors_and_integers() -> None:
 
 
 def test_masked_entries_are_missing_not_their_hidden_value() -> None:
-    masked = np.ma.array(MATRIX, mask=np.zeros((3, 3)))
+    masked = np.ma.masked_equal(np.array(MATRIX), -1.0)
     masked[2, 0] = np.ma.masked
     assert math.isnan(summary(masked).average_accuracy)
 
