@@ -45,48 +45,49 @@ def find_targets(model: nn.Module, config: SculptConfig) -> Targets:
         ValueError: nothing matches, a named module is of a kind that cannot be sculpted, or a rank
             does not fit its matrix.
     """
-    chosen: list[Target] = []
-    left_out: dict[str, str] = {}
+    chosen: dict[str, Target] = {}
+    refused: dict[str, str] = {}
     head = _output_embedding(model)
     owners = _owners(model)
-    matched_any = False
     for name, module in model.named_modules():
-        wanted, by_name = _is_wanted(name, module, config.target_modules, head)
+        if not _is_wanted(name, module, config.target_modules, head):
+            continue
         reason = _refusal(name, module, owners)
-        if wanted and reason is None:
+        if reason is not None:
+            refused[name] = reason
+        else:
             assert isinstance(module, nn.Linear)
             shape = (module.out_features, module.in_features)
-            chosen.append(Target(name, module, preserved_rank(name, shape, config)))
-        elif wanted and by_name:
-            raise ValueError(
-                f"target_modules={config.target_modules!r} matches {name!r}, which cannot be "
-                f"sculpted: {reason}"
-            )
-        for parameter in module._parameters:
-            full = f"{name}.{parameter}" if name else parameter
-            if module._parameters[parameter] is None or (chosen and chosen[-1].module is module):
-                continue
-            left_out[full] = _why_not(module, head, wanted, reason)
-        matched_any = matched_any or wanted
-    for target in chosen:
-        if target.module.bias is not None:
-            left_out[f"{target.name}.bias"] = "bias: only matrices are sculpted"
+            chosen[name] = Target(name, module, preserved_rank(name, shape, config))
+    if refused and (not chosen or config.target_modules != "all-linear"):
+        name, reason = next(iter(refused.items()))
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches {name!r}, which cannot be "
+            f"sculpted: {reason}"
+        )
     if not chosen:
-        raise ValueError(_nothing_matched(model, config, left_out if matched_any else {}))
-    return Targets(chosen, left_out)
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches nothing; "
+            f"the model's linear layers end in {_linear_suffixes(model)}"
+        )
+    left_out = {}
+    for full, _ in model.named_parameters(remove_duplicate=False):
+        name, _, parameter = full.rpartition(".")
+        if name in chosen and parameter == "weight":
+            continue
+        module = model.get_submodule(name)
+        left_out[full] = refused.get(name) or _why_not(module, parameter, head)
+    return Targets(list(chosen.values()), left_out)
 
 
-def _is_wanted(
-    name: str, module: nn.Module, targets: object, head: nn.Module | None
-) -> tuple[bool, bool]:
-    """Whether the module is asked for, and whether it was asked for by its name."""
+def _is_wanted(name: str, module: nn.Module, targets: object, head: nn.Module | None) -> bool:
     if targets == "all-linear":
         linear_like = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        return linear_like and module is not head, False
+        return linear_like and module is not head
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None, True
+        return re.fullmatch(targets, name) is not None
     assert isinstance(targets, list | tuple)
-    return any(name == t or name.endswith(f".{t}") for t in targets), True
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in targets)
 
 
 def _refusal(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str | None:
@@ -107,14 +108,14 @@ def _refusal(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str 
     return None
 
 
-def _why_not(module: nn.Module, head: nn.Module | None, wanted: bool, reason: str | None) -> str:
+def _why_not(module: nn.Module, parameter: str, head: nn.Module | None) -> str:
     if module is head:
         return "output embedding"
-    if wanted and reason is not None:
-        return reason
-    if isinstance(module, nn.Linear):
-        return "not in target_modules"
-    return f"{type(module).__name__}: only linear layers are sculpted"
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__}: only linear layers are sculpted"
+    if parameter == "bias":
+        return "bias: only matrices are sculpted"
+    return "not in target_modules"
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -130,11 +131,6 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _nothing_matched(model: nn.Module, config: SculptConfig, refused: dict[str, str]) -> str:
+def _linear_suffixes(model: nn.Module) -> str:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    suffixes = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    message = f"target_modules={config.target_modules!r} matches no matrix that can be sculpted"
-    if refused:
-        name, reason = next(iter(refused.items()))
-        return f"{message}: {name}: {reason}"
-    return f"{message}; the model's linear layers end in {', '.join(suffixes) or 'nothing'}"
+    return ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "nothing"

@@ -1,0 +1,72 @@
+"""SculptConfig refuses what cannot work, by name; ranks follow it exactly."""
+
+from __future__ import annotations
+
+import pytest
+
+from sculpt import SculptConfig
+from sculpt.ranks import preserved_rank
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"unfreeze_rank_ratio": 0.0}, ValueError, "trains nothing"),
+        ({"unfreeze_rank_ratio": 1.0}, ValueError, "preserves nothing"),
+        ({"unfreeze_rank_ratio": 1}, TypeError, r"unfreeze_rank_ratio .* got 1 \(int\)"),
+        ({"unfreeze_rank_ratio": True}, TypeError, "bool"),
+        ({"unfreeze_rank_ratio": -0.1}, ValueError, "between 0.0 and 1.0"),
+        ({"unfreeze_rank_ratio": float("nan")}, ValueError, "got nan"),
+        ({"unfreeze_rank_ratio": 0.5, "effective_rank": 3}, ValueError, "exclude each other"),
+        ({"effective_rank": 0}, ValueError, "preserves nothing"),
+        ({"effective_rank": 0.0}, ValueError, "preserves nothing"),
+        ({"effective_rank": 1.0}, ValueError, "trains nothing"),
+        ({"effective_rank": -3}, ValueError, "got -3"),
+        ({"effective_rank": "8"}, TypeError, "'8'"),
+        ({"effective_rank": False}, TypeError, "bool"),
+        ({"rank_pattern": {"q_proj": 1.0}}, ValueError, r"rank_pattern\['q_proj'\]=1.0"),
+        ({"rank_pattern": ["q_proj"]}, TypeError, "must map"),
+        ({"target_modules": []}, TypeError, "target_modules"),
+        ({"target_modules": ""}, TypeError, "target_modules"),
+        ({"constraint": "core"}, ValueError, "constraint must be one of 'strict'"),
+        ({"engine": "gradient"}, ValueError, "engine must be one of"),
+        ({"coordinates": "fat"}, ValueError, "coordinates must be one of"),
+        ({"others": "train"}, ValueError, "others must be one of"),
+        ({"weight_update": "magic"}, ValueError, "weight_update must be one of"),
+        ({"seed": 0.5}, TypeError, "seed must be an int"),
+        ({"unfreeze_rank_ration": 0.5}, TypeError, "did you mean 'unfreeze_rank_ratio'"),
+        ({"zzz": 0.5}, TypeError, "no field 'zzz'.*Known fields: unfreeze_rank_ratio"),
+    ],
+)
+def test_bad_values_are_named(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        SculptConfig(**kwargs)
+
+
+def test_one_choice_of_rank_and_a_default():
+    assert SculptConfig().unfreeze_rank_ratio == 0.25
+    assert SculptConfig(effective_rank=8).unfreeze_rank_ratio is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "shape", "expected"),
+    [
+        ({"unfreeze_rank_ratio": 0.25}, (576, 1536), 432),
+        ({"unfreeze_rank_ratio": 0.9}, (10, 10), 1),
+        ({"unfreeze_rank_ratio": 0.001}, (10, 10), 9),
+        ({"unfreeze_rank_ratio": 0.999}, (10, 10), 1),
+        ({"effective_rank": 7}, (10, 20), 7),
+        ({"effective_rank": 0.9}, (10, 20), 9),
+        ({"effective_rank": 1}, (10, 20), 1),
+        ({"effective_rank": 7, "rank_pattern": {"q_proj": 3}}, (10, 20), 3),
+        ({"effective_rank": 7, "rank_pattern": {r"layers\.0\..*": 0.5}}, (10, 20), 5),
+        ({"effective_rank": 7, "rank_pattern": {"_proj": 3}}, (10, 20), 7),
+    ],
+)
+def test_preserved_rank(kwargs, shape, expected):
+    assert preserved_rank("model.layers.0.q_proj", shape, SculptConfig(**kwargs)) == expected
+
+
+def test_a_rank_that_trains_nothing_names_the_matrix():
+    with pytest.raises(ValueError, match=r"effective_rank=10 .* all 10 directions of 'a.b'"):
+        preserved_rank("a.b", (10, 20), SculptConfig(effective_rank=10))

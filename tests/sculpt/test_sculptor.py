@@ -1,0 +1,309 @@
+"""The life cycle: exact by construction, plain afterwards, again and again in one process."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sculpt import SculptConfig, Sculptor
+from sculpt_kernels import Subspace, split
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32, bias=False), nn.Tanh(), nn.Linear(32, 12)
+    )
+    return layers.to(dtype)
+
+
+def data(model: nn.Module, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    dtype = model[0].weight.dtype
+    return torch.randn(16, 20, generator=g).to(dtype), torch.randn(16, 12, generator=g).to(dtype)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> list:
+    x, y = data(model, seed)
+    losses = []
+    for _ in range(steps):
+        loss = (model(x) - y).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def layout(model: nn.Module) -> dict:
+    return {name: (t.shape, t.dtype, t.stride()) for name, t in model.state_dict().items()}
+
+
+OPTIMIZERS = {
+    "adamw": lambda s: torch.optim.AdamW(s.param_groups(1e-3)),
+    "adamw, fused": lambda s: torch.optim.AdamW(s.param_groups(1e-3), fused=True),
+    "sgd with momentum": lambda s: torch.optim.SGD(s.parameters(), lr=0.3, momentum=0.9),
+    "adafactor": lambda s: torch.optim.Adafactor(s.parameters(), lr=1e-2),
+    "rmsprop": lambda s: torch.optim.RMSprop(s.parameters(), lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_update_stays_inside_for_any_optimizer(name, dtype):
+    model = small_model(dtype)
+    before = {
+        n: m.weight.detach().clone() for n, m in model.named_children() if list(m.parameters())
+    }
+    sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=0.25))
+    sculptor.begin_task()
+    optimizer = OPTIMIZERS[name](sculptor)
+    sculptor.attach(optimizer)
+    losses = train(model, optimizer, 50)
+    certificates = [sculptor.verify(), sculptor.verify(independent=True)]
+    sculptor.end_task()
+
+    assert losses[-1] < losses[0]
+    for certificate in certificates:
+        assert certificate.ok, str(certificate)
+    # The same by hand: weights before and after, leading singular vectors by SVD in float64.
+    unit = torch.finfo(dtype).eps / 2
+    for layer, W0 in before.items():
+        W0, W = W0.double(), getattr(model, layer).weight.detach().double()
+        delta = W - W0
+        assert float(delta.norm()) > 1e-4 * float(W0.norm())
+        U, _, Vh = torch.linalg.svd(W0, full_matrices=False)
+        h = math.floor(0.75 * min(W0.shape))
+        limit = max(
+            1e-6 if dtype == torch.float32 else 1e-13, 2 * unit * float(W0.norm() / delta.norm())
+        )
+        assert float((U[:, :h].T @ delta).norm() / delta.norm()) <= limit
+        assert float((delta @ Vh[:h].T).norm() / delta.norm()) <= limit
+
+
+def test_equals_dense_training_projected_onto_the_subspace():
+    model, dense = small_model(torch.float64), small_model(torch.float64)
+    sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=0.25))
+    sculptor.begin_task()
+    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.2)
+    sculptor.attach(optimizer)
+    compact = train(model, optimizer, 50)
+
+    layers = [layer for layer in dense if isinstance(layer, nn.Linear)]
+    lows = [
+        split(layer.weight, rank=math.floor(0.75 * min(layer.weight.shape))) for layer in layers
+    ]
+    x, y = data(dense)
+    expected = []
+    for _ in range(50):
+        loss = (dense(x) - y).float().square().mean()
+        dense.zero_grad()
+        loss.backward()
+        expected.append(loss.item())
+        with torch.no_grad():
+            for layer, low in zip(layers, lows, strict=True):
+                G = layer.weight.grad
+                layer.weight -= 0.2 * low.U @ (low.U.T @ G @ low.V) @ low.V.T
+    torch.testing.assert_close(torch.tensor(compact), torch.tensor(expected), rtol=1e-6, atol=0)
+    for layer, twin in zip(layers, (m for m in model if isinstance(m, nn.Linear)), strict=True):
+        torch.testing.assert_close(twin.weight, layer.weight, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_three_tasks_in_one_process_leave_a_plain_model(dtype):
+    model = small_model(dtype)
+    was = layout(model)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=0.5))
+    deltas = []
+    for task in range(3):
+        W0 = model[2].weight.detach().clone()
+        table = sculptor.begin_task(name=f"task {task}")
+        assert layout(model) == was
+        assert table.trainable_elements == 10**2 + 16**2 + 6**2
+        optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+        sculptor.attach(optimizer)
+        train(model, optimizer, 20, seed=task)
+        assert sculptor.verify().ok
+        assert sculptor.verify().task == f"task {task}"
+        sculptor.end_task()
+        deltas.append(model[2].weight.detach().double() - W0.double())
+        assert layout(model) == was
+        assert type(model[2]) is nn.Linear
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+        assert not model[2]._non_persistent_buffers_set
+    # What the first task learned is still there: later updates did not undo it.
+    total = model[2].weight.detach().double() - small_model(dtype)[2].weight.detach().double()
+    torch.testing.assert_close(total, sum(deltas))
+    kept = float((total * deltas[0]).sum() / deltas[0].square().sum())
+    assert kept > 0.5
+
+
+def test_final_weights_are_the_fold_rounded_once():
+    model = small_model()
+    W0 = model[2].weight.detach().clone()
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    sculptor.attach(optimizer)
+    train(model, optimizer, 200)
+    U, V, C = (
+        t.detach().double() for t in (model[2].sculpt_U, model[2].sculpt_V, model[2].sculpt_C)
+    )
+    sculptor.end_task()
+    truth = W0.double() + U @ C @ V.T
+    # One float32 product and sum, however many steps there were.
+    scale = W0.double().abs() + U.abs() @ C.abs() @ V.abs().T
+    bound = 2.0**-24 * (2 + 2 * C.shape[0]) * scale
+    assert bool(((model[2].weight.double() - truth).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_update", ["stochastic", "recompute"])
+def test_low_precision_truth_is_exact_and_the_weights_follow_it(dtype, weight_update):
+    model = small_model(dtype)
+    sculptor = Sculptor(model, SculptConfig(weight_update=weight_update))
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-4))
+    sculptor.attach(optimizer)
+    W0 = model[2].weight.detach().clone()
+    train(model, optimizer, 30)
+    certificate = sculptor.verify()
+    assert certificate.ok, str(certificate)
+    matrix = sculptor._task["2"]
+    truth, W = matrix.truth(), model[2].weight.detach()
+    spacing = torch.finfo(dtype).eps * truth.abs().clamp_min(1e-3)
+    distance = (W.float() - truth).abs()
+    if weight_update == "recompute":
+        assert torch.equal(W, truth.to(dtype))
+    else:
+        # Each step may be off by one spacing either way: a random walk, not a drift.
+        assert float((distance / spacing).mean()) < 30**0.5
+        assert float(((W.float() - truth) / spacing).mean().abs()) < 0.5
+    assert not torch.equal(W, W0)
+    sculptor.end_task()
+    assert torch.equal(model[2].weight.detach(), truth.to(dtype))
+
+
+def test_begin_task_changes_nothing_when_a_weight_is_not_finite():
+    model = small_model()
+    with torch.no_grad():
+        model[4].weight[0, 0] = float("nan")
+    state = copy.deepcopy(model.state_dict())
+    sculptor = Sculptor(model, SculptConfig())
+    with pytest.raises(ValueError, match=r"4\.weight cannot be split: W must be finite; got 1 NaN"):
+        sculptor.begin_task()
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]) or name == "4.weight"
+
+
+def test_given_subspaces_are_used_and_checked():
+    model = small_model()
+    sculptor = Sculptor(model, SculptConfig(target_modules=["2"]))
+    low = split(model[2].weight, rank=24)
+    turned = Subspace(low.U, low.V, 24, "low", low.energy, "given")
+    assert sculptor.begin_task(subspaces={"2": turned}).rows[0].method == "given"
+    assert model[2].sculpt_U is low.U
+    sculptor.end_task()
+    wrong = {
+        "shape": (low.U[:, :-1], low.V),
+        "float64": (low.U.double(), low.V.double()),
+        "transposed": (low.U.T, low.V),
+    }
+    for U, V in wrong.values():
+        with pytest.raises(ValueError, match=r"subspaces\['2'\]\.U must be \(32, 8\)"):
+            sculptor.begin_task(subspaces={"2": Subspace(U, V, 24, "low", 0.5, "given")})
+        assert type(model[2]) is nn.Linear
+    with pytest.raises(ValueError, match="part 'low'"):
+        sculptor.begin_task(subspaces={"2": split(model[2].weight, rank=24, part="high")})
+    with pytest.raises(ValueError, match="'nope', which is no target"):
+        sculptor.begin_task(subspaces={"nope": low})
+
+
+def test_order_of_calls_is_checked():
+    model = small_model()
+    sculptor = Sculptor(model, SculptConfig())
+    for call in (sculptor.end_task, sculptor.verify, sculptor.parameters):
+        with pytest.raises(RuntimeError, match="call begin_task"):
+            call()
+    with pytest.raises(ValueError, match="calibration"):
+        sculptor.begin_task(calibration=[1])
+    sculptor.begin_task()
+    with pytest.raises(RuntimeError, match="call end_task"):
+        sculptor.begin_task()
+    with pytest.raises(ValueError, match=r"holds 1 of the 3 .*first missing: '2'"):
+        sculptor.attach(torch.optim.AdamW(sculptor.parameters()[:1]))
+    optimizer = torch.optim.AdamW(sculptor.parameters())
+    sculptor.attach(optimizer)
+    with pytest.raises(RuntimeError, match="attached already"):
+        sculptor.attach(optimizer)
+
+
+def test_a_finished_task_leaves_no_hook_on_the_optimizer():
+    model = small_model()
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.parameters())
+    sculptor.attach(optimizer)
+    train(model, optimizer, 1)
+    sculptor.end_task()
+    weight = model[2].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model[2].weight, weight)
+
+
+def test_param_groups_move_weights_as_far_as_dense_adamw():
+    model, dense = small_model(), small_model()
+    W0 = model[0].weight.detach().clone()
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3), weight_decay=0.0)
+    sculptor.attach(optimizer)
+    train(model, optimizer, 1)
+    train(dense, torch.optim.AdamW(dense.parameters(), lr=1e-3, weight_decay=0.0), 1)
+    moved = float((model[0].weight.detach() - W0).norm())
+    assert moved == pytest.approx(float((dense[0].weight.detach() - W0).norm()), rel=1e-2)
+
+
+def test_tampering_with_the_weights_is_seen():
+    model = small_model()
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    sculptor.attach(optimizer)
+    train(model, optimizer, 10)
+    assert sculptor.verify().ok
+    with torch.no_grad():
+        model[2].weight[0, 0] += 1e-3
+    certificate = sculptor.verify()
+    assert not certificate.ok
+    assert certificate.worst.name == "2"
+    assert "BROKEN" in str(certificate)
+    assert certificate.to_dict()["worst"]["ok"] is False
+
+
+def test_dense_weights_load_during_a_task():
+    model = small_model()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    model.load_state_dict(state)
+    sculptor.end_task()
+    model.load_state_dict(state)
+
+
+def test_the_table_lists_every_parameter():
+    model = small_model()
+    table = Sculptor(model, SculptConfig(target_modules=["0", "2"])).begin_task(name="first")
+    text = str(table)
+    assert "Task 'first': 2 matrices" in text
+    for name, _ in small_model().named_parameters():
+        assert name.removesuffix(".weight") in text
+    assert "4.weight: not in target_modules" in text
+    assert table.dense_elements == 20 * 32 + 32 * 32

@@ -1,0 +1,161 @@
+"""split: captured energy, orthonormality, complement, ranks by energy; leak."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sculpt_kernels import leak, reference, split
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def planted(m: int, n: int, spectrum: torch.Tensor) -> torch.Tensor:
+    g = torch.Generator().manual_seed(m + 7 * n)
+    k = min(m, n)
+    U = torch.linalg.qr(torch.randn(m, k, generator=g, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64)).Q
+    return (U * spectrum.double()) @ V.T
+
+
+SPECTRA = {
+    "power law": lambda k: torch.arange(1, k + 1) ** -0.5,
+    "flat with spikes": lambda k: torch.where(torch.arange(k) < 3, 10.0, 1.0),
+    "repeated at the cut": lambda k: torch.where(torch.arange(k) < k // 2 + 3, 1.0, 0.1),
+    "exact rank below the cut": lambda k: (torch.arange(k) < k // 4).double(),
+    "zero": lambda k: torch.zeros(k),
+    "steep": lambda k: torch.logspace(0, -6, k),
+}
+
+
+@pytest.mark.parametrize("method", ["gram", "svd"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("m", "n"), [(40, 40), (64, 24), (24, 64)])
+def test_parts_are_orthonormal_complementary_and_optimal(method, spectrum, m, n):
+    k = min(m, n)
+    S = SPECTRA[spectrum](k).double()
+    W = planted(m, n, S).float()
+    h = k // 2
+    high = split(W, rank=h, part="high", method=method)
+    low = split(W, rank=h, part="low", method=method)
+    assert (high.U.shape, high.V.shape) == ((m, h), (n, h))
+    assert (low.U.shape, low.V.shape) == ((m, k - h), (n, k - h))
+    bound = 50 * EPS * k**0.5
+    for B, D in ((high.U, low.U), (high.V, low.V)):
+        both = torch.cat([B, D], -1).double()
+        assert float((both.T @ both - torch.eye(k, dtype=torch.float64)).abs().max()) <= bound
+        assert B.is_contiguous()
+    # The best rank-h share of the energy, from the exact spectrum of the rounded matrix.
+    squares = torch.linalg.svdvals(W.double()).square()
+    best = float(squares[:h].sum())
+    captured = float((high.U.double().T @ W.double() @ high.V.double()).square().sum())
+    assert captured >= (1 - 1e-6) * best
+    if best > 0:
+        assert high.energy == pytest.approx(best / float(squares.sum()), abs=1e-9)
+
+
+def test_gram_agrees_with_the_reference_where_the_gap_is_wide():
+    S = torch.cat([torch.linspace(2, 1.5, 10), torch.linspace(0.5, 0.1, 14)])
+    W = planted(24, 40, S)
+    low = split(W, rank=10, part="low", method="gram")
+    U, V = reference.split(W, 10, "low")
+    assert float((low.U @ low.U.T - U @ U.T).abs().max()) <= 1e-12
+    assert float((low.V @ low.V.T - V @ V.T).abs().max()) <= 1e-12
+
+
+def test_a_matrix_and_its_transpose_agree():
+    W = planted(30, 50, SPECTRA["power law"](30)).float()
+    one, two = split(W, rank=20), split(W.T, rank=20)
+    assert float((one.U @ one.U.T - two.V @ two.V.T).abs().max()) <= 1e-5
+    assert float((one.V @ one.V.T - two.U @ two.U.T).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("rank", [0, 1, 23, 24])
+def test_bounds_of_the_rank(rank):
+    W = planted(24, 40, SPECTRA["power law"](24)).float()
+    low, high = split(W, rank=rank), split(W, rank=rank, part="high")
+    assert low.U.shape[1] == 24 - rank
+    assert high.V.shape[1] == rank
+    assert (high.energy == 0.0) == (rank == 0)
+    assert (high.energy == pytest.approx(1.0, abs=1e-12)) == (rank == 24)
+
+
+@pytest.mark.parametrize("energy", [0.1, 0.5, 0.9, 0.999])
+def test_energy_gives_the_smallest_rank(energy):
+    squares = (SPECTRA["power law"](32).double()) ** 2
+    W = planted(32, 48, squares.sqrt())
+    found = split(W, energy=energy)
+    share = squares.cumsum(0) / squares.sum()
+    assert share[found.rank - 1] >= energy - 1e-12
+    assert found.rank == 1 or share[found.rank - 2] < energy
+    assert found.energy >= energy - 1e-12
+
+
+def test_zero_matrix_keeps_all_its_energy_at_any_rank():
+    assert split(torch.zeros(6, 4), rank=2).energy == 1.0
+    assert split(torch.zeros(6, 4), rank=0).energy == 1.0
+
+
+def test_batch_is_split_matrix_by_matrix():
+    W = torch.stack(
+        [planted(12, 20, SPECTRA["power law"](12)), planted(12, 20, SPECTRA["steep"](12))]
+    )
+    both = split(W.unsqueeze(0), rank=5)
+    assert both.U.shape == (1, 2, 12, 7)
+    for index in range(2):
+        one = split(W[index], rank=5)
+        U = both.U[0, index]
+        assert float((U @ U.T - one.U @ one.U.T).abs().max()) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_get_float32_bases(dtype):
+    low = split(torch.randn(10, 14).to(dtype), rank=4)
+    assert low.U.dtype == low.V.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"W": torch.ones(3, 4, dtype=torch.int32), "rank": 1}, TypeError, "int32"),
+        ({"W": torch.ones(4), "rank": 1}, ValueError, "shape"),
+        ({"W": torch.zeros(0, 4), "rank": 0}, ValueError, "empty"),
+        ({"rank": 5}, ValueError, r"min\(m, n\) = 3; got 5"),
+        ({"rank": -1}, ValueError, "got -1"),
+        ({"rank": 2.0}, TypeError, "2.0"),
+        ({"rank": True}, TypeError, "True"),
+        ({"energy": 1}, TypeError, "float"),
+        ({"energy": 1.0}, ValueError, "strictly between"),
+        ({"rank": 1, "energy": 0.5}, ValueError, "exactly one"),
+        ({}, ValueError, "exactly one"),
+        ({"rank": 1, "part": "middle"}, ValueError, "'low', 'high'"),
+        ({"rank": 1, "method": "magic"}, ValueError, "'gram'"),
+        ({"W": torch.full((3, 4), float("inf")), "rank": 1}, ValueError, "12 NaN or infinite"),
+    ],
+)
+def test_bad_input_is_named(kwargs, error, message):
+    arguments = {"W": torch.ones(3, 4), **kwargs}
+    with pytest.raises(error, match=message):
+        split(arguments.pop("W"), **arguments)
+
+
+def test_leak_of_known_updates():
+    U, V = torch.eye(4, dtype=torch.float64)[:, :1], torch.eye(5, dtype=torch.float64)[:, :2]
+    delta = torch.zeros(4, 5, dtype=torch.float64)
+    delta[0, 0], delta[0, 4], delta[3, 1], delta[2, 3] = 1.0, 2.0, 2.0, 4.0
+    found = leak(delta, U, V)
+    assert found.core == pytest.approx(1 / 5)
+    assert found.left == pytest.approx(5**0.5 / 5)
+    assert found.right == pytest.approx(5**0.5 / 5)
+    assert found.strict == found.left
+
+
+def test_leak_takes_the_worst_of_a_batch_and_zero_leaks_nothing():
+    U, V = torch.eye(3)[:, :1], torch.eye(3)[:, :1]
+    delta = torch.zeros(2, 3, 3)
+    assert leak(delta, U, V).left == 0.0
+    delta[1, 0, 2] = 1.0
+    assert leak(delta, U, V).left == pytest.approx(1.0)
+    assert leak(delta, U, V).core == 0.0
+    with pytest.raises(ValueError, match="delta must be finite"):
+        leak(delta / 0, U, V)
