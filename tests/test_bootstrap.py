@@ -98,11 +98,14 @@ def test_a_damaged_stamp_or_another_folder_is_not_ready(setup: Any) -> None:
     setup.stamp.write_text(json.dumps(json.loads(stamp) | {"folder": "elsewhere"}))
     assert not setup.ready()
     assert setup.reason_to_replace() == "the one here was moved"
+    setup.stamp.write_text(json.dumps(json.loads(stamp) | {"gpu": True}))
+    assert not setup.ready()
+    assert setup.reason_to_replace() == "a GPU came or went"
 
 
 def test_a_failed_install_leaves_no_stamp_and_keeps_what_is_there(setup: Any) -> None:
-    setup.pip = FakePip(setup, fails={"hatchling": NOT_THERE.format("hatchling")})
-    with pytest.raises(bootstrap.SetupError, match="could not install hatchling"):
+    setup.pip = FakePip(setup, fails={"-r": NOT_THERE.format("hatchling==1.0")})
+    with pytest.raises(bootstrap.SetupError, match=r"could not install hatchling==1\.0"):
         setup.run()
     assert not setup.ready()
     assert not setup.under_way.exists()

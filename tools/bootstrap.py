@@ -28,7 +28,6 @@ from pathlib import Path
 OLDEST = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ["demo", "dev"]
-BUILD = ["hatchling", "editables"]
 
 UNREACHABLE = (
     r"Retrying \(Retry|Connection (refused|reset|aborted)|ConnectionError|Max retries exceeded|"
@@ -172,15 +171,18 @@ class Setup:
         if version is None or (int(version[1]), int(version[2])) != sys.version_info[:2]:
             return "the one here is of another Python"
         with contextlib.suppress(OSError, ValueError, KeyError):
-            if json.loads(self.stamp.read_text(encoding="utf-8"))["folder"] != str(self.root):
+            stamp = json.loads(self.stamp.read_text(encoding="utf-8"))
+            if stamp["folder"] != str(self.root):
                 return "the one here was moved"
+            if stamp["gpu"] != self.has_gpu:  # it decides which build of torch is wanted
+                return "a GPU came or went"
         works = [str(self.python), "-c", "import pip"]
         if not os.access(self.python, os.X_OK) or subprocess.run(works).returncode:
             return "the one here does not work"
         return None
 
     def install(self) -> None:
-        """Install torch first, which decides about triton, then everything else."""
+        """Install torch, which decides about triton, then what is pinned, then the project."""
         self.install_torch()
         constraints = self.constraints
         if sys.platform == "linux" and "+cpu" not in self.installed("torch"):
@@ -189,7 +191,8 @@ class Setup:
             lines = self.constraints.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if not line.startswith("triton==")]
             constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
-        self.pip("-c", str(constraints), *BUILD)
+        self.pip("--no-deps", "-r", str(constraints))
+        # Another system or Python may need more than is pinned: here pip looks, and adds it.
         extras = [*EXTRAS, "triton"] if sys.platform == "linux" else EXTRAS
         project = f"{self.root}[{','.join(extras)}]"
         self.pip("-c", str(constraints), "--no-build-isolation", "-e", project)
@@ -199,7 +202,6 @@ class Setup:
         plain = "torch==" + self.pinned("torch")
         if self.installed("torch").split("+")[0] == self.pinned("torch"):
             return
-        # Without its dependencies: those are pinned, and must not be looked up twice.
         if not self.has_gpu and sys.platform == "linux":
             try:
                 self.pip("--no-deps", plain + "+cpu")
