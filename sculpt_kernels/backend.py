@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
 from sculpt_kernels import checks
 
 AVAILABLE = "available"
@@ -11,18 +18,55 @@ NAMES = ("triton", "native", "torch")
 def backends() -> dict[str, str]:
     """Map each backend to `"available"` or to the reason why it cannot run here."""
     return {
-        "triton": "this version has no Triton kernels",
+        "triton": _triton_missing() or AVAILABLE,
         "native": "this version has no native kernels",
         "torch": AVAILABLE,
     }
 
 
-def require(backend: str) -> str:
-    """Resolve `backend` (`"auto"` or a name) to one that runs here; raise and say why if none."""
+def choose(backend: str, device: torch.device, supports: Callable[[], str | None]) -> str:
+    """Resolve `backend` to the one that runs this call.
+
+    `supports` tells why the Triton kernel cannot take the arguments, or `None`. `"auto"` takes
+    Triton on CUDA where the kernel supports the arguments, else torch.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: a backend was named that cannot run here.
+    """
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return "torch"
     checks.choice("backend", backend, ("auto", *NAMES))
+    if backend == "native":
+        reason: str | None = backends()["native"]
+    else:
+        reason = _triton_missing() or _wrong_device(device) or supports()
+    if reason is None:
+        return backend if backend != "auto" else "triton"
     if backend == "auto":
         return "torch"
-    reason = backends()[backend]
-    if reason != AVAILABLE:
-        raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
-    return backend
+    raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def _triton_spec() -> bool:
+    return find_spec("triton") is not None
+
+
+def _triton_missing() -> str | None:
+    if not _triton_spec():
+        return "Triton is not installed; pip install 'sculpt[triton]'"
+    if not torch.cuda.is_available() and not interpreted():
+        return "Triton kernels need a CUDA device, or TRITON_INTERPRET=1 for tests"
+    return None
+
+
+def _wrong_device(device: torch.device) -> str | None:
+    if device.type == "cuda" or interpreted():
+        return None
+    return f"Triton kernels work on CUDA tensors; these are on {device}"

@@ -8,12 +8,23 @@ modified. Shapes follow the package's convention: matrices are `(..., m, n)`, le
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 FORMS = ("core", "strict", "left", "right")
+# Sides of each form that may be given by a basis of what is kept instead of what is removed.
+COMPLEMENTS = {
+    "core": ("none", "left", "right", "both"),
+    "strict": ("none", "left", "right", "both"),
+    "left": ("none", "left"),
+    "right": ("none", "right"),
+}
+PRECISIONS = ("standard", "exact")
 PARTS = ("low", "high")
 ROUNDINGS = ("nearest", "stochastic")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -91,19 +102,33 @@ def no_overlap(name: str, X: Tensor, **others: Tensor | None) -> None:
     """The operand that is written must not share memory with one that is read."""
     if X.device.type == "meta" or X.numel() == 0:
         return
+    x0, x1 = _extent(X)
     for other, Y in others.items():
-        if Y is None or Y.numel() == 0 or Y.device != X.device:
+        if Y is None or Y.device != X.device or Y.numel() == 0:
             continue
-        x0, x1 = _extent(X)
         y0, y1 = _extent(Y)
-        if x0 < y1 and y0 < x1:
+        if x0 < y1 and y0 < x1 and not _side_by_side(X, Y):
             raise ValueError(f"{name} is written in place and must not share memory with {other}")
 
 
 def _extent(X: Tensor) -> tuple[int, int]:
-    span = sum((size - 1) * stride for size, stride in zip(X.shape, X.stride(), strict=True))
     start = X.data_ptr()
+    if X.is_contiguous():
+        return start, start + X.numel() * X.element_size()
+    span = sum((size - 1) * stride for size, stride in zip(X.shape, X.stride(), strict=True))
     return start, start + (span + 1) * X.element_size()
+
+
+def _side_by_side(X: Tensor, Y: Tensor) -> bool:
+    """Column ranges of one row-major buffer interleave in memory and yet share no element."""
+    size, pitch = X.element_size(), X.stride(0)
+    if X.ndim != 2 or Y.ndim != 2 or Y.element_size() != size or Y.stride(0) != pitch:
+        return False
+    if X.stride(1) != 1 or Y.stride(1) != 1 or pitch == 0:
+        return False
+    offset, rest = divmod(Y.data_ptr() - X.data_ptr(), size)
+    gap = offset % pitch
+    return rest == 0 and gap >= X.shape[1] and gap + Y.shape[1] <= pitch
 
 
 def basis(name: str, B: Any, X_name: str, X: Tensor, side: str) -> None:
@@ -148,28 +173,80 @@ def orthonormal(name: str, B: Tensor) -> None:
 
 
 def projection(
-    G: Any, U: Any, V: Any, form: Any, *, check: bool = False
+    G: Any,
+    U: Any,
+    V: Any,
+    form: Any,
+    *,
+    name: str = "G",
+    complement: Any = "none",
+    check: bool = False,
+    mixed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Validate `(G, U, V, form)` of a projection; return the bases that the form uses."""
+    """Validate `(G, U, V, form, complement)` of a projection; return the bases the form uses.
+
+    `mixed` allows bases in another dtype than `G`, as long as `U` and `V` agree.
+    """
+    if not check and not mixed and complement == "none" and _plainly_fits(G, U, V, form):
+        return U, V
     choice("form", form, FORMS)
-    matrix("G", G)
+    choice("complement", complement, COMPLEMENTS[form])
+    matrix(name, G)
     left = U if form != "right" else None
     right = V if form != "left" else None
-    for name, B, side, unused in (("U", U, "left", "right"), ("V", V, "right", "left")):
+    for which, B, side, unused in (("U", U, "left", "right"), ("V", V, "right", "left")):
         if form == unused:
             if B is not None:
-                raise ValueError(f"form={form!r} does not use {name}; pass {name}=None")
+                raise ValueError(f"form={form!r} does not use {which}; pass {which}=None")
         elif B is None:
-            raise ValueError(f"form={form!r} needs {name}; got None")
+            raise ValueError(f"form={form!r} needs {which}; got None")
         else:
-            basis(name, B, "G", G, side)
-    same_dtype(G=G, U=left, V=right)
-    same_device(G=G, U=left, V=right)
-    if check:
-        for name, B in (("U", left), ("V", right)):
-            if B is not None:
-                orthonormal(name, B)
+            basis(which, B, name, G, side)
+    if mixed:
+        same_dtype(U=left, V=right)
+    else:
+        same_dtype(**{name: G}, U=left, V=right)
+    same_device(**{name: G}, U=left, V=right)
+    for which, B in (("U", left), ("V", right)):
+        if B is None:
+            continue
+        if check:
+            orthonormal(which, B)
+        elif B.device.type == "cpu":
+            _free_of_nan(which, B)
     return left, right
+
+
+def _plainly_fits(G: Any, U: Any, V: Any, form: Any) -> bool:
+    """The common case, decided in about two microseconds; `False` only means: look closer."""
+    if form not in ("core", "strict") or not (type(G) is type(U) is type(V) is Tensor):
+        return False
+    g, u, v = G.shape, U.shape, V.shape
+    dtype = G.dtype
+    return (
+        len(g) == len(u) == len(v) == 2
+        and u[0] == g[0] >= u[1]
+        and v[0] == g[1] >= v[1]
+        and dtype is U.dtype
+        and dtype is V.dtype
+        and dtype in FLOATS
+        and G.is_cpu
+        and U.is_cpu
+        and V.is_cpu
+        and _sums_to_number(U)
+        and _sums_to_number(V)
+    )
+
+
+def _sums_to_number(B: Tensor) -> bool:
+    total = B.sum().item()
+    return total - total == 0.0
+
+
+def _free_of_nan(name: str, B: Tensor) -> None:
+    """Refuse NaN and infinity in a basis on the CPU, where one vectorised sum tells."""
+    if not _sums_to_number(B):
+        finite(name, B)
 
 
 def coordinates(
@@ -190,11 +267,11 @@ def coordinates(
         )
 
 
-def rank_in(name: str, rank: Any, k: int) -> None:
+def rank_in(name: str, rank: Any, k: int, bound: str = "min(m, n)") -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{name} must be an int between 0 and {k}; got {describe(rank)}")
     if not 0 <= rank <= k:
-        raise ValueError(f"{name} must be between 0 and min(m, n) = {k}; got {rank}")
+        raise ValueError(f"{name} must be between 0 and {bound} = {k}; got {rank}")
 
 
 def fraction(name: str, value: Any) -> None:
@@ -202,3 +279,39 @@ def fraction(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a float strictly between 0 and 1; got {describe(value)}")
     if not 0.0 < value < 1.0:
         raise ValueError(f"{name} must be strictly between 0 and 1; got {value}")
+
+
+def out_dtype(value: Any, default: torch.dtype) -> torch.dtype:
+    if value is None:
+        return default
+    if value not in FLOATS:
+        raise TypeError(f"out_dtype must be a floating dtype; got {describe(value)}")
+    dtype: torch.dtype = value
+    return dtype
+
+
+def tensor_list(name: str, value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list of tensors; got {describe(value)}")
+    return list(value)
+
+
+def disjoint(name: str, tensors: list[Tensor]) -> None:
+    """Tensors that are all written in place must not share memory with each other."""
+    spans = sorted((*_extent(X), i) for i, X in enumerate(tensors) if X.numel() and not X.is_meta)
+    for (_, end, i), (start, _, j) in pairwise(spans):
+        first, second = tensors[i], tensors[j]
+        if start < end and first.device == second.device and not _side_by_side(first, second):
+            raise ValueError(
+                f"{name} are written in place and must not share memory; "
+                f"got overlapping matrices {min(i, j)} and {max(i, j)}"
+            )
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Say in an error where in a list the offending argument was."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{place}: {error}") from None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks
-from sculpt_kernels.backend import require
+from sculpt_kernels.backend import choose
 from sculpt_kernels.panels import compute_dtype, matrices, row_panels
 from sculpt_kernels.rounding import stochastic_round
 
@@ -35,7 +35,7 @@ def compress(
     checks.projection(G, U, V, "core")
     if out_dtype not in checks.FLOATS:
         raise TypeError(f"out_dtype must be a floating dtype; got {checks.describe(out_dtype)}")
-    require(backend)
+    choose(backend, U.device, lambda: "no Triton kernel for this yet")
     wide = compute_dtype(G.dtype)
     out = G.new_empty(*G.shape[:-2], U.shape[-1], V.shape[-1], dtype=out_dtype)
     for core, X, A, B in matrices(out, G, U, V):
@@ -107,7 +107,7 @@ def expand_add_(
     _check_seed(rounding, seed, W)
     checks.writable("W", W)
     checks.no_overlap("W", W, C=C, U=U, V=V, base=base)
-    require(backend)
+    choose(backend, U.device, lambda: "no Triton kernel for this yet")
 
     with torch.no_grad():
         wide = compute_dtype(W.dtype)

@@ -1,20 +1,33 @@
-"""Row panels: how the torch backend works on low precision without an `m x n` temporary."""
+"""Row panels: how the torch backend works on a CPU without an `m x n` temporary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 
 import torch
 from torch import Tensor
 
-# 2**18 float32 elements are 1 MiB: a panel and its update stay in a core's cache.
-PANEL_ELEMENTS = 2**18
+# A panel must be tall enough for the products to run at the library's speed (the other factor is
+# packed once per panel); narrow matrices take more rows, so that a panel is worth its calls.
+PANEL_ROWS = 256
+PANEL_ELEMENTS = 2**17
+# Products of matrices that need no conversion write no panel, only `rows x rank`: larger is better.
+VIEW_ROWS = 1024
 
 
 def row_panels(m: int, n: int) -> Iterator[slice]:
-    """Consecutive row ranges of an `m x n` matrix, each of about `PANEL_ELEMENTS` elements."""
-    rows = max(1, PANEL_ELEMENTS // max(1, n))
+    """Consecutive row ranges of an `m x n` matrix that is converted panel by panel."""
+    return _ranges(m, max(PANEL_ROWS, PANEL_ELEMENTS // max(1, n)))
+
+
+def view_panels(m: int) -> Iterator[slice]:
+    """Consecutive row ranges of a matrix that is used as it is."""
+    return _ranges(m, VIEW_ROWS)
+
+
+def _ranges(m: int, rows: int) -> Iterator[slice]:
     for start in range(0, m, rows):
         yield slice(start, min(m, start + rows))
 
@@ -31,3 +44,18 @@ def matrices(X: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None,
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Accumulation is never below float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@lru_cache(maxsize=64)
+def has_fast_products(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the library multiplies matrices of this dtype at full speed, without conversion.
+
+    float32 and float64 everywhere; low precision on accelerators, and bfloat16 on CPUs with the
+    instructions for it. Without them a bfloat16 product is tens of times slower than float32.
+    """
+    if dtype in (torch.float32, torch.float64) or device_type != "cpu":
+        return True
+    if dtype != torch.bfloat16:
+        return False
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks
-from sculpt_kernels.backend import require
-from sculpt_kernels.panels import compute_dtype, matrices, row_panels
+from sculpt_kernels import checks, factored, split_precision, sweep, triton_backend
+from sculpt_kernels.backend import choose
+from sculpt_kernels.panels import VIEW_ROWS, has_fast_products, matrices
+from sculpt_kernels.plan import simplified
+from sculpt_kernels.tracing import is_traced
 
 
 def project_(
@@ -18,6 +22,8 @@ def project_(
     form: str = "core",
     backend: str = "auto",
     check: bool = False,
+    complement: str = "none",
+    precision: str = "standard",
 ) -> Tensor:
     """Project `G` in place away from the subspaces spanned by `U` and `V`; return `G`.
 
@@ -38,6 +44,14 @@ def project_(
         form: the projection, see above.
         backend: `"auto"`, `"triton"`, `"native"` or `"torch"`.
         check: measure `‖UᵀU - I‖` and `‖VᵀV - I‖` first and refuse bases that are not orthonormal.
+            Bases that are not finite are refused always on the CPU, elsewhere only with `check`,
+            because looking would wait for the device.
+        complement: sides whose basis spans what is *kept*, `"none"`, `"left"`, `"right"` or
+            `"both"`: `UUᵀ` above becomes `I - UUᵀ` for the left side, likewise `V`. Cheaper for
+            large removed ranks; `plan` tells from where on.
+        precision: `"standard"`, or `"exact"` to correct for the rounding of the bases
+            (`U(UᵀU)⁻¹Uᵀ` in place of `UUᵀ`) and of the intermediate results: what is left in the
+            removed subspace is the rounding of `G` itself.
 
     Returns:
         `G` itself. Accumulation is never below float32.
@@ -46,13 +60,15 @@ def project_(
         TypeError, ValueError: an argument does not fit; raised before `G` is changed.
         RuntimeError: the backend cannot run here.
     """
-    left, right = checks.projection(G, U, V, form, check=check)
+    if is_traced(G):
+        torch.ops.sculpt_kernels.project_(G, U, V, form, backend, check, complement, precision)
+        return G
+    left, right = checks.projection(G, U, V, form, complement=complement, check=check)
     checks.writable("G", G)
     checks.no_overlap("G", G, U=left, V=right)
-    require(backend)
-    for X, A, B in matrices(G, left, right):
-        assert X is not None
-        _project_matrix(X, A, B, form)
+    if precision != "standard":
+        checks.choice("precision", precision, checks.PRECISIONS)
+    _run(G, left, right, form, backend, complement, precision)
     return G
 
 
@@ -64,54 +80,162 @@ def project(
     form: str = "core",
     backend: str = "auto",
     check: bool = False,
+    complement: str = "none",
+    precision: str = "standard",
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the projection of `G` as a new tensor; arguments and errors as `project_`."""
-    checks.projection(G, U, V, form, check=check)
-    out = G.detach().clone()
-    return project_(out, U, V, form=form, backend=backend)
+    """Return the projection of `G` as a new tensor; arguments and errors as `project_`.
+
+    Args:
+        out_dtype: dtype of the result and of the arithmetic, default that of `G`. With
+            `precision="exact"` and float32, a bfloat16 `G` leaves about 4e-6 of its share in the
+            span of bfloat16 bases, where bfloat16 results leave their own rounding.
+
+    Returns:
+        `(..., m, n)`, detached from autograd.
+    """
+    if is_traced(G):
+        result: Tensor = torch.ops.sculpt_kernels.project(
+            G, U, V, form, backend, check, complement, precision, out_dtype
+        )
+        return result
+    left, right = checks.projection(G, U, V, form, complement=complement, check=check)
+    checks.choice("precision", precision, checks.PRECISIONS)
+    dtype = checks.out_dtype(out_dtype, G.dtype)
+    out = G.detach().to(dtype, copy=True)
+    if dtype != G.dtype:
+        left = None if left is None else left.to(dtype)
+        right = None if right is None else right.to(dtype)
+    _run(out, left, right, form, backend, complement, precision)
+    return out
 
 
-def _project_matrix(G: Tensor, U: Tensor | None, V: Tensor | None, form: str) -> None:
-    """One matrix, in place, by the torch backend."""
+def project_many_(
+    Gs: Sequence[Tensor],
+    Us: Sequence[Tensor | None] | None = None,
+    Vs: Sequence[Tensor | None] | None = None,
+    *,
+    form: str = "core",
+    backend: str = "auto",
+    check: bool = False,
+    complement: str = "none",
+    precision: str = "standard",
+) -> None:
+    """Project every matrix of a list in place, as `project_` does for one.
+
+    Matrices of one shape, dtype and rank go into one kernel launch where a kernel does that.
+
+    Args:
+        Gs: matrices of any shapes and dtypes; Us, Vs: their bases, lists of the same length, or
+            `None` where the form does not use that side.
+        Others: as for `project_`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit (named with its index), two of the matrices
+            share memory, or the lists differ in length; raised before any matrix is changed.
+        RuntimeError: the backend cannot run here.
+    """
+    Gs = checks.tensor_list("Gs", Gs)
+    Us = [None] * len(Gs) if Us is None else list(Us)
+    Vs = [None] * len(Gs) if Vs is None else list(Vs)
+    for name, bases in (("Us", Us), ("Vs", Vs)):
+        if len(bases) != len(Gs):
+            raise ValueError(
+                f"{name} must have one basis for each of the {len(Gs)} matrices of Gs; "
+                f"got {len(bases)}"
+            )
+    if any(is_traced(G) for G in Gs):
+        torch.ops.sculpt_kernels.project_many_(
+            Gs, Us, Vs, form, backend, check, complement, precision
+        )
+        return
+    checks.choice("precision", precision, checks.PRECISIONS)
+    for i, (G, U, V) in enumerate(zip(Gs, Us, Vs, strict=True)):
+        with checks.within(f"matrix {i} of Gs"):
+            left, right = checks.projection(G, U, V, form, complement=complement, check=check)
+            checks.writable("G", G)
+            checks.no_overlap("G", G, U=left, V=right)
+    checks.disjoint("Gs", Gs)
+    rest: Sequence[int] = range(len(Gs))
+    if Gs and precision == "standard" and complement == "none":
+        rest = triton_backend.project_groups_(Gs, Us, Vs, form, backend)
+    for i in rest:
+        _run(Gs[i], Us[i], Vs[i], form, backend, complement, precision)
+
+
+def _run(
+    G: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    form: str,
+    backend: str,
+    complement: str,
+    precision: str,
+) -> None:
+    """Valid arguments, in place."""
+    if G.is_meta:
+        return
+    if complement == "none":
+        r = 0 if U is None else U.shape[-1]
+        s = 0 if V is None else V.shape[-1]
+        if r == 0 or s == 0:
+            left = simplified(form, r, s)
+            if left is None:
+                choose(backend, G.device, lambda: None)
+                return
+            form = left
+            U = None if form == "right" else U
+            V = None if form == "left" else V
+    exact = precision == "exact"
+    chosen = choose(
+        backend,
+        G.device,
+        lambda: triton_backend.project_reason(G, U, V, form, complement, precision, backend),
+    )
     if G.numel() == 0:
         return
-    if form == "core":
+    with torch.no_grad():
+        if chosen == "triton":
+            triton_backend.project_(G, U, V, form)
+        elif exact and not G.is_cpu and G.dtype in checks.LOW_PRECISION:
+            split_precision.project_(G, U, V, form, complement)
+        elif G.is_cpu:
+            _on_cpu(G, U, V, form, complement, exact)
+        elif exact:
+            for X, A, B in matrices(G, U, V):
+                assert X is not None
+                sweep.project_matrix(X, A, B, form, complement, exact)
+        else:
+            factored.project_batch(G, U, V, form, complement)
+
+
+def _on_cpu(
+    G: Tensor, U: Tensor | None, V: Tensor | None, form: str, complement: str, exact: bool
+) -> None:
+    fast = has_fast_products(G.dtype, "cpu")
+    if G.dtype in checks.LOW_PRECISION:
+        if fast and not exact and _library_layout(G):
+            factored.project_batch(G, U, V, form, complement)
+            return
+    elif (
+        form == "core"
+        and complement == "none"
+        and not exact
+        and G.ndim == 2
+        and G.shape[0] <= VIEW_ROWS
+        and G.shape[0] <= G.shape[1]
+    ):
+        # A single panel: the same products as `sweep`, without its bookkeeping.
         assert U is not None
         assert V is not None
-        if U.shape[1] and V.shape[1]:
-            _remove_core(G, U, V)
+        core = torch.mm(U.t(), torch.mm(G, V))
+        G.addmm_(torch.mm(U, core), V.t(), alpha=-1)
         return
-    if U is not None and U.shape[1]:
-        _remove_left(G, U)
-    if V is not None and V.shape[1]:
-        # (GV)Vᵀ is the left form of Gᵀ, and a transposed view writes through.
-        _remove_left(G.mT, V)
+    for X, A, B in matrices(G, U, V):
+        assert X is not None
+        sweep.project_matrix(X, A, B, form, complement, exact)
 
 
-def _remove_core(G: Tensor, U: Tensor, V: Tensor) -> None:
-    """`G -= U(UᵀGV)Vᵀ`, contracting the long side first."""
-    if G.shape[0] > G.shape[1]:
-        G, U, V = G.mT, V, U
-    if G.dtype not in checks.LOW_PRECISION:
-        G.addmm_(U @ (U.mT @ (G @ V)), V.mT, alpha=-1)
-        return
-    wide = compute_dtype(G.dtype)
-    U, V = U.to(wide), V.to(wide)
-    core = torch.zeros(U.shape[1], V.shape[1], dtype=wide, device=G.device)
-    for rows in row_panels(*G.shape):
-        core.addmm_(U[rows].mT, G[rows].to(wide) @ V)
-    for rows in row_panels(*G.shape):
-        G[rows] = torch.addmm(G[rows].to(wide), U[rows] @ core, V.mT, alpha=-1).to(G.dtype)
-
-
-def _remove_left(G: Tensor, U: Tensor) -> None:
-    """`G -= U(UᵀG)`."""
-    if G.dtype not in checks.LOW_PRECISION:
-        G.addmm_(U, U.mT @ G, alpha=-1)
-        return
-    wide = compute_dtype(G.dtype)
-    U = U.to(wide)
-    # Column panels: each needs only itself, so one pass reads and writes it.
-    for columns in row_panels(G.shape[1], G.shape[0]):
-        panel = G[:, columns].to(wide)
-        G[:, columns] = panel.addmm_(U, U.mT @ panel, alpha=-1).to(G.dtype)
+def _library_layout(G: Tensor) -> bool:
+    """Rows or columns are contiguous, so that the library takes the matrix without a copy."""
+    return G.stride(-1) == 1 or G.stride(-2) == 1

@@ -11,19 +11,38 @@ import torch
 from torch import Tensor
 
 
-def project(G: Tensor, U: Tensor | None, V: Tensor | None, form: str = "core") -> Tensor:
-    """`G - U(UᵀGV)Vᵀ`, `(I-UUᵀ)G(I-VVᵀ)`, `(I-UUᵀ)G` or `G(I-VVᵀ)`."""
+def project(
+    G: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    form: str = "core",
+    complement: str = "none",
+) -> Tensor:
+    """`G - U(UᵀGV)Vᵀ`, `(I-UUᵀ)G(I-VVᵀ)`, `(I-UUᵀ)G` or `G(I-VVᵀ)`.
+
+    For sides named in `complement`, `I - UUᵀ` takes the place of `UUᵀ`.
+    """
+
+    def left(X: Tensor) -> Tensor:
+        assert U is not None
+        part = U @ (U.mT @ X)
+        return X - part if complement in ("left", "both") else part
+
+    def right(X: Tensor) -> Tensor:
+        assert V is not None
+        part = (X @ V) @ V.mT
+        return X - part if complement in ("right", "both") else part
+
     if form == "core":
-        assert U is not None
-        assert V is not None
-        return G - U @ (U.mT @ G @ V) @ V.mT
+        return G - right(left(G))
     if form in ("strict", "left"):
-        assert U is not None
-        G = G - U @ (U.mT @ G)
+        G = G - left(G)
     if form in ("strict", "right"):
-        assert V is not None
-        G = G - (G @ V) @ V.mT
+        G = G - right(G)
     return G
+
+
+_project = project  # where an argument is called `project` too
 
 
 def compress(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
@@ -34,6 +53,54 @@ def compress(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
 def expand_add(W: Tensor, C: Tensor, U: Tensor, V: Tensor, alpha: float = 1.0) -> Tensor:
     """`W + alpha U C Vᵀ`."""
     return W + alpha * (U @ C @ V.mT)
+
+
+def adamw_direction(
+    G: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`m̂ / (√v̂ + eps)` and the new moments of AdamW (Loshchilov & Hutter, arXiv 1711.05101)."""
+    m = betas[0] * exp_avg + (1 - betas[0]) * G
+    v = betas[1] * exp_avg_sq + (1 - betas[1]) * G**2
+    m_hat = m / (1 - betas[0] ** step)
+    v_hat = v / (1 - betas[1] ** step)
+    return m_hat / (v_hat.sqrt() + eps), m, v
+
+
+def project_adamw(
+    W: Tensor,
+    G: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    *,
+    form: str = "core",
+    project: str = "update",
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    step: int,
+    complement: str = "none",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new `W`, `exp_avg`, `exp_avg_sq` of one projected AdamW step.
+
+    `"update"`: `W - lr P(m̂ / (√v̂ + eps) + weight_decay W)`: all that is applied is projected.
+    `"gradient"`: AdamW with decoupled decay on `P(G)`.
+    """
+    if project == "gradient":
+        G = _project(G, U, V, form, complement)
+    step_size, m, v = adamw_direction(G, exp_avg, exp_avg_sq, betas=betas, eps=eps, step=step)
+    step_size = step_size + weight_decay * W
+    if project == "update":
+        step_size = _project(step_size, U, V, form, complement)
+    return W - lr * step_size, m, v
 
 
 def linear_gradients(
