@@ -352,7 +352,10 @@ def show_progress(line: str) -> None:
     elif line.startswith("Downloading") and re.search(r"\(\d{3,}(\.\d+)? MB\)", line):
         say(f"set-up: {line}")
     elif line.startswith("Installing collected packages"):
-        say(f"set-up: installing {line.count(',') + 1} packages")
+        names = line.partition(":")[2].split(",")
+        say(
+            f"set-up: installing {names[0].strip() if len(names) == 1 else f'{len(names)} packages'}"
+        )
 
 
 def clear_progress() -> None:
