@@ -1,0 +1,90 @@
+"""The `sculpt` command."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="sculpt",
+    help="Continual full fine-tuning of language models without forgetting.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from sculpt import __version__
+
+        typer.echo(f"sculpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    """Continual full fine-tuning of language models without forgetting."""
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small sentence encoder: under 2 minutes.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the examples drawn and their order.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory, new or empty [runs/demo-<time>].")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Another causal model: a Hugging Face directory.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Trainable fraction of the singular directions.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps for each task.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="AdamW learning rate, in terms of dense weights.")
+    ] = None,
+) -> None:
+    """Three real tasks in a row, by plain full fine-tuning and by sculpt, side by side."""
+    from rich.console import Console
+
+    from sculpt.demo.run import Interrupted, run_demo
+    from sculpt.demo.settings import QUICK, DemoError, DemoSettings
+    from sculpt.report import tables
+
+    console = Console()
+    errors = Console(stderr=True)
+    choices: dict[str, Any] = QUICK if quick else {}
+    choices = choices | {
+        name: value
+        for name, value in {"model": model, "ratio": ratio, "steps": steps, "lr": lr}.items()
+        if value is not None
+    }
+    run_directory = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    try:
+        results = run_demo(DemoSettings(out=run_directory, seed=seed, **choices), console)
+    except DemoError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except (Interrupted, KeyboardInterrupt) as stop:
+        where = getattr(stop, "where", None)
+        place = f" in {where.method}, {where.task}, {where.phase} {where.done}" if where else ""
+        errors.print(f"stopped{place}", markup=False, highlight=False)
+        if run_directory.is_dir():
+            errors.print(f"{run_directory}/status.json tells where", markup=False)
+        raise typer.Exit(130) from None
+    console.print(tables(results))
+    console.print(f"Run directory: {run_directory}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,102 @@
+"""What `sculpt demo` runs with: presets, the user's choices, and the checks before it starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sculpt.config import SculptConfig
+from sculpt.training import Schedule
+
+
+class DemoError(RuntimeError):
+    """The demo cannot run or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """One run of the demo. How the presets were found is told in `docs/demo.md`.
+
+    quick: the small sentence encoder instead of the language model.
+    model: a plain Hugging Face directory of a causal language model instead of the built-in one.
+    out: run directory.
+    ratio: trainable fraction of every matrix's singular directions.
+    steps, batch_size, lr, warmup_steps: see `Schedule`; `lr` is that of dense weights, for both
+        methods.
+    max_text_tokens: where texts are cut.
+    train_per_task, test_per_task: examples drawn.
+    """
+
+    out: Path
+    quick: bool = False
+    model: Path | None = None
+    seed: int = 0
+    ratio: float = 0.25
+    steps: int = 30
+    batch_size: int = 8
+    lr: float = 1e-4
+    warmup_steps: int = 0
+    max_text_tokens: int = 40
+    train_per_task: int = 600
+    test_per_task: int = 60
+
+    def __post_init__(self) -> None:
+        if self.quick and self.model is not None:
+            raise DemoError(
+                f"--model {self.model} and --quick exclude each other: "
+                "--quick runs the built-in encoder"
+            )
+        if self.model is not None and not (self.model / "config.json").is_file():
+            raise DemoError(
+                f"--model {self.model} has no config.json: expected the directory of a Hugging "
+                "Face causal language model"
+            )
+        if self.seed < 0:
+            raise DemoError(f"--seed {self.seed}: expected 0 or more")
+        try:
+            self.sculpt_config()
+            self.schedule()
+        except (TypeError, ValueError) as error:
+            raise DemoError(str(error)) from error
+
+    def sculpt_config(self) -> SculptConfig:
+        return SculptConfig(unfreeze_rank_ratio=self.ratio, seed=self.seed)
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, self.batch_size, self.lr, self.warmup_steps, self.seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(self).items()
+        }
+
+
+QUICK: dict[str, Any] = {"quick": True, "steps": 40, "lr": 5e-5, "ratio": 0.1}
+
+
+def check_out(out: Path) -> None:
+    """Raise `DemoError` unless `out` is a new or empty directory that can be written."""
+    if out.exists() and not out.is_dir():
+        raise DemoError(f"--out {out} is a file: expected a new or empty directory")
+    if out.is_dir() and any(out.iterdir()):
+        raise DemoError(f"--out {out} is not empty: expected a new or empty directory")
+    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise DemoError(f"--out {out} cannot be written: no permission to create it in {above}")
+
+
+def check_space(out: Path, model: Path) -> None:
+    """Raise `DemoError` when the disk of `out` has no room for the final model."""
+    weights = [*model.glob("*.safetensors"), *model.glob("*.bin")]
+    needed = int(1.1 * sum(path.stat().st_size for path in weights)) + 20 * 2**20
+    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise DemoError(
+            f"--out {out}: {free / 2**20:.0f} MB are free on its disk, about "
+            f"{needed / 2**20:.0f} MB are needed for the final model"
+        )

@@ -1,0 +1,85 @@
+"""Pictures of results."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sculpt.files import replacing_file
+
+if TYPE_CHECKING:
+    from sculpt.report import Results
+
+INK, MUTED, EMPTY = "#1b1f24", "#6b7480", "#f1f3f5"
+
+
+def plot_matrices(results: Results, path: Path) -> None:
+    """Draw the accuracy matrices (generated answers) of all methods side by side into `path`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from sculpt.report import GENERATED
+
+    methods = results.methods
+    names = [name.replace(" ", "\n", 1) for name in results.task_names]
+    summaries = results.summaries(GENERATED)
+    figure = Figure(figsize=(4.6 * len(methods) + 0.9, 5.3), dpi=160, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(methods), squeeze=False)[0]
+    figure.subplots_adjust(left=0.115, right=0.905, top=0.74, bottom=0.135, wspace=0.16)
+    image: Any = None
+    for index, (axis, (method, result)) in enumerate(zip(axes, methods.items(), strict=True)):
+        image = _heat_map(axis, result.generated)
+        axis.set_xticks(range(len(names)), names, fontsize=10.5, color=INK)
+        axis.set_yticks(range(len(names)), names if index == 0 else [], fontsize=10.5, color=INK)
+        axis.set_xlabel("accuracy on this task", fontsize=10.5, color=MUTED, labelpad=7)
+        if index == 0:
+            axis.set_ylabel("after training on", fontsize=10.5, color=MUTED, labelpad=7)
+        title = "plain full fine-tuning" if method == "plain" else method
+        axis.set_title(title, fontsize=14, fontweight="bold", color=INK, loc="left", pad=25)
+        figures = summaries[method]
+        axis.text(
+            0.0,
+            1.025,
+            f"average accuracy {figures.average_accuracy:.2f}    "
+            f"forgetting {figures.forgetting:.2f}",
+            transform=axis.transAxes,
+            fontsize=10.5,
+            color=INK,
+        )
+    place = axes[-1].get_position()
+    bar = figure.colorbar(
+        image, cax=figure.add_axes((place.x1 + 0.018, place.y0, 0.014, place.height))
+    )
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=9, color=MUTED, labelcolor=MUTED, length=2)
+    headline = "What is left of earlier tasks after later ones"
+    figure.text(0.012, 0.945, headline, fontsize=16, fontweight="bold", color=INK)
+    note = f"{results.config['model']}, seed {results.config['seed']}: share of test texts "
+    note += "answered with exactly the right label. Read down a column: darker stays, paler forgets"
+    figure.text(0.012, 0.893, note, fontsize=10, color=MUTED)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary)
+
+
+def _heat_map(axis: Any, values: list[list[float]]) -> Any:
+    """Cells from 0 to 1 with their numbers; those that were not evaluated stay empty."""
+    image = axis.imshow(values, vmin=0.0, vmax=1.0, cmap="YlGnBu", aspect="equal")
+    axis.set_facecolor(EMPTY)
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            if not math.isnan(value):
+                color = "white" if value > 0.55 else INK
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+                axis.texts[-1].set(
+                    fontsize=17, fontweight="bold" if row == len(values) - 1 else 400
+                )
+    edges = [index - 0.5 for index in range(len(values) + 1)]
+    axis.set_xticks(edges, minor=True)
+    axis.set_yticks(edges, minor=True)
+    axis.grid(which="minor", color="white", linewidth=3)
+    axis.tick_params(which="both", length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    return image
