@@ -191,6 +191,7 @@ class Setup:
             lines = self.constraints.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if not line.startswith("triton==")]
             constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
+            self.pip("-c", str(constraints), "torch==" + self.pinned("torch"))
         self.pip("--no-deps", "-r", str(constraints))
         # Another system or Python may need more than is pinned: here pip looks, and adds it.
         extras = [*EXTRAS, "triton"] if sys.platform == "linux" else EXTRAS
@@ -353,9 +354,8 @@ def show_progress(line: str) -> None:
         say(f"set-up: {line}")
     elif line.startswith("Installing collected packages"):
         names = line.partition(":")[2].split(",")
-        say(
-            f"set-up: installing {names[0].strip() if len(names) == 1 else f'{len(names)} packages'}"
-        )
+        what = names[0].strip() if len(names) == 1 else f"{len(names)} packages"
+        say(f"set-up: installing {what}")
 
 
 def clear_progress() -> None:
