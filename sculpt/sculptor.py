@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -264,12 +265,14 @@ class Sculptor:
 
 def _subspace(target: Target, given: Subspace | None) -> Subspace:
     weight = target.module.weight.detach()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     if given is None:
         try:
-            return split(weight, rank=target.preserved, part="low")
+            # In float64, so that the span is exact; the bases are rounded once, to float32.
+            low = split(weight.double(), rank=target.preserved, part="low")
         except ValueError as error:
             raise ValueError(f"{target.name}.weight cannot be split: {error}") from error
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+        return replace(low, U=low.U.to(dtype), V=low.V.to(dtype))
     if given.part != "low":
         raise ValueError(f"subspaces[{target.name!r}] must have part 'low'; got {given.part!r}")
     for side, basis, size in zip("UV", (given.U, given.V), weight.shape, strict=True):

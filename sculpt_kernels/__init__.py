@@ -10,6 +10,7 @@ from sculpt_kernels.coordinates import compress, expand_add_
 from sculpt_kernels.leakage import Leak, leak
 from sculpt_kernels.linear import compact_linear
 from sculpt_kernels.project import project, project_
+from sculpt_kernels.randomized import range_finder, rsvd
 from sculpt_kernels.subspace import Subspace, split
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "orthonormalize",
     "project",
     "project_",
+    "range_finder",
     "reference",
+    "rsvd",
     "split",
 ]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks
+from sculpt_kernels import checks, decompose
 from sculpt_kernels.panels import compute_dtype
+from sculpt_kernels.sketch import seed_from
 
-METHODS = ("auto", "svd", "gram")
+METHODS = ("auto", *decompose.ALGORITHMS)
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,11 @@ class Subspace:
             `t = k - rank` for `part="low"`.
         rank: preserved rank `h`.
         part: `"high"` (leading, preserved) or `"low"` (trailing, trainable).
-        energy: share of `‖W‖²_F` in the leading `h` directions; the smallest one of a batch.
+        energy: share of `‖W‖²_F` in the leading `h` directions that were found, measured; the
+            smallest one of a batch. 1 for a zero matrix, which has none to lose.
         method: algorithm that was used.
+        converged: `"range"` only: whether the captured energy settled and, for a rank by energy,
+            reached what was asked. Always true otherwise.
     """
 
     U: Tensor
@@ -33,6 +37,7 @@ class Subspace:
     part: str
     energy: float
     method: str
+    converged: bool = True
 
 
 def split(
@@ -46,19 +51,29 @@ def split(
 ) -> Subspace:
     """Leading or trailing singular subspace of `W`.
 
-    `"gram"` takes the eigenvectors of the smaller Gram matrix in float64 and obtains the long side
-    by one product and a Householder QR in order of falling singular value, so that both parts are
-    orthonormal and orthogonal to each other also where singular values are zero or repeated.
-    `"svd"` is `torch.linalg.svd`. `"auto"` takes `"gram"`.
+    | method       | how                                                        | deterministic |
+    |--------------|------------------------------------------------------------|---------------|
+    | `"svd"`      | `torch.linalg.svd`                                         | yes           |
+    | `"gram"`     | eigenvectors of the smaller Gram matrix, then one product  | yes           |
+    | `"spectral"` | spectral projectors, matrix products only                  | by seed       |
+    | `"range"`    | randomized range finder, for few leading directions        | by seed       |
+    | `"auto"`     | chooses by shape and device; the result says what it was   | by seed       |
+
+    `"spectral"` falls back to `"gram"` where the cut divides (almost) equal singular values.
+
+    The computation is in the dtype of `W`, float32 for bfloat16 and float16. Pass `W.double()`
+    where the span itself must be exact: neighbouring directions across the cut mix by about
+    `eps σ₁² / (σ_h² - σ_{h+1}²)`, at no loss of energy.
 
     Args:
         W: `(..., m, n)`, finite.
         rank: preserved rank `h`, `0 <= h <= min(m, n)`. Exactly one of `rank` and `energy`.
         energy: in (0, 1): the smallest `h` that keeps that share of `‖W‖²_F` (for a batch: of
-            every matrix).
+            every matrix). From eigenvalues for `svd` and `gram`; from the singular values found for
+            `range`; for `spectral` from a quadrature, two of its standard errors on the safe side.
         part: `"low"` for the trailing `min(m, n) - h` directions, `"high"` for the leading `h`.
-        method: `"auto"`, `"svd"` or `"gram"`.
-        generator: not used by these deterministic methods.
+        method: see above.
+        generator: source of the seed of random methods; without it the seed is fixed.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or `W` is not finite.
@@ -68,53 +83,31 @@ def split(
         raise ValueError(f"W must not be empty; got {checks.describe(W)}")
     checks.choice("part", part, checks.PARTS)
     checks.choice("method", method, METHODS)
-    k = min(W.shape[-2:])
     if (rank is None) == (energy is None):
         raise ValueError(
             f"exactly one of rank and energy must be given; got rank={rank!r}, energy={energy!r}"
         )
     if rank is not None:
-        checks.rank_in("rank", rank, k)
+        checks.rank_in("rank", rank, min(W.shape[-2:]))
     if energy is not None:
         checks.fraction("energy", energy)
     checks.finite("W", W)
 
-    used = "gram" if method == "auto" else method
-    A = W.detach().double()
-    U, squares, V = _svd(A) if used == "svd" else _gram(A)
-    total = squares.sum(-1, keepdim=True)
-    # A zero matrix has no energy to lose: any rank keeps all of it.
-    share = torch.where(total > 0, squares.cumsum(-1) / total, 1.0)
-    h = rank if rank is not None else _rank_for(share, energy)
-    columns = slice(None, h) if part == "high" else slice(h, None)
-    dtype = compute_dtype(W.dtype)
+    A = W.detach().to(compute_dtype(W.dtype))
+    # Squares must neither overflow nor vanish; a scale changes no subspace.
+    largest = A.abs().amax((-2, -1), keepdim=True)
+    A = A / torch.where(largest > 0, largest, 1)
+    tall = A.shape[-2] > A.shape[-1]
+    used = decompose.choose_method(tuple(A.shape), A.device) if method == "auto" else method
+    request = decompose.Request(rank, energy, part, seed_from(generator))
+    found = decompose.ALGORITHMS[used](A.mT if tall else A, request)
+    U, V = (found.V, found.U) if tall else (found.U, found.V)
     return Subspace(
-        U=U[..., columns].to(dtype).contiguous(),
-        V=V[..., columns].to(dtype).contiguous(),
-        rank=h,
+        U=U.contiguous(),
+        V=V.contiguous(),
+        rank=found.rank,
         part=part,
-        energy=float(share[..., h - 1].min()) if h else float((total == 0).all()),
-        method=used,
+        energy=found.energy,
+        method=found.method,
+        converged=found.converged,
     )
-
-
-def _rank_for(share: Tensor, energy: float | None) -> int:
-    assert energy is not None
-    return int((share < energy).sum(-1).max()) + 1
-
-
-def _svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    return U, S.square(), Vh.mT
-
-
-def _gram(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if A.shape[-2] > A.shape[-1]:
-        V, squares, U = _gram(A.mT)
-        return U, squares, V
-    values, vectors = torch.linalg.eigh(A @ A.mT)
-    U = vectors.flip(-1)
-    # Householder QR works column by column in falling order: a column of rounding noise, from a
-    # zero singular value, ends up orthogonal to all that came before it.
-    V = torch.linalg.qr(A.mT @ U).Q
-    return U, values.flip(-1).clamp_min(0), V

@@ -1,0 +1,215 @@
+"""The algorithms behind `split`: from a matrix to its leading or trailing singular bases.
+
+Each takes a wide `A` `(..., m, n)`, `m <= n`, in float32 or float64, a `Request`, and returns
+`Parts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sculpt_kernels.basis import orthonormalize
+from sculpt_kernels.quadrature import density
+from sculpt_kernels.randomized import rsvd
+from sculpt_kernels.spectral import leading_eigenvectors
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to find: a preserved `rank` or the least one for an `energy`, which part, which seed."""
+
+    rank: int | None
+    energy: float | None
+    part: str
+    seed: int
+
+    def choose(self, share: Tensor) -> int:
+        """Preserved rank, given the share of energy in the leading 1, 2, ... directions."""
+        if self.rank is not None:
+            return self.rank
+        assert self.energy is not None
+        return int((share < self.energy).sum(-1).max()) + 1
+
+    def columns(self, h: int) -> slice:
+        return slice(None, h) if self.part == "high" else slice(h, None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bases `U` `(..., m, t)`, `V` `(..., n, t)`; see `Subspace` for the others."""
+
+    U: Tensor
+    V: Tensor
+    rank: int
+    energy: float
+    method: str
+    converged: bool = True
+
+
+def svd(A: Tensor, request: Request) -> Parts:
+    """`torch.linalg.svd`, whole."""
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    share = _shares(S.square())
+    h = request.choose(share)
+    columns = request.columns(h)
+    return Parts(U[..., columns], Vh.mT[..., columns], h, _kept(share, h), "svd")
+
+
+def gram(A: Tensor, request: Request) -> Parts:
+    """Eigenvectors of `A Aᵀ`; the long side by one product.
+
+    In the dtype of `A`, and again in float64 where the gap at the cut is below what float32
+    resolves: forming the Gram matrix leaves an error of about `eps λ₁` in each eigenvalue.
+    """
+    values, vectors = torch.linalg.eigh(A @ A.mT)
+    squares, U = values.flip(-1).clamp_min(0), vectors.flip(-1)
+    share = _shares(squares)
+    h = request.choose(share)
+    if A.dtype == torch.float32 and 0 < h < A.shape[-2]:
+        gap = squares[..., h - 1] - squares[..., h]
+        if bool((gap < 32 * torch.finfo(A.dtype).eps * squares[..., 0]).any()):
+            exact = gram(A.double(), request)
+            return replace(exact, U=exact.U.to(A.dtype), V=exact.V.to(A.dtype))
+    V = _long_side(A, U, squares, h, request)
+    return Parts(U[..., request.columns(h)], V, h, _kept(share, h), "gram")
+
+
+def _long_side(A: Tensor, U: Tensor, squares: Tensor, h: int, request: Request) -> Tensor:
+    """Right basis of the part whose left basis is in `U`, orthogonal to that of the other part.
+
+    `AᵀU` has orthogonal columns up to rounding, which counts by `κ = λ₁ / sqrt(λ_h λ_k)`. Small:
+    nothing is to do. Moderate: one step takes the leading directions out, with `V_h` in the
+    implicit form `AᵀU_h Λ_h^-½`. Large, or singular values of zero: a Householder QR of all columns
+    in falling order makes a column of rounding noise orthogonal to all that came before it.
+    """
+    if request.part == "low":
+        last = squares[..., -1]
+    else:
+        last = squares[..., max(h, 1) - 1]
+    kappa = squares[..., 0] / (squares[..., max(h, 1) - 1] * last).sqrt()
+    worst = float(torch.nan_to_num(kappa, nan=torch.inf).max())
+    eps = torch.finfo(A.dtype).eps
+    if worst > 1e-3 / eps:
+        Q: Tensor = torch.linalg.qr(A.mT @ U).Q
+        return Q[..., request.columns(h)]
+    B = A.mT @ U[..., request.columns(h)]
+    if request.part == "low" and h and worst > eps ** (-1 / 3) / 6:
+        high = U[..., :h]
+        B = B - A.mT @ (high @ ((high.mT @ (A @ B)) / squares[..., :h].unsqueeze(-1)))
+    return orthonormalize(B)
+
+
+# Power iterations go on until one of them adds less than this share to the captured energy.
+SETTLED = 1e-4
+MOST_POWER_ITERS = 16
+
+
+def range_(A: Tensor, request: Request) -> Parts:
+    """Randomized range finder that iterates until the captured energy settles.
+
+    For a rank by energy the sketch is doubled until it holds that share.
+    """
+    k = A.shape[-2]
+    total = A.square().sum((-2, -1)).unsqueeze(-1)
+    width = request.rank if request.rank is not None else max(1, k // 16)
+    while True:
+        U, S, V, converged = _settled_rsvd(A, width, request.seed)
+        share = torch.where(total > 0, S.square().cumsum(-1) / total, 1.0).clamp_max(1.0)
+        reached = request.energy is None or bool((share[..., -1] >= request.energy).all())
+        if reached or width == k:
+            break
+        width = min(k, 2 * width)
+    h = min(request.choose(share), k)
+    if h < width:
+        U, V = U[..., :h], V[..., :h]
+    energy = _kept(share, h)
+    if request.part == "low":
+        U, V = _complement(A, U, V)
+    return Parts(U, V, h, energy, "range", converged and reached)
+
+
+def _settled_rsvd(A: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor, bool]:
+    generator = torch.Generator().manual_seed(seed)
+    state = generator.get_state()
+    captured = None
+    power_iters = 2
+    while True:
+        generator.set_state(state)
+        U, S, V = rsvd(A, rank, power_iters=power_iters, generator=generator)
+        energy = S.square().sum(-1)
+        if captured is not None and bool((energy - captured <= SETTLED * energy).all()):
+            return U, S, V, True
+        if power_iters >= MOST_POWER_ITERS:
+            return U, S, V, False
+        captured, power_iters = energy, 2 * power_iters
+
+
+def _complement(A: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Trailing bases from leading ones: the rest of the short side, and its image without `V`."""
+    h = U.shape[-1]
+    low = torch.linalg.qr(U, mode="complete").Q[..., h:]
+    image = A.mT @ low
+    image = image - V @ (V.mT @ image)
+    # Columns of `V` first, so that directions without energy are completed away from them.
+    both = torch.linalg.qr(torch.cat([V, image], -1)).Q
+    return low, both[..., h:]
+
+
+# An invariant subspace to this accuracy separates eigenvalues 1e-4 λ₁ apart to about 1e-6.
+INVARIANT = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def spectral(A: Tensor, request: Request) -> Parts:
+    """Matrix products only; `gram` instead where the result is not an invariant subspace.
+
+    That happens where the cut goes through a cluster of (almost) equal eigenvalues, and the method
+    is then said to be `gram`.
+    """
+    S = A @ A.mT
+    k = A.shape[-2]
+    h = request.rank
+    if h is None:
+        assert request.energy is not None
+        estimate, error = density(S, request.seed).rank_for(request.energy)
+        # On the safe side by twice the standard error of the quadrature.
+        h = min(k, int((estimate + 2 * error).max().ceil()))
+    fixed = replace(request, rank=h)
+    if not 0 < h < k or k < 64:
+        return gram(A, fixed)
+    Q, residual = leading_eigenvectors(S, h, request.seed)
+    if not bool((residual <= INVARIANT[A.dtype]).all()):
+        return gram(A, fixed)
+    total = A.square().sum((-2, -1))
+    image = A.mT @ Q
+    kept = image.square().sum((-2, -1)) / total
+    V = orthonormalize(image)
+    U = Q
+    if request.part == "low":
+        U, V = _complement(A, Q, V)
+    return Parts(U, V, h, float(kept.min().clamp_max(1.0)), "spectral")
+
+
+ALGORITHMS = {"svd": svd, "gram": gram, "range": range_, "spectral": spectral}
+
+
+def choose_method(shape: tuple[int, ...], device: torch.device) -> str:
+    """The algorithm of `method="auto"`.
+
+    On CPU `gram` won every measured shape from 64 to 2752. On GPU an eigendecomposition is a chain
+    of small kernels and a loop over the batch, products are what the device is made for: from 1024
+    on `spectral` is predicted to win.
+    """
+    return "spectral" if device.type == "cuda" and min(shape[-2:]) >= 1024 else "gram"
+
+
+def _shares(squares: Tensor) -> Tensor:
+    """Share of energy in the leading 1, 2, ... directions; a zero matrix has none to lose."""
+    total = squares.sum(-1, keepdim=True)
+    return torch.where(total > 0, squares.cumsum(-1) / total, 1.0)
+
+
+def _kept(share: Tensor, h: int) -> float:
+    return float(share[..., h - 1].min()) if h else float((share[..., 0] == 1.0).all())
