@@ -3,18 +3,22 @@
 `G`, `W` are `(..., m, n)`; `U` `(..., m, r)` and `V` `(..., n, s)` have orthonormal columns.
 """
 
+from sculpt_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from sculpt_kernels import reference
+from sculpt_kernels.adamw import project_adamw_
 from sculpt_kernels.backend import backends
 from sculpt_kernels.basis import orthonormalize
 from sculpt_kernels.coordinates import compress, expand_add_
 from sculpt_kernels.leakage import Leak, leak
 from sculpt_kernels.linear import compact_linear
-from sculpt_kernels.project import project, project_
+from sculpt_kernels.plan import Plan, plan
+from sculpt_kernels.project import project, project_, project_many_
 from sculpt_kernels.randomized import range_finder, rsvd
 from sculpt_kernels.subspace import Subspace, split
 
 __all__ = [
     "Leak",
+    "Plan",
     "Subspace",
     "backends",
     "compact_linear",
@@ -22,8 +26,11 @@ __all__ = [
     "expand_add_",
     "leak",
     "orthonormalize",
+    "plan",
     "project",
     "project_",
+    "project_adamw_",
+    "project_many_",
     "range_finder",
     "reference",
     "rsvd",

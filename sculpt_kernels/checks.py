@@ -187,8 +187,6 @@ def projection(
 
     `mixed` allows bases in another dtype than `G`, as long as `U` and `V` agree.
     """
-    if not check and not mixed and complement == "none" and _plainly_fits(G, U, V, form):
-        return U, V
     choice("form", form, FORMS)
     choice("complement", complement, COMPLEMENTS[form])
     matrix(name, G)
@@ -213,39 +211,48 @@ def projection(
         if check:
             orthonormal(which, B)
         elif B.device.type == "cpu":
-            _free_of_nan(which, B)
+            free_of_nan(which, B)
     return left, right
 
 
-def _plainly_fits(G: Any, U: Any, V: Any, form: Any) -> bool:
-    """The common case, decided in about two microseconds; `False` only means: look closer."""
-    if form not in ("core", "strict") or not (type(G) is type(U) is type(V) is Tensor):
+def plainly_fits(G: Any, U: Any, V: Any) -> bool:
+    """Whether three arguments are beyond doubt: matrices on the CPU that fit together, plain
+    tensors, contiguous, apart in memory, free of autograd. Decided in about two microseconds;
+    `False` only means that the full checks must look. NaN bases are not looked for.
+    """
+    if not (type(G) is type(U) is type(V) is Tensor) or G.requires_grad:
         return False
     g, u, v = G.shape, U.shape, V.shape
     dtype = G.dtype
-    return (
+    if not (
         len(g) == len(u) == len(v) == 2
-        and u[0] == g[0] >= u[1]
-        and v[0] == g[1] >= v[1]
+        and u[0] == g[0] >= u[1] > 0
+        and v[0] == g[1] >= v[1] > 0
         and dtype is U.dtype
         and dtype is V.dtype
         and dtype in FLOATS
         and G.is_cpu
         and U.is_cpu
         and V.is_cpu
-        and _sums_to_number(U)
-        and _sums_to_number(V)
-    )
+        and G.is_contiguous()
+        and U.is_contiguous()
+        and V.is_contiguous()
+    ):
+        return False
+    start, u0, v0 = G.data_ptr(), U.data_ptr(), V.data_ptr()
+    end = start + G.nbytes
+    return (u0 >= end or u0 + U.nbytes <= start) and (v0 >= end or v0 + V.nbytes <= start)
 
 
-def _sums_to_number(B: Tensor) -> bool:
-    total = B.sum().item()
+def sums_to_number(X: Tensor) -> bool:
+    """`False` if any element is NaN or infinite (or the sum overflows, which is looked into)."""
+    total = X.sum().item()
     return total - total == 0.0
 
 
-def _free_of_nan(name: str, B: Tensor) -> None:
+def free_of_nan(name: str, B: Tensor) -> None:
     """Refuse NaN and infinity in a basis on the CPU, where one vectorised sum tells."""
-    if not _sums_to_number(B):
+    if not sums_to_number(B):
         finite(name, B)
 
 
@@ -315,3 +322,59 @@ def within(place: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"{place}: {error}") from None
+
+
+def scalar(
+    name: str,
+    value: Any,
+    X: Tensor,
+    *,
+    lower: float | None = None,
+    upper: float | None = None,
+    integer: bool = False,
+) -> None:
+    """A number in `[lower, upper)`, or a 0-d tensor, whose value is not read."""
+    kind = "an int" if integer else "a number"
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(f"{name} must be {kind} or a 0-d tensor; got {describe(value)}")
+        if value.device != X.device and not value.device.type == "cpu":
+            raise ValueError(f"{name} must be on {X.device} or the CPU; got {describe(value)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise TypeError(f"{name} must be {kind} or a 0-d tensor; got {describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
+    if (lower is not None and value < lower) or (upper is not None and value >= upper):
+        span = f"at least {lower}" + ("" if upper is None else f" and below {upper}")
+        raise ValueError(f"{name} must be {span}; got {value}")
+
+
+def rounding(value: Any, seed: Any, name: str, X: Tensor) -> None:
+    """Validate `rounding` and `seed` for a result in the dtype of `X`."""
+    choice("rounding", value, ROUNDINGS)
+    if value == "nearest":
+        if seed is not None:
+            raise ValueError(f"seed is only for rounding='stochastic'; got seed={seed!r}")
+        return
+    if X.dtype not in LOW_PRECISION:
+        raise TypeError(
+            "rounding='stochastic' is for bfloat16 and float16; "
+            f"{name} is {dtype_name(X.dtype)}, which needs none"
+        )
+    if isinstance(seed, Tensor):
+        if seed.ndim != 0 or seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or a 0-d int64 tensor; got {seed!r}")
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(
+            f"rounding='stochastic' needs seed, an int or a 0-d int64 tensor; got {seed!r}"
+        )
+
+
+def number_or_tensor(value: Any) -> tuple[float, Tensor | None]:
+    """A scalar as the two arguments that an operator takes for it."""
+    return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
+
+
+def int_or_tensor(value: Any) -> tuple[int | None, Tensor | None]:
+    return (None, value) if isinstance(value, Tensor) else (value, None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks
+from sculpt_kernels import checks, triton_backend
 from sculpt_kernels.backend import choose
 from sculpt_kernels.panels import compute_dtype, matrices, row_panels
-from sculpt_kernels.rounding import stochastic_round
+from sculpt_kernels.plan import arrange
+from sculpt_kernels.rounding import store
+from sculpt_kernels.tracing import is_traced
 
 
 def compress(
@@ -32,30 +34,46 @@ def compress(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
+    if is_traced(G):
+        result: Tensor = torch.ops.sculpt_kernels.compress(G, U, V, out_dtype, backend)
+        return result
     checks.projection(G, U, V, "core")
-    if out_dtype not in checks.FLOATS:
-        raise TypeError(f"out_dtype must be a floating dtype; got {checks.describe(out_dtype)}")
-    choose(backend, U.device, lambda: "no Triton kernel for this yet")
-    wide = compute_dtype(G.dtype)
+    checks.out_dtype(out_dtype, torch.float32)
     out = G.new_empty(*G.shape[:-2], U.shape[-1], V.shape[-1], dtype=out_dtype)
-    for core, X, A, B in matrices(out, G, U, V):
-        assert core is not None
-        assert X is not None
-        assert A is not None
-        assert B is not None
-        core.copy_(_compress_matrix(X, A, B, wide))
+    chosen = choose(backend, G.device, lambda: triton_backend.compress_reason(G, U, V))
+    if G.is_meta:
+        return out
+    with torch.no_grad():
+        if chosen == "triton":
+            triton_backend.compress(G, U, V, out)
+            return out
+        for core, X, A, B in matrices(out, G, U, V):
+            assert core is not None
+            assert X is not None
+            assert A is not None
+            assert B is not None
+            core.copy_(_compress_matrix(X, A, B))
     return out
 
 
-def _compress_matrix(G: Tensor, U: Tensor, V: Tensor, wide: torch.dtype) -> Tensor:
-    if G.shape[0] > G.shape[1]:
-        return _compress_matrix(G.mT, V, U, wide).mT
+def _compress_matrix(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    r, s = U.shape[1], V.shape[1]
+    wide = compute_dtype(G.dtype)
+    if G.numel() == 0 or r == 0 or s == 0:
+        return torch.zeros(r, s, dtype=wide, device=G.device)
+    if arrange("core", "none", *G.shape, r, s, False).transposed:
+        G, U, V = G.mT, V, U
+        return _gather(G, U, V.to(wide), wide).mT
+    return _gather(G, U, V.to(wide), wide)
+
+
+def _gather(G: Tensor, U: Tensor, V: Tensor, wide: torch.dtype) -> Tensor:
+    """`Uᵀ(GV)` in the wide dtype, converting one row panel at a time."""
     if G.dtype == wide:
-        return U.mT @ (G @ V)
-    U, V = U.to(wide), V.to(wide)
+        return torch.mm(U.t(), torch.mm(G, V))
     core = torch.zeros(U.shape[1], V.shape[1], dtype=wide, device=G.device)
     for rows in row_panels(*G.shape):
-        core.addmm_(U[rows].mT, G[rows].to(wide) @ V)
+        core.addmm_(U[rows].to(wide).t(), torch.mm(G[rows].to(wide), V))
     return core
 
 
@@ -89,13 +107,18 @@ def expand_add_(
         TypeError, ValueError: an argument does not fit; raised before `W` is changed.
         RuntimeError: the backend cannot run here.
     """
+    if is_traced(W):
+        torch.ops.sculpt_kernels.expand_add_(
+            W, C, U, V, *checks.number_or_tensor(alpha), rounding, *checks.int_or_tensor(seed),
+            base, backend,
+        )  # fmt: skip
+        return W
     checks.matrix("W", W)
     checks.basis("U", U, "W", W, "left")
     checks.basis("V", V, "W", W, "right")
     checks.coordinates("C", C, U, V, W)
     checks.same_device(W=W, C=C, U=U, V=V, base=base)
     checks.same_dtype(U=U, V=V)
-    checks.choice("rounding", rounding, checks.ROUNDINGS)
     _check_source("U and V", U, W)
     if base is not None:
         checks.matrix("base", base)
@@ -104,21 +127,26 @@ def expand_add_(
             raise ValueError(
                 f"base must have the shape {tuple(W.shape)} of W; got {checks.describe(base)}"
             )
-    _check_seed(rounding, seed, W)
+    checks.scalar("alpha", alpha, W)
+    checks.rounding(rounding, seed, "W", W)
     checks.writable("W", W)
     checks.no_overlap("W", W, C=C, U=U, V=V, base=base)
-    choose(backend, U.device, lambda: "no Triton kernel for this yet")
-
+    chosen = choose(backend, W.device, lambda: triton_backend.expand_add_reason(W, C, U, V, base))
+    if W.is_meta or W.numel() == 0:
+        return W
     with torch.no_grad():
+        if chosen == "triton":
+            triton_backend.expand_add_(W, C, U, V, alpha, rounding, seed, base)
+            return W
         wide = compute_dtype(W.dtype)
         scaled = C.to(wide) * alpha
+        key = seed if rounding == "stochastic" else None
         for index, (X, core, A, B, start) in enumerate(matrices(W, scaled, U, V, base)):
             assert X is not None
             assert core is not None
             assert A is not None
             assert B is not None
-            key = seed if rounding == "stochastic" else None
-            _expand_add_matrix(X, core, A.to(wide), B.to(wide), start, key, index * W.shape[-2])
+            _expand_add_matrix(X, core, A, B.to(wide), start, key, index * W.shape[-2])
     return W
 
 
@@ -132,26 +160,25 @@ def _expand_add_matrix(
     row0: int,
 ) -> None:
     m, n = W.shape
-    if W.numel() == 0:
-        return
-    if C.numel() == 0:
-        C, U, V = C.new_zeros(1, 1), U.new_zeros(m, 1), V.new_zeros(n, 1)
-    if W.dtype == C.dtype:
+    wide = C.dtype
+    empty = C.numel() == 0
+    if W.dtype == wide:
         if base is not None:
             W.copy_(base)
-        if m <= n:
-            W.addmm_(U @ C, V.mT)
+        if empty:
+            return
+        U = U.to(wide)
+        if arrange("core", "none", m, n, U.shape[1], V.shape[1], False).transposed:
+            W.addmm_(U, torch.mm(C, V.t()))
         else:
-            W.addmm_(U, C @ V.mT)
+            W.addmm_(torch.mm(U, C), V.t())
         return
     source = W if base is None else base
-    right = C @ V.mT
     for rows in row_panels(m, n):
-        total = torch.addmm(source[rows].to(C.dtype), U[rows], right)
-        if seed is None:
-            W[rows] = total.to(W.dtype)
-        else:
-            W[rows] = stochastic_round(total, W.dtype, seed, row0=row0 + rows.start)
+        total = source[rows].to(wide, copy=True)
+        if not empty:
+            total.addmm_(torch.mm(U[rows].to(wide), C), V.t())
+        store(W[rows], total, seed, at=(row0 + rows.start, 0))
 
 
 def _check_source(name: str, X: Tensor, W: Tensor) -> None:
@@ -159,23 +186,4 @@ def _check_source(name: str, X: Tensor, W: Tensor) -> None:
         raise TypeError(
             f"{name} must have the dtype {checks.dtype_name(W.dtype)} of W or "
             f"{checks.dtype_name(compute_dtype(W.dtype))}; got {checks.describe(X)}"
-        )
-
-
-def _check_seed(rounding: str, seed: int | Tensor | None, W: Tensor) -> None:
-    if rounding == "nearest":
-        if seed is not None:
-            raise ValueError(f"seed is only for rounding='stochastic'; got seed={seed!r}")
-        return
-    if W.dtype not in checks.LOW_PRECISION:
-        raise TypeError(
-            "rounding='stochastic' is for bfloat16 and float16; "
-            f"W is {checks.dtype_name(W.dtype)}, which needs none"
-        )
-    if isinstance(seed, Tensor):
-        if seed.ndim != 0 or seed.dtype != torch.int64:
-            raise TypeError(f"seed must be an int or a 0-d int64 tensor; got {seed!r}")
-    elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(
-            f"rounding='stochastic' needs seed, an int or a 0-d int64 tensor; got {seed!r}"
         )

@@ -63,6 +63,18 @@ def project_(
     if is_traced(G):
         torch.ops.sculpt_kernels.project_(G, U, V, form, backend, check, complement, precision)
         return G
+    if (
+        form == "core"
+        and U is not None
+        and V is not None
+        and backend in ("auto", "torch")
+        and complement == "none"
+        and precision == "standard"
+        and not check
+        and checks.plainly_fits(G, U, V)
+        and _is_one_panel(G, U, V)
+    ):
+        return _remove_core(G, U, V)
     left, right = checks.projection(G, U, V, form, complement=complement, check=check)
     checks.writable("G", G)
     checks.no_overlap("G", G, U=left, V=right)
@@ -157,8 +169,8 @@ def project_many_(
             checks.no_overlap("G", G, U=left, V=right)
     checks.disjoint("Gs", Gs)
     rest: Sequence[int] = range(len(Gs))
-    if Gs and precision == "standard" and complement == "none":
-        rest = triton_backend.project_groups_(Gs, Us, Vs, form, backend)
+    if complement == "none":
+        rest = triton_backend.project_many_(Gs, Us, Vs, form, precision, backend)
     for i in rest:
         _run(Gs[i], Us[i], Vs[i], form, backend, complement, precision)
 
@@ -190,13 +202,13 @@ def _run(
     chosen = choose(
         backend,
         G.device,
-        lambda: triton_backend.project_reason(G, U, V, form, complement, precision, backend),
+        lambda: triton_backend.project_reason(G, U, V, complement, precision, backend),
     )
     if G.numel() == 0:
         return
     with torch.no_grad():
         if chosen == "triton":
-            triton_backend.project_(G, U, V, form)
+            triton_backend.project_(G, U, V, form, precision)
         elif exact and not G.is_cpu and G.dtype in checks.LOW_PRECISION:
             split_precision.project_(G, U, V, form, complement)
         elif G.is_cpu:
@@ -213,27 +225,33 @@ def _on_cpu(
     G: Tensor, U: Tensor | None, V: Tensor | None, form: str, complement: str, exact: bool
 ) -> None:
     fast = has_fast_products(G.dtype, "cpu")
-    if G.dtype in checks.LOW_PRECISION:
-        if fast and not exact and _library_layout(G):
-            factored.project_batch(G, U, V, form, complement)
-            return
-    elif (
-        form == "core"
-        and complement == "none"
-        and not exact
-        and G.ndim == 2
-        and G.shape[0] <= VIEW_ROWS
-        and G.shape[0] <= G.shape[1]
-    ):
-        # A single panel: the same products as `sweep`, without its bookkeeping.
-        assert U is not None
-        assert V is not None
-        core = torch.mm(U.t(), torch.mm(G, V))
-        G.addmm_(torch.mm(U, core), V.t(), alpha=-1)
+    if G.dtype in checks.LOW_PRECISION and fast and not exact and _library_layout(G):
+        factored.project_batch(G, U, V, form, complement)
         return
     for X, A, B in matrices(G, U, V):
         assert X is not None
         sweep.project_matrix(X, A, B, form, complement, exact)
+
+
+def _is_one_panel(G: Tensor, U: Tensor, V: Tensor) -> bool:
+    """Small enough that the calls themselves count, and best contracted from the right."""
+    m, n = G.shape
+    r, s = U.shape[1], V.shape[1]
+    return (
+        m <= VIEW_ROWS
+        and s * m * (n + r) <= r * n * (m + s)
+        and G.dtype not in checks.LOW_PRECISION
+    )
+
+
+def _remove_core(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """The products of `sweep` for a single panel, without its bookkeeping."""
+    core = torch.mm(U.t(), torch.mm(G, V))
+    if not checks.sums_to_number(core):
+        # NaN in G may pass: it is the caller's to see. NaN in a basis may not.
+        checks.free_of_nan("U", U)
+        checks.free_of_nan("V", V)
+    return G.addmm_(torch.mm(U, core), V.t(), alpha=-1)
 
 
 def _library_layout(G: Tensor) -> bool:

@@ -41,31 +41,78 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def random_bits(rows: int, n: int, seed: int | Tensor, *, row0: int = 0, device: object) -> Tensor:
-    """16 random bits for each element of rows `row0 .. row0 + rows`, int32 `(rows, n)`."""
-    groups = -(-n // LANES)
-    index = torch.arange(row0 * groups, (row0 + rows) * groups, device=device)  # type: ignore[call-overload]
+def random_bits(
+    rows: int,
+    columns: int,
+    seed: int | Tensor,
+    *,
+    at: tuple[int, int] = (0, 0),
+    width: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """16 random bits for each element of a `rows x columns` block, int32.
+
+    The block starts at row and column `at` of a matrix that is `width` columns wide (default: the
+    columns of the block).
+    """
+    groups = -(-(columns if width is None else width) // LANES)
+    first, last = at[1] // LANES, -(-(at[1] + columns) // LANES)
+    row = torch.arange(at[0], at[0] + rows, device=device)
+    index = row[:, None] * groups + torch.arange(first, last, device=device)
     zero = torch.zeros_like(index)
     words = philox4x32(
         (index & _MASK, (index >> 32) & _MASK, zero, zero), (seed & _MASK, (seed >> 32) & _MASK)
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    bits = torch.stack(halves, dim=-1).to(torch.int32)
-    return bits.view(rows, groups * LANES)[:, :n]
+    bits = torch.stack(halves, dim=-1).to(torch.int32).view(rows, -1)
+    skip = at[1] - first * LANES
+    return bits[:, skip : skip + columns]
 
 
-def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int | Tensor, *, row0: int = 0) -> Tensor:
+def store(
+    out: Tensor,
+    x: Tensor,
+    seed: int | Tensor | None,
+    *,
+    at: tuple[int, int] = (0, 0),
+    width: int | None = None,
+) -> None:
+    """Write `x` into `out`, rounded to nearest, or stochastically where there is a seed.
+
+    `at` and `width` are those of `random_bits`.
+    """
+    if seed is None:
+        out.copy_(x)
+    else:
+        out.copy_(stochastic_round(x, out.dtype, seed, at=at, width=width))
+
+
+def stochastic_round(
+    x: Tensor,
+    dtype: torch.dtype,
+    seed: int | Tensor,
+    *,
+    at: tuple[int, int] = (0, 0),
+    width: int | None = None,
+) -> Tensor:
     """Round float32 `x` `(rows, n)` to bfloat16 or float16, up or down at random, unbiased.
 
     The probability of rounding away from zero is the distance to the neighbour towards zero in
     units of the spacing, to 16 bits (13 bits for float16 normals). NaN and infinities stay.
-    `row0` is the index of the first row, so that panels give the bits of the whole.
+    `at` is the place of `x` in a matrix of `width` columns, so that panels give the bits of the
+    whole.
     """
-    bits = random_bits(x.shape[0], x.shape[1], seed, row0=row0, device=x.device)
+    if dtype not in checks.LOW_PRECISION:
+        raise TypeError(
+            "rounding='stochastic' is for bfloat16 and float16; "
+            f"got {checks.dtype_name(dtype)}, which needs none"
+        )
+    bits = random_bits(x.shape[0], x.shape[1], seed, at=at, width=width, device=x.device)
+    x = x.float()
     raw = x.contiguous().view(torch.int32)
     if dtype == torch.bfloat16:
         rounded = _add_below(raw, bits, 16)
-    elif dtype == torch.float16:
+    else:
         rounded = _add_below(raw, bits >> 3, 13)
         # Below 2**-14 float16 has a fixed spacing of 2**-24; every step here is exact.
         steps = x.abs() * 2.0**24
@@ -73,11 +120,6 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int | Tensor, *, row0:
         up = (steps - down) * 2.0**16 > bits.to(torch.float32)
         subnormal = torch.copysign((down + up) * 2.0**-24, x)
         rounded = torch.where(x.abs() < 2.0**-14, subnormal.view(torch.int32), rounded)
-    else:
-        raise TypeError(
-            "rounding='stochastic' is for bfloat16 and float16; "
-            f"got {checks.dtype_name(dtype)}, which needs none"
-        )
     kept = torch.where(torch.isfinite(x), rounded, raw)
     return kept.view(torch.float32).to(dtype)
 

@@ -1,0 +1,305 @@
+"""One AdamW step whose gradient or whose applied update is projected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculpt_kernels import checks, factored, sweep, triton_backend
+from sculpt_kernels.backend import choose
+from sculpt_kernels.panels import matrices, row_panels
+from sculpt_kernels.rounding import store
+from sculpt_kernels.tracing import is_traced
+
+Scalar = float | Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """The scalars of one step, numbers or 0-d tensors alike."""
+
+    lr: Scalar
+    beta1: Scalar
+    beta2: Scalar
+    eps: Scalar
+    weight_decay: Scalar
+    step: int | Tensor
+
+    @property
+    def correction1(self) -> Scalar:
+        return 1 - self.beta1**self.step
+
+    @property
+    def correction2(self) -> Scalar:
+        return 1 - self.beta2**self.step
+
+
+def project_adamw_(
+    W: Tensor,
+    G: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    U: Tensor | None = None,
+    V: Tensor | None = None,
+    *,
+    form: str = "core",
+    project: str = "update",
+    lr: float | Tensor,
+    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+    eps: float | Tensor = 1e-8,
+    weight_decay: float | Tensor = 0.0,
+    step: int | Tensor,
+    complement: str = "none",
+    copy: Tensor | None = None,
+    rounding: str = "nearest",
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> Tensor:
+    """One projected AdamW step in place; returns `W`.
+
+    With `P` the projection of `project_` and `g` the gradient,
+
+        exp_avg    <- beta1 exp_avg    + (1 - beta1) g
+        exp_avg_sq <- beta2 exp_avg_sq + (1 - beta2) g²
+        D           = (exp_avg / (1 - beta1^step)) / (√(exp_avg_sq / (1 - beta2^step)) + eps)
+
+    - `project="update"`: `g = G` and `W <- W - lr P(D + weight_decay W)`. What is applied, weight
+      decay included, lies in the allowed subspace exactly.
+    - `project="gradient"`: `g = P(G)` and `W <- W - lr (D + weight_decay W)`, the decoupled decay
+      of AdamW (arXiv 1711.05101). The division by `√exp_avg_sq` turns the update out of the
+      allowed subspace again: 10 to 20 % of its norm is removed directions for ranks of `k/2`.
+
+    Args:
+        W, G, exp_avg, exp_avg_sq: `(..., m, n)`, each of any floating dtype, any strides; all but
+            `G` are written.
+        U: `(..., m, r)`; V: `(..., n, s)`; one dtype, any floating one; `None` where the form has
+            no such side.
+        form, complement, backend, check: as for `project_`.
+        lr, betas, eps, weight_decay: numbers or 0-d tensors on the device of `W`.
+        step: number of this step, from 1; an int or a 0-d tensor.
+        copy: `(..., m, n)`: receives the new `W` in its own dtype, for example bfloat16.
+        rounding: `"nearest"`, or `"stochastic"` for the bfloat16 or float16 `copy` or, without
+            one, `W`.
+        seed: 64-bit int or 0-d int64 tensor; required by and only for `"stochastic"`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; raised before anything is changed.
+        RuntimeError: the backend cannot run here.
+    """
+    if is_traced(W) or is_traced(G):
+        torch.ops.sculpt_kernels.project_adamw_(
+            W, G, exp_avg, exp_avg_sq, U, V, form, project,
+            *checks.number_or_tensor(lr), *checks.number_or_tensor(betas[0]),
+            *checks.number_or_tensor(betas[1]), *checks.number_or_tensor(eps),
+            *checks.number_or_tensor(weight_decay), *checks.int_or_tensor(step),
+            complement, copy, rounding, *checks.int_or_tensor(seed), backend, check,
+        )  # fmt: skip
+        return W
+    checks.choice("project", project, ("update", "gradient"))
+    left, right = checks.projection(
+        W, U, V, form, name="W", complement=complement, check=check, mixed=True
+    )
+    state = {"W": W, "G": G, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    if copy is not None:
+        state["copy"] = copy
+    _check_state(state, left, right)
+    _check_scalars(W, lr, betas, eps, weight_decay, step)
+    target = "W" if copy is None else "copy"
+    checks.rounding(rounding, seed, target, state[target])
+    scalars = Step(lr, betas[0], betas[1], eps, weight_decay, step)
+    chosen = choose(
+        backend,
+        W.device,
+        lambda: triton_backend.adamw_reason(
+            W, G, exp_avg, exp_avg_sq, left, right, copy, complement=complement
+        ),
+    )
+    if W.numel() == 0 or W.is_meta:
+        return W
+    with torch.no_grad():
+        if chosen == "triton":
+            triton_backend.project_adamw_(
+                W, G, exp_avg, exp_avg_sq, left, right, form=form, project=project, lr=lr,
+                betas=betas, eps=eps, weight_decay=weight_decay, step=step, copy=copy,
+                rounding=rounding, seed=seed,
+            )  # fmt: skip
+            return W
+        key = seed if rounding == "stochastic" else None
+        everything = matrices(W, G, exp_avg, exp_avg_sq, copy, left, right)
+        for index, (w, g, m, v, c, a, b) in enumerate(everything):
+            assert w is not None
+            assert g is not None
+            assert m is not None
+            assert v is not None
+            state_of = _State(w, g, m, v, c, scalars, key, index * w.shape[0])
+            if w.is_cpu:
+                _on_cpu(state_of, a, b, form, complement, project)
+            else:
+                _on_device(state_of, a, b, form, complement, project)
+    return W
+
+
+def _on_cpu(
+    state: _State, U: Tensor | None, V: Tensor | None, form: str, complement: str, project: str
+) -> None:
+    transposed = sweep.is_transposed(state.W, U, V, form, complement)
+    if transposed:
+        state, U, V = state.swapped(), V, U
+    source: sweep.Source = _Update(state) if project == "update" else _Gradient(state)
+    sweep.project_source(source, U, V, form, complement, state.wide, transposed=transposed)
+
+
+def _on_device(
+    state: _State, U: Tensor | None, V: Tensor | None, form: str, complement: str, project: str
+) -> None:
+    """Whole matrices: on an accelerator a panel at a time would be a launch at a time."""
+    every = slice(None)
+    basis = V if U is None else U
+    assert basis is not None
+    if project == "update":
+        state.moments(every, state.G.to(state.wide))
+        direction = state.direction(every).to(basis.dtype)
+        factored.project_batch(direction, U, V, form, complement)
+        state.apply(every, direction.to(state.wide))
+    else:
+        gradient = state.G.to(basis.dtype, copy=True)
+        factored.project_batch(gradient, U, V, form, complement)
+        state.moments(every, gradient.to(state.wide))
+        state.apply(every, state.direction(every))
+
+
+@dataclass
+class _State:
+    """One matrix with its moments, and the elementwise part of the step on a range of its rows."""
+
+    W: Tensor
+    G: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    copy: Tensor | None
+    scalars: Step
+    seed: int | Tensor | None
+    row0: int
+    transposed: bool = False
+
+    @property
+    def wide(self) -> torch.dtype:
+        dtype = torch.promote_types(self.W.dtype, self.exp_avg.dtype)
+        return torch.promote_types(dtype, torch.float32)
+
+    def swapped(self) -> _State:
+        copy = None if self.copy is None else self.copy.mT
+        tensors = (self.W.mT, self.G.mT, self.exp_avg.mT, self.exp_avg_sq.mT, copy)
+        return _State(*tensors, self.scalars, self.seed, self.row0, True)
+
+    def moments(self, rows: slice, gradient: Tensor) -> None:
+        """Take a gradient in the dtype of the computation into the moments."""
+        s = self.scalars
+        for stored, value, beta in (
+            (self.exp_avg[rows], gradient, s.beta1),
+            (self.exp_avg_sq[rows], gradient.square(), s.beta2),
+        ):
+            if stored.dtype == value.dtype and not isinstance(beta, Tensor):
+                stored.lerp_(value, 1 - beta)
+            else:
+                stored.copy_(stored.to(value.dtype) * beta + value * (1 - beta))
+
+    def direction(self, rows: slice) -> Tensor:
+        """`m̂ / (√v̂ + eps) + weight_decay W` from the moments as they are stored."""
+        s = self.scalars
+        root = self.exp_avg_sq[rows].to(self.wide, copy=True).sqrt_()
+        root.mul_(1 / s.correction2**0.5).add_(s.eps)
+        step = (self.exp_avg[rows].to(self.wide) / root).mul_(1 / s.correction1)
+        if isinstance(s.weight_decay, Tensor) or s.weight_decay:
+            step.add_(self.W[rows].to(self.wide) * s.weight_decay)
+        return step
+
+    def apply(self, rows: slice, step: Tensor) -> None:
+        """`W <- W - lr step`, rounded once."""
+        new = torch.sub(self.W[rows].to(self.wide), step.mul_(self.scalars.lr))
+        for out in (self.W, self.copy):
+            if out is None:
+                continue
+            rounds = out is self.copy or self.copy is None
+            target, value = out[rows], new
+            if self.transposed:
+                target, value = target.mT, value.mT
+            start = rows.start or 0
+            at = (self.row0, start) if self.transposed else (self.row0 + start, 0)
+            width = out.shape[0] if self.transposed else out.shape[1]
+            store(target, value, self.seed if rounds else None, at=at, width=width)
+
+    def panels(self) -> Iterator[slice]:
+        return row_panels(self.W.shape[0], self.W.shape[1])
+
+
+class _Update:
+    """The step `D` as a matrix: it exists one panel at a time and goes into `W` projected."""
+
+    def __init__(self, state: _State) -> None:
+        self.state = state
+        self.shape = (state.W.shape[0], state.W.shape[1])
+        self.panels = state.panels
+
+    def load(self, rows: slice) -> Tensor:
+        self.state.moments(rows, self.state.G[rows].to(self.state.wide))
+        return self.state.direction(rows)
+
+    def reload(self, rows: slice) -> Tensor:
+        return self.state.direction(rows)
+
+    def store(self, rows: slice, panel: Tensor) -> None:
+        self.state.apply(rows, panel)
+
+
+class _Gradient:
+    """The gradient as a matrix; its projection goes into the moments, and these into `W`."""
+
+    def __init__(self, state: _State) -> None:
+        self.state = state
+        self.shape = (state.W.shape[0], state.W.shape[1])
+        self.panels = state.panels
+
+    def load(self, rows: slice) -> Tensor:
+        return self.state.G[rows].to(self.state.wide, copy=True)
+
+    reload = load
+
+    def store(self, rows: slice, panel: Tensor) -> None:
+        self.state.moments(rows, panel)
+        self.state.apply(rows, self.state.direction(rows))
+
+
+def _check_state(state: dict[str, Tensor], U: Tensor | None, V: Tensor | None) -> None:
+    W = state["W"]
+    for name, X in state.items():
+        checks.matrix(name, X)
+        if X.shape != W.shape:
+            raise ValueError(
+                f"{name} must have the shape {tuple(W.shape)} of W; got {checks.describe(X)}"
+            )
+    checks.same_device(**state, U=U, V=V)
+    written = [name for name in state if name != "G"]
+    for name in written:
+        checks.writable(name, state[name])
+        others = {other: X for other, X in state.items() if other != name}
+        checks.no_overlap(name, state[name], **others, U=U, V=V)
+
+
+def _check_scalars(W: Tensor, lr: Any, betas: Any, eps: Any, weight_decay: Any, step: Any) -> None:
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"betas must be two numbers; got {checks.describe(betas)}")
+    for name, value, upper in (
+        ("lr", lr, None),
+        ("betas[0]", betas[0], 1.0),
+        ("betas[1]", betas[1], 1.0),
+        ("eps", eps, None),
+        ("weight_decay", weight_decay, None),
+    ):
+        checks.scalar(name, value, W, lower=0.0, upper=upper)
+    checks.scalar("step", step, W, lower=1, integer=True)
