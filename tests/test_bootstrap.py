@@ -48,7 +48,7 @@ class FakePip:
                 raise bootstrap.SetupError(bootstrap.explain(said, Path("pip.log")))
         if self.leaves and arguments[-1].startswith("torch=="):
             site = self.setup.venv / "lib" / "python3.11" / "site-packages"
-            (site / f"torch-{self.leaves}.dist-info").mkdir(parents=True)
+            (site / f"torch-{self.leaves}.dist-info").mkdir(parents=True, exist_ok=True)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def setup(tmp_path: Path) -> Any:
     )
     setup = bootstrap.Setup(tmp_path)
     setup.has_gpu = False
-    setup.python.parent.mkdir(parents=True)
+    setup.python.parent.mkdir(parents=True, exist_ok=True)
     setup.python.symlink_to(sys.executable)
     version = ".".join(str(n) for n in sys.version_info[:3])
     (setup.venv / "pyvenv.cfg").write_text(f"version = {version}\n", encoding="utf-8")
