@@ -80,26 +80,36 @@ def gram(A: Tensor, request: Request) -> Parts:
 def _long_side(A: Tensor, U: Tensor, squares: Tensor, h: int, request: Request) -> Tensor:
     """Right basis of the part whose left basis is in `U`, orthogonal to that of the other part.
 
-    `AᵀU` has orthogonal columns up to rounding, which counts by `κ = λ₁ / sqrt(λ_h λ_k)`. Small:
-    nothing is to do. Moderate: one step takes the leading directions out, with `V_h` in the
-    implicit form `AᵀU_h Λ_h^-½`. Large, or singular values of zero: a Householder QR of all columns
-    in falling order makes a column of rounding noise orthogonal to all that came before it.
+    The columns of `AᵀU` are orthogonal up to rounding, which counts by `κ = λ₁ / sqrt(λ_h λ_k)`.
+    Where that is not small, one step takes the leading directions out of the trailing ones, with
+    `V_h` in the implicit form `AᵀU_h Λ_h^-½`. A column that loses half of its length in that step
+    was rounding noise, from a singular value of about zero: a Householder QR of all columns in
+    falling order makes such a one orthogonal to all that came before it. So it does where the
+    leading singular values themselves are not resolved.
     """
-    if request.part == "low":
-        last = squares[..., -1]
-    else:
-        last = squares[..., max(h, 1) - 1]
-    kappa = squares[..., 0] / (squares[..., max(h, 1) - 1] * last).sqrt()
-    worst = float(torch.nan_to_num(kappa, nan=torch.inf).max())
+    columns = request.columns(h)
     eps = torch.finfo(A.dtype).eps
-    if worst > 1e-3 / eps:
-        Q: Tensor = torch.linalg.qr(A.mT @ U).Q
-        return Q[..., request.columns(h)]
-    B = A.mT @ U[..., request.columns(h)]
-    if request.part == "low" and h and worst > eps ** (-1 / 3) / 6:
+    last = squares[..., max(h, 1) - 1]
+    if not bool((last > 8 * A.shape[-2] * eps * squares[..., 0]).all()):
+        return _ordered_qr(A, U)[..., columns]
+    B = A.mT @ U[..., columns]
+    if request.part == "high" or h == 0:
+        return orthonormalize(B)
+    kappa = squares[..., 0] / (last * squares[..., -1]).sqrt()
+    if not bool((kappa <= eps ** (-1 / 3) / 6).all()):
         high = U[..., :h]
-        B = B - A.mT @ (high @ ((high.mT @ (A @ B)) / squares[..., :h].unsqueeze(-1)))
+        inner = (high.mT @ (A @ B)) / squares[..., :h].unsqueeze(-1)
+        cleaned = B - A.mT @ (high @ inner)
+        before, after = (torch.linalg.vector_norm(X, dim=-2) for X in (B, cleaned))
+        if not bool(((after >= before / 2) & (after > 0)).all()):
+            return _ordered_qr(A, U)[..., columns]
+        B = cleaned
     return orthonormalize(B)
+
+
+def _ordered_qr(A: Tensor, U: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.qr(A.mT @ U).Q
+    return Q
 
 
 # Power iterations go on until one of them adds less than this share to the captured energy.
