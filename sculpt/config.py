@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -30,6 +31,8 @@ class SculptConfig:
         weight_update: how bfloat16 and float16 weights follow `C`: `"stochastic"` rounds each
             step's change at random, unbiased; `"recompute"` rounds `W₀ + U_l C V_lᵀ` once, and
             keeps `W₀` on the device. float32 and float64 weights are always recomputed.
+        subspace_cache: directory where subspaces are kept, by hash of the weight, so that a model
+            is decomposed once; `None` keeps none.
         seed: seed of the stochastic rounding.
 
     Raises:
@@ -45,6 +48,7 @@ class SculptConfig:
     coordinates: str = "thin"
     others: str = "freeze"
     weight_update: str = "stochastic"
+    subspace_cache: str | os.PathLike[str] | None = None
     seed: int = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -84,6 +88,8 @@ class SculptConfig:
         _check_choice("coordinates", self.coordinates, ("thin",))
         _check_choice("others", self.others, ("freeze",))
         _check_choice("weight_update", self.weight_update, ("stochastic", "recompute"))
+        if not isinstance(self.subspace_cache, str | os.PathLike | None):
+            raise TypeError(f"subspace_cache must be a path or None; got {self.subspace_cache!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an int; got {self.seed!r}")
 

@@ -17,7 +17,7 @@ from sculpt.config import SculptConfig
 from sculpt.linear import make_compact, make_plain
 from sculpt.targets import Target, find_targets
 from sculpt.task import Sculpted, TaskRow, TaskTable
-from sculpt_kernels import Subspace, expand_add_, split
+from sculpt_kernels import Subspace, SubspaceCache, expand_add_, split
 
 Progress = Callable[[int, int, str], None]
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -60,6 +60,8 @@ class Sculptor:
         self._optimizer: Optimizer | None = None
         self._handle: Any = None
         self._updates = 0
+        cache = config.subspace_cache
+        self._split = split if cache is None else SubspaceCache(cache).split
 
     def begin_task(
         self,
@@ -98,7 +100,7 @@ class Sculptor:
             raise ValueError(f"subspaces names {unknown[0]!r}, which is no target of this model")
         found: list[Subspace] = []
         for done, target in enumerate(targets.chosen, start=1):
-            found.append(_subspace(target, given.get(target.name)))
+            found.append(self._subspace(target, given.get(target.name)))
             if progress is not None:
                 progress(done, len(targets.chosen), target.name)
 
@@ -262,24 +264,27 @@ class Sculptor:
         device = weight.device if self._recomputes(weight) else torch.device("cpu")
         return weight.detach().to(device, copy=True)
 
-
-def _subspace(target: Target, given: Subspace | None) -> Subspace:
-    weight = target.module.weight.detach()
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    if given is None:
-        try:
-            # In float64, so that the span is exact; the bases are rounded once, to float32.
-            low = split(weight.double(), rank=target.preserved, part="low")
-        except ValueError as error:
-            raise ValueError(f"{target.name}.weight cannot be split: {error}") from error
-        return replace(low, U=low.U.to(dtype), V=low.V.to(dtype))
-    if given.part != "low":
-        raise ValueError(f"subspaces[{target.name!r}] must have part 'low'; got {given.part!r}")
-    for side, basis, size in zip("UV", (given.U, given.V), weight.shape, strict=True):
-        expected = (size, target.trainable_rank)
-        if tuple(basis.shape) != expected or basis.dtype != dtype or basis.device != weight.device:
-            raise ValueError(
-                f"subspaces[{target.name!r}].{side} must be {expected}, {dtype}, on "
-                f"{weight.device}; got {tuple(basis.shape)}, {basis.dtype}, on {basis.device}"
-            )
-    return given
+    def _subspace(self, target: Target, given: Subspace | None) -> Subspace:
+        weight = target.module.weight.detach()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if given is None:
+            try:
+                # In float64, so that the span is exact; the bases are rounded once, to float32.
+                low = self._split(weight.double(), rank=target.preserved, part="low")
+            except ValueError as error:
+                raise ValueError(f"{target.name}.weight cannot be split: {error}") from error
+            return replace(low, U=low.U.to(dtype), V=low.V.to(dtype))
+        if given.part != "low":
+            raise ValueError(f"subspaces[{target.name!r}] must have part 'low'; got {given.part!r}")
+        for side, basis, size in zip("UV", (given.U, given.V), weight.shape, strict=True):
+            expected = (size, target.trainable_rank)
+            if (
+                tuple(basis.shape) != expected
+                or basis.dtype != dtype
+                or basis.device != weight.device
+            ):
+                raise ValueError(
+                    f"subspaces[{target.name!r}].{side} must be {expected}, {dtype}, on "
+                    f"{weight.device}; got {tuple(basis.shape)}, {basis.dtype}, on {basis.device}"
+                )
+        return given

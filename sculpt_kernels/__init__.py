@@ -8,6 +8,7 @@ from sculpt_kernels import reference
 from sculpt_kernels.adamw import project_adamw_
 from sculpt_kernels.backend import backends
 from sculpt_kernels.basis import orthonormalize
+from sculpt_kernels.cache import SubspaceCache
 from sculpt_kernels.coordinates import compress, expand_add_
 from sculpt_kernels.leakage import Leak, leak
 from sculpt_kernels.linear import compact_linear
@@ -20,6 +21,7 @@ __all__ = [
     "Leak",
     "Plan",
     "Subspace",
+    "SubspaceCache",
     "backends",
     "compact_linear",
     "compress",

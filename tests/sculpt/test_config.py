@@ -33,6 +33,7 @@ from sculpt.ranks import preserved_rank
         ({"coordinates": "fat"}, ValueError, "coordinates must be one of"),
         ({"others": "train"}, ValueError, "others must be one of"),
         ({"weight_update": "magic"}, ValueError, "weight_update must be one of"),
+        ({"subspace_cache": 3}, TypeError, "subspace_cache must be a path"),
         ({"seed": 0.5}, TypeError, "seed must be an int"),
         ({"unfreeze_rank_ration": 0.5}, TypeError, "did you mean 'unfreeze_rank_ratio'"),
         ({"zzz": 0.5}, TypeError, "no field 'zzz'.*Known fields: unfreeze_rank_ratio"),

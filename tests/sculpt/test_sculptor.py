@@ -307,3 +307,14 @@ def test_the_table_lists_every_parameter():
         assert name.removesuffix(".weight") in text
     assert "4.weight: not in target_modules" in text
     assert table.dense_elements == 20 * 32 + 32 * 32
+
+
+def test_subspaces_are_kept_and_reused(tmp_path):
+    config = SculptConfig(subspace_cache=tmp_path)
+    bases = []
+    for _ in range(2):
+        model = small_model()
+        Sculptor(model, config).begin_task()
+        bases.append(model[2].sculpt_U)
+        assert len(list(tmp_path.iterdir())) == 3
+    assert torch.equal(*bases)
