@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sculpt_kernels.basis import orthonormalize
 from sculpt_kernels.quadrature import density
-from sculpt_kernels.randomized import rsvd
+from sculpt_kernels.randomized import settled_rsvd
 from sculpt_kernels.spectral import leading_eigenvectors
 
 
@@ -112,11 +112,6 @@ def _ordered_qr(A: Tensor, U: Tensor) -> Tensor:
     return Q
 
 
-# Power iterations go on until one of them adds less than this share to the captured energy.
-SETTLED = 1e-4
-MOST_POWER_ITERS = 16
-
-
 def range_(A: Tensor, request: Request) -> Parts:
     """Randomized range finder that iterates until the captured energy settles.
 
@@ -126,7 +121,7 @@ def range_(A: Tensor, request: Request) -> Parts:
     total = A.square().sum((-2, -1)).unsqueeze(-1)
     width = request.rank if request.rank is not None else max(1, k // 16)
     while True:
-        U, S, V, converged = _settled_rsvd(A, width, request.seed)
+        U, S, V, converged = settled_rsvd(A, width, request.seed)
         share = torch.where(total > 0, S.square().cumsum(-1) / total, 1.0).clamp_max(1.0)
         reached = request.energy is None or bool((share[..., -1] >= request.energy).all())
         if reached or width == k:
@@ -139,22 +134,6 @@ def range_(A: Tensor, request: Request) -> Parts:
     if request.part == "low":
         U, V = _complement(A, U, V)
     return Parts(U, V, h, energy, "range", converged and reached)
-
-
-def _settled_rsvd(A: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor, bool]:
-    generator = torch.Generator().manual_seed(seed)
-    state = generator.get_state()
-    captured = None
-    power_iters = 2
-    while True:
-        generator.set_state(state)
-        U, S, V = rsvd(A, rank, power_iters=power_iters, generator=generator)
-        energy = S.square().sum(-1)
-        if captured is not None and bool((energy - captured <= SETTLED * energy).all()):
-            return U, S, V, True
-        if power_iters >= MOST_POWER_ITERS:
-            return U, S, V, False
-        captured, power_iters = energy, 2 * power_iters
 
 
 def _complement(A: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,4 +201,4 @@ def _shares(squares: Tensor) -> Tensor:
 
 
 def _kept(share: Tensor, h: int) -> float:
-    return float(share[..., h - 1].min()) if h else float((share[..., 0] == 1.0).all())
+    return float(share[..., h - 1].min()) if h else 0.0

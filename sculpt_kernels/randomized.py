@@ -78,15 +78,45 @@ def _rsvd(
     A: Tensor, rank: int, oversample: int | None, power_iters: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`A` is wide, so that the sketch works on the short side."""
-    m, n = A.shape[-2:]
-    p = max(8, rank // 4) if oversample is None else oversample
-    width = min(rank + p, m)
-    if rank == 0:
-        batch = A.shape[:-2]
-        return A.new_zeros(*batch, m, 0), A.new_zeros(*batch, 0), A.new_zeros(*batch, n, 0)
-    Q = orthonormalize(A @ sketch(n, width, seed, dtype=A.dtype, device=A.device))
+    Q = _sketched(A, rank, oversample, seed)
     for _ in range(power_iters):
         Q = orthonormalize(A @ orthonormalize(A.mT @ Q))
+    return _truncated(A, Q, rank)
+
+
+# Power iterations go on until one of them adds less than this share to the captured energy.
+SETTLED = 1e-4
+MOST_POWER_ITERS = 16
+
+
+def settled_rsvd(A: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """As `rsvd` of a wide `A`, with as many power iterations as the captured energy asks for.
+
+    The last value says whether an iteration added less than `SETTLED` of it before
+    `MOST_POWER_ITERS`.
+    """
+    Q = _sketched(A, rank, None, seed)
+    captured = torch.zeros_like(A[..., 0, 0])
+    settled = False
+    for _ in range(MOST_POWER_ITERS):
+        image = A.mT @ Q
+        energy = image.square().sum((-2, -1))
+        settled = bool((energy - captured <= SETTLED * energy).all())
+        if settled:
+            break
+        captured = energy
+        Q = orthonormalize(A @ orthonormalize(image))
+    return *_truncated(A, Q, rank), settled
+
+
+def _sketched(A: Tensor, rank: int, oversample: int | None, seed: int) -> Tensor:
+    m, n = A.shape[-2:]
+    width = min(rank + (max(8, rank // 4) if oversample is None else oversample), m)
+    return orthonormalize(A @ sketch(n, width, seed, dtype=A.dtype, device=A.device))
+
+
+def _truncated(A: Tensor, Q: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rayleigh-Ritz: the best `rank` directions inside the span of `Q`."""
     left, S, right = torch.linalg.svd(Q.mT @ A, full_matrices=False)
     U = Q @ left[..., :rank]
     return U.contiguous(), S[..., :rank].contiguous(), right.mT[..., :rank].contiguous()

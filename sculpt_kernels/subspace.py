@@ -107,7 +107,7 @@ def split(
         V=V.contiguous(),
         rank=found.rank,
         part=part,
-        energy=found.energy,
+        energy=found.energy if bool((largest > 0).any()) else 1.0,
         method=found.method,
         converged=found.converged,
     )

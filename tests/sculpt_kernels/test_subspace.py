@@ -53,10 +53,12 @@ def test_a_matrix_and_its_transpose_agree():
     assert float((one.V @ one.V.T - two.U @ two.U.T).abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("method", ["gram", "svd", "spectral", "range"])
 @pytest.mark.parametrize("rank", [0, 1, 23, 24])
-def test_bounds_of_the_rank(rank):
-    W = planted(24, 40, SPECTRA["power law"](24)).float()
-    low, high = split(W, rank=rank), split(W, rank=rank, part="high")
+def test_bounds_of_the_rank(rank, method):
+    W = planted(24, 40, SPECTRA["power law"](24))
+    low = split(W, rank=rank, method=method)
+    high = split(W, rank=rank, part="high", method=method)
     assert low.U.shape[1] == 24 - rank
     assert high.V.shape[1] == rank
     assert (high.energy == 0.0) == (rank == 0)
@@ -74,9 +76,21 @@ def test_energy_gives_the_smallest_rank(energy):
     assert found.energy >= energy - 1e-12
 
 
-def test_zero_matrix_keeps_all_its_energy_at_any_rank():
-    assert split(torch.zeros(6, 4), rank=2).energy == 1.0
-    assert split(torch.zeros(6, 4), rank=0).energy == 1.0
+@pytest.mark.parametrize("method", ["gram", "svd", "spectral", "range"])
+@pytest.mark.parametrize("rank", [0, 2, 4])
+def test_zero_matrix_keeps_all_its_energy_at_any_rank(rank, method):
+    found = split(torch.zeros(6, 4), rank=rank, method=method)
+    assert found.energy == 1.0
+    torch.testing.assert_close(found.U.T @ found.U, torch.eye(4 - rank))
+
+
+@pytest.mark.parametrize("method", ["gram", "svd", "spectral", "range"])
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1)])
+def test_a_single_row_or_column(shape, method):
+    W = torch.randn(*shape)
+    assert split(W, rank=1, method=method).U.shape == (shape[0], 0)
+    low = split(W, rank=0, method=method)
+    torch.testing.assert_close((low.U @ (low.U.T @ W @ low.V) @ low.V.T), W)
 
 
 def test_batch_is_split_matrix_by_matrix():
