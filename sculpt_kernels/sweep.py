@@ -126,8 +126,8 @@ def project_source(
     near, far = ("right", "left") if transposed else ("left", "right")
     keep_left = complement in (near, "both")
     keep_right = complement in (far, "both")
-    left = None if U is None else _Side(U.to(wide), exact)
-    right = None if V is None else _Side(V.to(wide), exact)
+    left = None if U is None else _Left(U, wide, exact)
+    right = None if V is None else _Right(V.to(wide), exact)
     kind = kind_of(form, complement)
     if kind == "side":
         assert right is not None
@@ -147,16 +147,26 @@ def project_source(
         _remove_core(source, left, right)
 
 
-class _Side:
-    """A basis `B` and what `Bᵀ` is replaced by: `B B⁺` projects onto the span of `B`."""
+class _Left:
+    """The left basis, converted a panel of rows at a time. `B B⁺` projects onto its span."""
+
+    def __init__(self, B: Tensor, wide: torch.dtype, exact: bool) -> None:
+        self.B, self.wide = B, wide
+        self.pseudo = dual_basis(B.to(wide)) if exact and B.shape[1] else B
+
+    def basis(self, rows: slice) -> Tensor:
+        return self.B[rows].to(self.wide)
+
+    def dual(self, rows: slice) -> Tensor:
+        return self.pseudo[rows].to(self.wide).t()
+
+
+class _Right:
+    """The right basis: every panel needs all of it."""
 
     def __init__(self, B: Tensor, exact: bool) -> None:
-        self.basis = B
+        self.spread = B.t()
         self.dual = dual_basis(B) if exact and B.shape[1] else B
-
-    @property
-    def spread(self) -> Tensor:
-        return self.basis.t()
 
 
 def dual_basis(B: Tensor) -> Tensor:
@@ -165,72 +175,72 @@ def dual_basis(B: Tensor) -> Tensor:
     return torch.cholesky_solve(B.mT, torch.linalg.cholesky(gram)).mT
 
 
-def _gather(source: Source, left: _Side) -> Tensor:
+def _gather(source: Source, left: _Left) -> Tensor:
     """`UᵀG`, `(a, n)`."""
     total = None
     for rows in source.panels():
-        part = left.dual[rows].t()
+        part = left.dual(rows)
         panel = source.load(rows)
         total = torch.mm(part, panel) if total is None else total.addmm_(part, panel)
     assert total is not None
     return total
 
 
-def _gather_core(source: Source, left: _Side, right: _Side, Y: Tensor | None = None) -> Tensor:
+def _gather_core(source: Source, left: _Left, right: _Right, Y: Tensor | None = None) -> Tensor:
     """`UᵀGV`, `(a, b)`; keeps `GV` in `Y` where asked."""
     total = None
     for rows in source.panels():
         product = torch.mm(source.load(rows), right.dual)
         if Y is not None:
             Y[rows] = product
-        part = left.dual[rows].t()
+        part = left.dual(rows)
         total = torch.mm(part, product) if total is None else total.addmm_(part, product)
     assert total is not None
     return total
 
 
-def _remove_core(source: Source, left: _Side, right: _Side) -> None:
+def _remove_core(source: Source, left: _Left, right: _Right) -> None:
     """`G - (U C) Vᵀ` with `C = UᵀGV`."""
     core = _gather_core(source, left, right)
     for rows in source.panels():
         panel = source.reload(rows)
-        panel.addmm_(torch.mm(left.basis[rows], core), right.spread, alpha=-1)
+        panel.addmm_(torch.mm(left.basis(rows), core), right.spread, alpha=-1)
         source.store(rows, panel)
 
 
-def _remove_core_beside(source: Source, left: _Side, right: _Side) -> None:
+def _remove_core_beside(source: Source, left: _Left, right: _Right) -> None:
     """`G - (GV - U C) Vᵀ`: the left side is removed outside the span of `U`."""
     Y = right.dual.new_empty(source.shape[0], right.dual.shape[1])
     core = _gather_core(source, left, right, Y)
     for rows in source.panels():
         panel = source.reload(rows)
-        beside = Y[rows].addmm_(left.basis[rows], core, alpha=-1)
+        beside = Y[rows].addmm_(left.basis(rows), core, alpha=-1)
         source.store(rows, panel.addmm_(beside, right.spread, alpha=-1))
 
 
-def _keep_core(source: Source, left: _Side, right: _Side) -> None:
+def _keep_core(source: Source, left: _Left, right: _Right) -> None:
     """`(U C) Vᵀ` with `C = UᵀGV`."""
     core = _gather_core(source, left, right)
     for rows in source.panels():
-        source.store(rows, torch.mm(torch.mm(left.basis[rows], core), right.spread))
+        source.store(rows, torch.mm(torch.mm(left.basis(rows), core), right.spread))
 
 
-def _kept_rows(source: Source, left: _Side, right: _Side) -> None:
+def _kept_rows(source: Source, left: _Left, right: _Right) -> None:
     """`U (X - X V Vᵀ)` with `X = UᵀG`."""
     kept = _gather(source, left)
     kept.addmm_(torch.mm(kept, right.dual), right.spread, alpha=-1)
     for rows in source.panels():
-        source.store(rows, torch.mm(left.basis[rows], kept))
+        source.store(rows, torch.mm(left.basis(rows), kept))
 
 
-def _both_sides(source: Source, left: _Side, right: _Side, keep: bool) -> None:
+def _both_sides(source: Source, left: _Left, right: _Right, keep: bool) -> None:
     """With `X = UᵀG` and `R = G - U X`: `R - (R V) Vᵀ`, or `U X + (R V) Vᵀ` for complements."""
     kept = _gather(source, left)
     for rows in source.panels():
         panel = source.reload(rows)
-        part = torch.mm(left.basis[rows], kept) if keep else None
+        part = torch.mm(left.basis(rows), kept) if keep else None
         rest = (
-            panel.sub_(part) if part is not None else panel.addmm_(left.basis[rows], kept, alpha=-1)
+            panel.sub_(part) if part is not None else panel.addmm_(left.basis(rows), kept, alpha=-1)
         )
         product = torch.mm(rest, right.dual)
         if part is None:
@@ -239,7 +249,7 @@ def _both_sides(source: Source, left: _Side, right: _Side, keep: bool) -> None:
             source.store(rows, part.addmm_(product, right.spread))
 
 
-def _one_side(source: Source, right: _Side, keep: bool) -> None:
+def _one_side(source: Source, right: _Right, keep: bool) -> None:
     """`G - (G V) Vᵀ`, or `(G V) Vᵀ` for a complement; each row on its own."""
     for rows in source.panels():
         panel = source.load(rows)
