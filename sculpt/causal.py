@@ -62,7 +62,7 @@ class CausalLearner:
 
     def prompt_ids(self, text: str, task: Task) -> list[int]:
         """Tokens of the cut text and the whole suffix."""
-        return self._prefix + self._ids(text)[: self.max_text_tokens] + self._ids(task.suffix)
+        return self._prefix + self._ids(text, self.max_text_tokens) + self._ids(task.suffix)
 
     def answer_ids(self, label: str) -> list[int]:
         """Tokens of the label and the end-of-sequence token."""
@@ -159,8 +159,9 @@ class CausalLearner:
             "position_ids": positions.to(device),
         }
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _ids(self, text: str, at_most: int | None = None) -> list[int]:
+        cut = {} if at_most is None else {"truncation": True, "max_length": at_most}
+        return list(self.tokenizer(text, add_special_tokens=False, **cut)["input_ids"])
 
     def _leading_specials(self) -> list[int]:
         plain = self._ids("a")

@@ -3,6 +3,9 @@
 The head is frozen: its rows are the sentence embeddings that the initial encoder gives to the
 label texts. A separate head for each task would hide forgetting; with one head for all tasks, an
 encoder that drifts starts to answer earlier tasks with the labels of the last one.
+
+As in a prompt, the text, cut to a number of tokens, is followed by the task's suffix, which is
+never cut; a label's text is the suffix and the label.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ class EncoderLearner:
         self.max_text_tokens = max_text_tokens
         self.scale = scale
         with torch.no_grad():
-            self.head = self._embed(self.labels)[0]  # [labels, d]
+            rows = [self._ids(task.suffix + " " + label) for task in tasks for label in task.labels]
+            self.head = self._embed(rows)[0]  # [labels, d]
 
     @classmethod
     def from_directory(
@@ -59,9 +63,13 @@ class EncoderLearner:
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
+    def prompt_ids(self, text: str, task: Task) -> list[int]:
+        """Tokens of the cut text and the whole suffix."""
+        return self._ids(text, self.max_text_tokens) + self._ids(task.suffix)
+
     def loss(self, examples: Sequence[Example], task: Task) -> tuple[torch.Tensor, int]:
         """Mean cross-entropy over the labels of all tasks."""
-        embeddings, tokens = self._embed([example.text for example in examples])
+        embeddings, tokens = self._embed([self.prompt_ids(e.text, task) for e in examples])
         gold = [self.labels.index(example.label) for example in examples]
         logits = self._logits(embeddings)
         return F.cross_entropy(logits, torch.tensor(gold, device=logits.device)), tokens
@@ -77,7 +85,8 @@ class EncoderLearner:
         generated = among = 0
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
-            logits = self._logits(self._embed([example.text for example in batch])[0]).cpu()
+            rows = [self.prompt_ids(example.text, task) for example in batch]
+            logits = self._logits(self._embed(rows)[0]).cpu()
             gold = torch.tensor([self.labels.index(example.label) for example in batch])
             generated += int((logits.argmax(dim=1) == gold).sum())
             among += int((own[logits[:, own].argmax(dim=1)] == gold).sum())
@@ -87,17 +96,23 @@ class EncoderLearner:
     def _logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         return self.scale * embeddings @ self.head.T  # [B, labels]
 
-    def _embed(self, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
-        """Unit sentence embeddings [B, d], and the number of tokens read."""
+    def _embed(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, int]:
+        """Unit sentence embeddings [B, d] of token rows, and the number of tokens read."""
         device = next(self.model.parameters()).device
-        inputs = self.tokenizer(
-            list(texts),
-            padding=True,
-            truncation=True,
-            max_length=self.max_text_tokens,
-            return_tensors="pt",
-        ).to(device)
-        hidden = self.model(**inputs).last_hidden_state  # [B, T, d]
-        mask = inputs["attention_mask"][..., None].to(hidden.dtype)
-        pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        full = [[first, *row, last] for row in rows]
+        width = max(len(row) for row in full)
+        ids = torch.zeros(len(full), width, dtype=torch.long)
+        mask = torch.zeros(len(full), width, dtype=torch.long)
+        for index, row in enumerate(full):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # [B, T, d]
+        weights = mask[..., None].to(hidden.dtype)
+        pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
         return F.normalize(pooled, dim=-1), int(mask.sum())
+
+    def _ids(self, text: str, at_most: int | None = None) -> list[int]:
+        cut = {} if at_most is None else {"truncation": True, "max_length": at_most}
+        return list(self.tokenizer(text, add_special_tokens=False, **cut)["input_ids"])

@@ -94,7 +94,7 @@ def _run_method(
     _write_status(settings.out, "running", None, method)
     with _sigterm_as_interrupt():
         try:
-            process.start()
+            _start_deaf_to_ctrl_c(process)
             sender.close()
             for message in _messages(receiver):
                 if isinstance(message, MethodResult):
@@ -119,6 +119,15 @@ def _run_method(
             process.terminate()
             process.join()
             receiver.close()
+
+
+def _start_deaf_to_ctrl_c(process: multiprocessing.process.BaseProcess) -> None:
+    """Ctrl-C reaches the whole process group; the parent alone decides and ends the worker."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()  # inherits the mask
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _messages(receiver: Connection) -> Iterator[Any]:

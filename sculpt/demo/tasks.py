@@ -90,23 +90,27 @@ def balanced_task(
             f"expected at least one example for each of the {len(labels)} labels of {name!r}"
         )
     pools: dict[str, list[Example]] = {label: [] for label in labels}
-    seen: set[str] = set()
     for example in examples:
-        key = _signature(example.text)
-        if key and key not in seen:
-            seen.add(key)
-            pools[example.label].append(example)
+        pools[example.label].append(example)
     rng = random.Random(f"{name}/{seed}")
+    seen = {""}
     train: list[Example] = []
     test: list[Example] = []
     for label in labels:
-        pool = pools[label]
-        if len(pool) < n_train + n_test:
+        drawn: list[Example] = []
+        rng.shuffle(pools[label])
+        for example in pools[label]:
+            key = _signature(example.text)
+            if key not in seen:
+                seen.add(key)
+                drawn.append(example)
+            if len(drawn) == n_train + n_test:
+                break
+        else:
             raise ValueError(
-                f"{name!r} has {len(pool)} distinct texts labelled {label!r}, "
+                f"{name!r} has {len(drawn)} distinct texts labelled {label!r}, "
                 f"expected at least {n_train + n_test}"
             )
-        drawn = rng.sample(pool, n_train + n_test)
         test.extend(drawn[:n_test])
         train.extend(drawn[n_test:])
     rng.shuffle(train)

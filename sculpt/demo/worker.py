@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,8 +27,6 @@ def work(method: str, settings: DemoSettings, model: Path, connection: Connectio
 
     The final model is saved as `model/` in the run directory when the method is sculpt.
     """
-    # Ctrl-C reaches the whole process group; the parent decides and ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _quiet_transformers()
     try:
         tasks = demo_tasks(

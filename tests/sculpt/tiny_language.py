@@ -1,0 +1,79 @@
+"""A tiny random causal language model with a word tokenizer, as a user might have one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sculpt.text_tasks import Example, Task
+
+TEXT = """the a film song is was very quite good bad long short news about money games computers
+Verdict : Topic Sentiment business entertainment politics sports tech negative neutral positive
+fresh rotten people say that this it and of in to for with on he she they"""
+WORDS = TEXT.split()
+END, UNKNOWN = "<end>", "<unk>"
+
+
+def tiny_tokenizer() -> Any:
+    """One token for each word; pads with the end-of-sequence token, as many models do."""
+    vocabulary = {word: index for index, word in enumerate([END, UNKNOWN, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, unk_token=UNKNOWN
+    )
+
+
+def tiny_model(seed: int = 0) -> Any:
+    """Two Llama layers, 32 wide, far enough from zero that answers differ."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+# Both labels start with the same token; they differ in length from those of SHORT.
+VERY = Task(
+    "very",
+    " Verdict :",
+    ("very good", "very bad", "quite"),
+    train=(
+        Example("the film is good", "very good"),
+        Example("a song was bad and they say that it is long", "very bad"),
+        Example("it is", "quite"),
+        Example("people say the news is good", "very good"),
+    ),
+    test=(
+        Example("this film was good", "very good"),
+        Example("the bad song", "very bad"),
+        Example("he and she say that this is a long and very bad film", "very bad"),
+        Example("news", "quite"),
+        Example("money games computers", "quite"),
+    ),
+)
+SHORT = Task(
+    "short",
+    " Topic :",
+    ("business", "tech"),
+    train=(
+        Example("money for people", "business"),
+        Example("they say computers", "tech"),
+        Example("the money is good", "business"),
+        Example("computers on computers and games", "tech"),
+    ),
+    test=(Example("money", "business"), Example("computers in games", "tech")),
+)
