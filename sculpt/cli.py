@@ -62,6 +62,8 @@ def demo(
     from sculpt.report import tables
 
     console = Console()
+    if not console.is_terminal:
+        console.width = 120
     errors = Console(stderr=True)
     choices: dict[str, Any] = QUICK if quick else {}
     choices = choices | {

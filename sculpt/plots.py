@@ -27,7 +27,7 @@ def plot_matrices(results: Results, path: Path) -> None:
     figure = Figure(figsize=(4.6 * len(methods) + 0.9, 5.3), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(methods), squeeze=False)[0]
-    figure.subplots_adjust(left=0.115, right=0.905, top=0.74, bottom=0.135, wspace=0.16)
+    figure.subplots_adjust(left=0.125, right=0.915, top=0.74, bottom=0.135, wspace=0.1)
     image: Any = None
     for index, (axis, (method, result)) in enumerate(zip(axes, methods.items(), strict=True)):
         image = _heat_map(axis, result.generated)
@@ -56,8 +56,8 @@ def plot_matrices(results: Results, path: Path) -> None:
     bar.ax.tick_params(labelsize=9, color=MUTED, labelcolor=MUTED, length=2)
     headline = "What is left of earlier tasks after later ones"
     figure.text(0.012, 0.945, headline, fontsize=16, fontweight="bold", color=INK)
-    note = f"{results.config['model']}, seed {results.config['seed']}: share of test texts "
-    note += "answered with exactly the right label. Read down a column: darker stays, paler forgets"
+    note = f"{results.config['model']}, seed {results.config['seed']}. Share of test texts "
+    note += "answered with exactly the right label; read down a column: what pales is forgotten."
     figure.text(0.012, 0.893, note, fontsize=10, color=MUTED)
     with replacing_file(path) as temporary:
         figure.savefig(temporary)

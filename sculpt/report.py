@@ -80,25 +80,38 @@ def tables(results: Results) -> RenderableType:
     return Group(
         *(_matrix_table(results, accuracy) for accuracy in ACCURACIES),
         _figures_table(results),
+        Text(headline(results), style="bold"),
     )
 
 
+def headline(results: Results) -> str:
+    """Average accuracy and forgetting of all methods in one sentence, generated answers."""
+    summaries = results.summaries(GENERATED)
+    sentences = []
+    for name, arrow in (("average_accuracy", "↑"), ("forgetting", "↓")):
+        values = [f"{method} {getattr(s, name):.2f}" for method, s in summaries.items()]
+        sentences.append(f"{name.replace('_', ' ').capitalize()} {arrow}  {', '.join(values)}.")
+    return "  ".join(sentences)
+
+
 def _matrix_table(results: Results, accuracy: str) -> Table:
-    title = f"Accuracy, {accuracy}  ↑ higher is better"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("after training on")
-    for method in results.methods:
+    table = Table(
+        title=f"Accuracy, {accuracy} (↑ higher is better): {ACCURACIES[accuracy]}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("after training on", no_wrap=True)
+    for index, method in enumerate(results.methods):
+        if index:
+            table.add_column("")
         for name in results.task_names:
-            table.add_column(f"{method}\n{name}", justify="right")
+            table.add_column(f"{method}\n{name}", justify="right", overflow="fold")
     for row, name in enumerate(results.task_names):
-        cells = [
-            _share(value)
-            for result in results.methods.values()
-            for value in matrix(result, accuracy)[row]
-        ]
-        table.add_row(name, *cells, style="bold" if row == len(results.tasks) - 1 else "")
-    table.caption = accuracy + ": " + ACCURACIES[accuracy]
-    table.caption_justify = "left"
+        cells: list[str] = []
+        for result in results.methods.values():
+            cells += ["", *(_share(value) for value in matrix(result, accuracy)[row])]
+        table.add_row(name, *cells[1:], style="bold" if row == len(results.tasks) - 1 else "")
     return table
 
 
@@ -106,11 +119,11 @@ def _figures_table(results: Results) -> Table:
     methods = results.methods
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("figure")
-    table.add_column("")
+    table.add_column("")  # which direction is better
     for method in methods:
-        table.add_column(method, justify="right", style="bold")
+        table.add_column(method, justify="right", style="bold", no_wrap=True)
     table.add_column("what it says", style="dim", ratio=1)
-    for accuracy in ACCURACIES:
+    for position, accuracy in enumerate(ACCURACIES):
         summaries = results.summaries(accuracy)
         for metric in METRICS:
             values = [getattr(summaries[name], metric.name) for name in methods]
@@ -120,7 +133,8 @@ def _figures_table(results: Results) -> Table:
             name = f"{metric.title}, {accuracy}"
             signed = metric.name.endswith("transfer")
             cells = [f"{value:+.3f}" if signed else f"{value:.3f}" for value in values]
-            table.add_row(Text(name), arrow, *cells, metric.definition)
+            meaning = "" if position else metric.definition  # the same for both accuracies
+            table.add_row(Text(name), arrow, *cells, meaning)
         table.add_section()
     for name, arrow, show, meaning in _FIGURES:
         table.add_row(name, arrow, *(show(result) for result in methods.values()), meaning)
@@ -133,7 +147,12 @@ def _share(value: float) -> str:
 
 def _leak(result: MethodResult) -> str:
     worst = result.worst_leak
-    return "-" if worst is None else f"{worst.leak:.1e} (floor {worst.floor:.1e})"
+    return "-" if worst is None else f"{worst.leak:.1e}"
+
+
+def _floor(result: MethodResult) -> str:
+    worst = result.worst_leak
+    return "-" if worst is None else f"{worst.floor:.1e}"
 
 
 def _megabytes(count: int) -> str:
@@ -149,8 +168,9 @@ _FIGURES: Sequence[tuple[str, str, Callable[[MethodResult], str], str]] = (
         "worst leak of ΔW",
         "↓",
         _leak,
-        "share of a matrix's change in its protected subspace, worst of all; what rounding leaves",
+        "share of a matrix's change that lies in its protected subspace, worst of all matrices",
     ),
+    ("  rounding floor there", "", _floor, "what one rounding of the weights leaves by itself"),
     (
         "time per step",
         "↓",

