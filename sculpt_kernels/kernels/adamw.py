@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sculpt_kernels.kernels import common
+from sculpt_kernels.kernels import host
 from sculpt_kernels.kernels.adamw_step import direction_kernel, step_kernel
 from sculpt_kernels.kernels.config import TileConfig
 from sculpt_kernels.kernels.update import factors, strides
@@ -24,7 +24,7 @@ def supports(
     copy: Tensor | None = None,
 ) -> str | None:
     """`None` if `project_adamw_` can run on these, else the reason."""
-    return common.unsupported(W, G, exp_avg, exp_avg_sq, U, V, copy)
+    return host.unsupported(W, G, exp_avg, exp_avg_sq, U, V, copy)
 
 
 def project_adamw_(
@@ -74,9 +74,9 @@ def project_adamw_(
     scalars = {
         "rest1": _rest(betas[0], W.device),
         "rest2": _rest(betas[1], W.device),
-        "eps": common.number(eps, W.device),
-        "weight_decay": common.number(weight_decay, W.device),
-        "step": step if isinstance(step, Tensor) and step.device == W.device else int(step),
+        "eps": host.number(eps, W.device),
+        "weight_decay": host.number(weight_decay, W.device),
+        "step": host.whole(step, W.device),
     }
     source = G
     if project == "update":
@@ -86,13 +86,11 @@ def project_adamw_(
     segments = 2 if A2 is not None else 1 if A.shape[-1] else 0
     if segments < 2:
         A2, B2 = A, B
-    config = common.choose("adamw", dtype, W.device, config)
-    views = common.batches(
-        W, source, exp_avg, exp_avg_sq, W if copy is None else copy, A, B, A2, B2
-    )
+    config = host.choose("adamw both" if segments == 2 else "adamw", dtype, W.device, config)
+    views = host.batches(W, source, exp_avg, exp_avg_sq, W if copy is None else copy, A, B, A2, B2)
     for first, (w, g, f, s, c, a, b, a2, b2) in views:
         count, m, n = w.shape
-        common.launch(
+        host.launch(
             step_kernel,
             count * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
             config,
@@ -106,8 +104,8 @@ def project_adamw_(
             B=b,
             A2=a2,
             B2=b2,
-            lr=common.number(lr, W.device),
-            seed=common.seed_argument(seed, W.device),
+            lr=host.number(lr, W.device),
+            seed=host.whole(0 if seed is None else seed, W.device),
             first_matrix=first,
             m=m,
             n=n,
@@ -125,9 +123,12 @@ def project_adamw_(
             **strides("b2", "lnk", b2),
             GRADIENT=project == "gradient",
             COPY=copy is not None,
+            ALIKE=all(x.stride()[1:] == w.stride()[1:] for x in (g, f, s, c)),
+            NEAR=host.near(config, w, g, f, s, c),
+            VECTOR=host.common_vector(w, g, f, s, c),
             SEGMENTS=segments,
             STOCHASTIC=rounding == "stochastic",
-            PRECISION=common.input_precision(dtype),
+            PRECISION=host.input_precision(dtype),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
@@ -139,9 +140,8 @@ def project_adamw_(
 
 def _rest(beta: float | Tensor, device: torch.device) -> float | Tensor:
     """`1 - beta`, taken in float64 before it is rounded; a tensor on the device as it is."""
-    if isinstance(beta, Tensor) and beta.device == device:
-        return beta
-    return 1.0 - float(beta)
+    value = host.number(beta, device)
+    return value if isinstance(value, Tensor) else 1.0 - value
 
 
 def _direction(
@@ -153,9 +153,9 @@ def _direction(
     scalars: dict[str, float | Tensor],
 ) -> None:
     config = _DIRECTION_CONFIG
-    for _, (d, w, g, f, s) in common.batches(D, W, G, exp_avg, exp_avg_sq):
+    for _, (d, w, g, f, s) in host.batches(D, W, G, exp_avg, exp_avg_sq):
         count, m, n = w.shape
-        common.launch(
+        host.launch(
             direction_kernel,
             count * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
             config,

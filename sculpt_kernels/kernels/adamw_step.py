@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""Device code of AdamW: the direction of a step, and the step behind a projection's last product."""
+"""Device code of AdamW: the direction of a step, and the step behind the last product."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ import triton.language as tl
 
 from sculpt_kernels.kernels.common import (
     accumulate,
+    corner,
+    eighths,
     halves,
     inside,
     integer,
     matrix,
     offsets,
+    quarters,
     scalar,
     store_rounded,
     tile_of,
+    within,
 )
 
 
 @triton.jit
 def _complement(beta):
     """`1 - beta` in float64: given as that number, or `beta` as a 0-d tensor."""
-    beta = tl.to_tensor(beta)
     if beta.dtype.is_ptr():
         return 1.0 - tl.load(beta).to(tl.float64)
     else:
@@ -43,11 +46,12 @@ def _power(base, exponent):
 
 @triton.jit
 def _corrections(rest1, rest2, step):
-    """`1 / (1 - beta1 ** step)` and `1 / sqrt(1 - beta2 ** step)`."""
+    """Factors `a`, `b` with `m̂ / (sqrt(v̂) + eps) = a m / (sqrt(v) + b eps)`."""
     count = integer(step)
     first = 1.0 - _power(1.0 - rest1, count)
     second = 1.0 - _power(1.0 - rest2, count)
-    return (1.0 / first).to(tl.float32), tl.sqrt_rn((1.0 / second).to(tl.float32))
+    root = tl.sqrt(second.to(tl.float32))
+    return root / first.to(tl.float32), root
 
 
 @triton.jit
@@ -107,7 +111,7 @@ def direction_kernel(
     columns = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = inside(rows, columns, m, n)
     wide1, wide2 = _complement(rest1), _complement(rest2)
-    correction1, correction2 = _corrections(wide1, wide2, step)
+    lift, root = _corrections(wide1, wide2, step)
     g = matrix(G, index, stride_gl, False, None) + offsets(rows, columns, stride_gm, stride_gn)
     gradient = tl.load(g, mask=mask, other=0.0).to(tl.float32)
     first, second = _moments(
@@ -120,7 +124,7 @@ def direction_kernel(
         wide1.to(tl.float32),
         wide2.to(tl.float32),
     )
-    direction = first * correction1 / (tl.sqrt_rn(second) * correction2 + scalar(eps))
+    direction = lift * first / (tl.sqrt(second) + root * scalar(eps))
     w = matrix(W, index, stride_wl, False, None) + offsets(rows, columns, stride_wm, stride_wn)
     direction += scalar(weight_decay) * tl.load(w, mask=mask, other=0.0).to(tl.float32)
     d = matrix(D, index, stride_dl, False, None) + offsets(rows, columns, stride_dm, stride_dn)
@@ -140,8 +144,6 @@ def _step(
     rest2,
     eps,
     decay,
-    correction1,
-    correction2,
     seed,
     index,
     row,
@@ -161,27 +163,31 @@ def _step(
     GRADIENT: tl.constexpr,
     COPY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    NEAR: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
     mask = inside(rows, columns, m, n)
-    g = G + offsets(rows, columns, stride_gm, stride_gn)
+    g = corner(G, row, column, stride_gm, stride_gn)
+    g += within(stride_gm, stride_gn, NEAR, VECTOR, BLOCK_M, BLOCK_N)
     update = tl.load(g, mask=mask, other=0.0).to(tl.float32) - acc
     if GRADIENT:
         first, second = _moments(
-            M,
-            S,
+            corner(M, row, column, stride_mm, stride_mn),
+            corner(S, row, column, stride_sm, stride_sn),
             update,
             mask,
-            offsets(rows, columns, stride_mm, stride_mn),
-            offsets(rows, columns, stride_sm, stride_sn),
+            within(stride_mm, stride_mn, NEAR, VECTOR, BLOCK_M, BLOCK_N),
+            within(stride_sm, stride_sn, NEAR, VECTOR, BLOCK_M, BLOCK_N),
             rest1,
             rest2,
         )
-        update = first * correction1 / (tl.sqrt_rn(second) * correction2 + eps)
-    w_at = W + offsets(rows, columns, stride_wm, stride_wn)
+        update = first / (tl.sqrt(second) + eps)
+    w_at = corner(W, row, column, stride_wm, stride_wn)
+    w_at += within(stride_wm, stride_wn, NEAR, VECTOR, BLOCK_M, BLOCK_N)
     w = tl.load(w_at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if GRADIENT:
         w *= decay
@@ -189,7 +195,8 @@ def _step(
     top = index.to(tl.int64) * m + row
     store_rounded(w_at, w, mask, top, column, n, seed, STOCHASTIC and not COPY, BLOCK_M, BLOCK_N)
     if COPY:
-        k_at = K + offsets(rows, columns, stride_km, stride_kn)
+        k_at = corner(K, row, column, stride_km, stride_kn)
+        k_at += within(stride_km, stride_kn, NEAR, VECTOR, BLOCK_M, BLOCK_N)
         store_rounded(k_at, w, mask, top, column, n, seed, STOCHASTIC, BLOCK_M, BLOCK_N)
 
 
@@ -245,6 +252,9 @@ def step_kernel(
     stride_b2k,
     GRADIENT: tl.constexpr,
     COPY: tl.constexpr,
+    ALIKE: tl.constexpr,
+    NEAR: tl.constexpr,
+    VECTOR: tl.constexpr,
     SEGMENTS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -287,15 +297,25 @@ def step_kernel(
             stride_a2m, stride_a2k, stride_b2n, stride_b2k, PRECISION, BLOCK_K,
         )  # fmt: skip
 
+    if ALIKE:
+        # One set of addresses instead of five: what lets the epilogue fit its registers.
+        stride_gm = stride_wm
+        stride_gn = stride_wn
+        stride_mm = stride_wm
+        stride_mn = stride_wn
+        stride_sm = stride_wm
+        stride_sn = stride_wn
+        stride_km = stride_wm
+        stride_kn = stride_wn
     # Scalars come after the product: they would hold registers through it.
     wide1, wide2 = _complement(rest1), _complement(rest2)
-    correction1 = 1.0
-    correction2 = 1.0
-    if GRADIENT:
-        correction1, correction2 = _corrections(wide1, wide2, step)
     rate = scalar(lr)
     small = scalar(eps)
     decay = 1.0 - rate * scalar(weight_decay)
+    if GRADIENT:
+        lift, root = _corrections(wide1, wide2, step)
+        rate *= lift
+        small *= root
     rest1 = wide1.to(tl.float32)
     rest2 = wide2.to(tl.float32)
     key = integer(seed)
@@ -307,27 +327,18 @@ def step_kernel(
     c = matrix(K, index, stride_kl, False, None)
     PART: tl.constexpr = BLOCK_N // SUBTILES
     # A column part at a time: the epilogue of a whole tile would not fit the registers.
-    if SUBTILES == 4:
-        left, right = halves(acc, BLOCK_M, BLOCK_N)
-        p0, p1 = halves(left, BLOCK_M, 2 * PART)
-        p2, p3 = halves(right, BLOCK_M, 2 * PART)
+    if SUBTILES == 8:
+        pieces = eighths(acc, BLOCK_M, BLOCK_N)
+    elif SUBTILES == 4:
+        pieces = quarters(acc, BLOCK_M, BLOCK_N)
     elif SUBTILES == 2:
-        p0, p1 = halves(acc, BLOCK_M, BLOCK_N)
-        p2, p3 = p0, p1
+        pieces = halves(acc, BLOCK_M, BLOCK_N)
     else:
-        p0, p1, p2, p3 = acc, acc, acc, acc
+        pieces = (acc,)
     for part in tl.static_range(SUBTILES):
-        if part == 0:
-            piece = p0
-        elif part == 1:
-            piece = p1
-        elif part == 2:
-            piece = p2
-        else:
-            piece = p3
         _step(
-            w, g, f, s, c, piece, rate, rest1, rest2, small, decay, correction1, correction2, key,
+            w, g, f, s, c, pieces[part], rate, rest1, rest2, small, decay, key,
             count, row, column + part * PART, m, n, stride_wm, stride_wn, stride_gm, stride_gn,
             stride_mm, stride_mn, stride_sm, stride_sn, stride_km, stride_kn,
-            GRADIENT, COPY, STOCHASTIC, BLOCK_M, PART,
+            GRADIENT, COPY, STOCHASTIC, NEAR, VECTOR, BLOCK_M, PART,
         )  # fmt: skip

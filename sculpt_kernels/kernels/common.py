@@ -1,31 +1,14 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""What the kernels share: tile maps, 64-bit offsets, products, rounding, and the way to launch."""
+"""Device code that the kernels share: tile maps, 64-bit offsets, products, rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from sculpt_kernels.kernels import config as configs
-from sculpt_kernels.kernels.config import TileConfig
 
 # Triton reads TRITON_INTERPRET when it decorates a kernel, so this holds for the whole process.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 _UPCAST = tl.constexpr(INTERPRETED)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-# ---- device code
 
 
 @triton.jit
@@ -33,6 +16,34 @@ def offsets(rows, columns, stride_row, stride_column):
     """Element offsets of a tile, in int64: a matrix may have more than 2**31 elements."""
     down = rows.to(tl.int64)[:, None] * stride_row
     return down + columns.to(tl.int64)[None, :] * stride_column
+
+
+@triton.jit
+def corner(X, row, column, stride_row, stride_column):
+    """Address of a tile's first element, in int64 as in `offsets`."""
+    return X + (row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column)
+
+
+@triton.jit
+def within(
+    stride_row,
+    stride_column,
+    NEAR: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Offsets from a tile's first element; NEAR says that they fit int32, in half the registers.
+
+    VECTOR consecutive elements go to one thread. Where it is the same for tensors of different
+    dtypes, the compiler lays them out alike and moves nothing between threads.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.max_contiguous(tl.arange(0, BLOCK_N), VECTOR)
+    if not NEAR:
+        rows = rows.to(tl.int64)
+        columns = columns.to(tl.int64)
+    return rows[:, None] * stride_row + columns[None, :] * stride_column
 
 
 @triton.jit
@@ -133,9 +144,26 @@ def halves(x, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def quarters(x, M: tl.constexpr, N: tl.constexpr):
+    """Four parts of the columns of `x` `(M, N)`, from left to right."""
+    left, right = halves(x, M, N)
+    a, b = halves(left, M, N // 2)
+    c, d = halves(right, M, N // 2)
+    return a, b, c, d
+
+
+@triton.jit
+def eighths(x, M: tl.constexpr, N: tl.constexpr):
+    """Eight parts of the columns of `x` `(M, N)`, from left to right."""
+    left, right = halves(x, M, N)
+    a, b, c, d = quarters(left, M, N // 2)
+    e, f, g, h = quarters(right, M, N // 2)
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
 def scalar(x):
     """A float32 scalar that was passed as a number or as a 0-d tensor."""
-    x = tl.to_tensor(x)
     if x.dtype.is_ptr():
         return tl.load(x).to(tl.float32)
     else:
@@ -145,7 +173,6 @@ def scalar(x):
 @triton.jit
 def integer(x):
     """As `scalar`, for int64."""
-    x = tl.to_tensor(x)
     if x.dtype.is_ptr():
         return tl.load(x).to(tl.int64)
     else:
@@ -211,134 +238,3 @@ def store_rounded(
         # The low bits are cut already, so the cast below is exact.
         x = stochastic(x, random_bits(row, column, n, seed, BLOCK_M, BLOCK_N), dtype)
     tl.store(at, x.to(dtype), mask=mask)
-
-
-# ---- launching
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch, as a launcher asked for it."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, int]
-
-
-_recorded: list[Launch] | None = None
-
-
-@contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them; offline compilation sees what a device would."""
-    global _recorded
-    _recorded, launches = [], _recorded
-    try:
-        yield _recorded
-    finally:
-        _recorded = launches
-
-
-def launch(
-    kernel: Any, programs: int, config: TileConfig, device: torch.device, **arguments: Any
-) -> None:
-    """Run `programs` programs of `kernel` on `device`."""
-    if programs == 0:
-        return
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, programs, arguments, config.options()))
-        return
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](**arguments, **config.options())
-
-
-def unsupported(*tensors: Tensor | None) -> str | None:
-    """Why no kernel can run on these tensors: their device or dtype; `None` if one can."""
-    for X in tensors:
-        if X is None:
-            continue
-        if X.dtype not in DTYPES:
-            return f"the Triton kernels have no {str(X.dtype).removeprefix('torch.')}"
-        if X.device.type == "cuda":
-            if capability(X.device) < (8, 0):
-                return "the Triton kernels need compute capability 8.0 or newer"
-        elif not INTERPRETED:
-            return f"the Triton kernels run on CUDA devices; the tensors are on {X.device}"
-    return None
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; that of the target while launches are recorded or interpreted."""
-    if device.type == "cuda":
-        return _device_capability(device.index or 0)
-    return target_capability
-
-
-target_capability = (9, 0)
-
-
-@lru_cache
-def _device_capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def input_precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as `torch.set_float32_matmul_precision` says."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
-
-
-def choose(
-    kernel: str, dtype: torch.dtype, device: torch.device, config: TileConfig | None
-) -> TileConfig:
-    return configs.choose(kernel, dtype, capability(device)) if config is None else config
-
-
-def triton_dtype(dtype: torch.dtype) -> Any:
-    return _TRITON_DTYPES[dtype]
-
-
-def number(x: float | Tensor, device: torch.device) -> float | Tensor:
-    """A scalar as a kernel takes it: a 0-d tensor on its device stays there, without a wait."""
-    if isinstance(x, Tensor):
-        return x if x.device == device else float(x)
-    return float(x)
-
-
-def seed_argument(seed: int | Tensor | None, device: torch.device) -> int | Tensor:
-    """The 64-bit key as a signed integer, or as the 0-d tensor it is."""
-    if isinstance(seed, Tensor):
-        return seed if seed.device == device else int(seed)
-    return ((seed or 0) + 2**63) % 2**64 - 2**63
-
-
-def batches(X: Tensor, *others: Tensor | None) -> Iterator[tuple[int, list[Any]]]:
-    """Three-dimensional views of `X` and of what goes with it, without a copy.
-
-    Yields the index of the first matrix and the views. One group, unless the batch dimensions of
-    an operand do not merge into one stride. Two-dimensional operands are shared by stride 0.
-    """
-    yield from _batches(X, others, 0)
-
-
-def _batches(X: Tensor, others: tuple[Tensor | None, ...], first: int) -> Iterator[Any]:
-    views = [_three(X, X), *(None if Y is None else _three(Y, X) for Y in others)]
-    if all(view is not None or Y is None for view, Y in zip(views, (X, *others), strict=True)):
-        yield first, views
-        return
-    below = X[0].numel() // max(1, X.shape[-1] * X.shape[-2])
-    for index in range(X.shape[0]):
-        inner = tuple(Y if Y is None or Y.ndim == 2 else Y[index] for Y in others)
-        yield from _batches(X[index], inner, first + index * below)
-
-
-def _three(Y: Tensor, X: Tensor) -> Tensor | None:
-    count = X.shape[:-2].numel()
-    if Y.ndim == 2:
-        return Y.expand(count, *Y.shape)
-    try:
-        return Y.view(count, *Y.shape[-2:])
-    except RuntimeError:
-        return None

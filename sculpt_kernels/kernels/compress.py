@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from sculpt_kernels.kernels import common, project
+from sculpt_kernels.kernels import host, project
 from sculpt_kernels.kernels.config import TileConfig
-from sculpt_kernels.kernels.strips import reduce_kernel
 
 
 def supports(G: Tensor, U: Tensor, V: Tensor) -> str | None:
@@ -37,7 +35,7 @@ def compress(
         return out
     if G.numel() == 0:
         return out.zero_()
-    for _, (g, u, v, c) in common.batches(G, U, V, out):
+    for _, (g, u, v, c) in host.batches(G, U, V, out):
         # The kernel walks along rows; (Uᵀ G V)ᵀ = Vᵀ Gᵀ U.
         if g.stride(-1) != 1 and g.stride(-2) == 1:
             g, u, v, c = g.mT, v, u, c.mT
@@ -46,25 +44,10 @@ def compress(
 
 
 def _compress(G: Tensor, U: Tensor, V: Tensor, out: Tensor, config: TileConfig | None) -> None:
-    count, m, n = G.shape
-    config = common.choose("reduce", G.dtype, G.device, config)
-    chunk = project.chunk_length(count, m, n, config)
-    parts = triton.cdiv(m, config.block_m) * triton.cdiv(n, chunk)
-    C = G.new_empty(count, parts, U.shape[-1], V.shape[-1], dtype=torch.float32)
-    nothing = G.new_empty(0)
-    common.launch(
-        reduce_kernel,
-        count * parts,
-        config,
-        G.device,
-        Y=nothing,
-        Z=nothing,
-        C=C,
-        chunk=chunk,
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        **project.arguments(
-            G, U, V, None, m, n, core=True, sides=0, exact=G.dtype != torch.float32
-        ),
-    )
-    out.copy_(C.sum(1))
+    operands = project.Operands(G, U, V, "core", None)
+    if G.dtype == torch.float32:
+        Y, _, _ = project.reduce(operands, 1, False, False, config)
+        out.copy_(U.mT @ Y)
+    else:
+        _, _, C = project.reduce(operands, 0, True, True, config)
+        out.copy_(C.sum(1))

@@ -37,7 +37,7 @@ class TileConfig:
 
     `block_k` is the step along the contracted dimension, `group_m` the rows of tiles that are
     visited together so that their operands stay in L2, `subtiles` the column parts in which the
-    epilogue runs, `maxnreg` a cap on registers per thread.
+    epilogue runs, `maxnreg` a cap on registers per thread, `since` the oldest compute capability.
     """
 
     block_m: int
@@ -48,6 +48,7 @@ class TileConfig:
     group_m: int = 8
     subtiles: int = 1
     maxnreg: int | None = None
+    since: tuple[int, int] = (8, 0)
 
     def shared_bytes(self, element_size: int) -> int:
         """Operand tiles in flight, or the accumulator while the epilogue rearranges it."""
@@ -59,47 +60,55 @@ class TileConfig:
         """Registers per thread that hold the float32 accumulator."""
         return self.block_m * self.block_n // (32 * self.warps)
 
-    def options(self) -> dict[str, int]:
-        """Launch options in Triton's words."""
-        options = {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, int | bool]:
+        """Launch options in Triton's words; the default of fusion differs between its versions."""
+        options: dict[str, int | bool] = {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,
+        }
         if self.maxnreg is not None:
             options["maxnreg"] = self.maxnreg
         return options
 
 
-# Keyed by kernel and by whether the operands have 16-bit elements. For `project` and `compress`,
-# block_n is the padded rank at most, and block_k the step along the contracted side of `G`.
+# Keyed by kernel and by whether the operands have 16-bit elements. In `reduce` block_n is the
+# padded rank at most and block_k the step along a row of `G`; in `apply` block_n is that step, and
+# block_k the padded ranks at most.
 TABLE: dict[tuple[str, bool], tuple[TileConfig, ...]] = {
     ("update", True): (
         TileConfig(128, 128, 64, warps=8, stages=3),
         TileConfig(128, 128, 32, warps=8, stages=3),
         TileConfig(64, 64, 32, warps=4, stages=3),
     ),
-    ("update", False): (
-        TileConfig(64, 64, 16, warps=4, stages=3),
-        TileConfig(64, 32, 16, warps=4, stages=2),
-    ),
+    ("update", False): (TileConfig(64, 64, 16, warps=4, stages=3),),
     # Half the registers and less than half the shared memory of a multiprocessor: two programs
     # share it, and the GEMM of one hides under the memory traffic of the other's epilogue.
     ("adamw", True): (
-        TileConfig(128, 128, 64, warps=8, stages=3, subtiles=4, maxnreg=128),
-        TileConfig(128, 128, 32, warps=8, stages=3, subtiles=4, maxnreg=128),
-        TileConfig(64, 64, 32, warps=4, stages=3, subtiles=2, maxnreg=128),
+        TileConfig(128, 128, 64, warps=8, stages=3, subtiles=8, maxnreg=128, since=(9, 0)),
+        TileConfig(64, 128, 32, warps=8, stages=3, subtiles=4, maxnreg=128),
     ),
-    ("adamw", False): (
-        TileConfig(64, 64, 16, warps=4, stages=3, subtiles=2),
-        TileConfig(64, 32, 16, warps=4, stages=2, subtiles=1),
+    ("adamw both", True): (
+        TileConfig(128, 128, 32, warps=8, stages=4, subtiles=8, maxnreg=128, since=(9, 0)),
+        TileConfig(64, 128, 32, warps=8, stages=3, subtiles=4, maxnreg=128),
     ),
+    ("adamw", False): (TileConfig(64, 64, 16, warps=4, stages=3, subtiles=2),),
+    ("adamw both", False): (TileConfig(64, 64, 16, warps=4, stages=3, subtiles=2),),
     ("reduce", True): (
-        TileConfig(64, 128, 64, warps=4, stages=3),
-        TileConfig(64, 128, 32, warps=4, stages=3),
+        TileConfig(64, 128, 64, warps=8, stages=3),
+        TileConfig(64, 128, 32, warps=8, stages=3),
     ),
-    ("reduce", False): (TileConfig(32, 128, 16, warps=4, stages=2),),
+    ("reduce", False): (TileConfig(32, 128, 16, warps=8, stages=2),),
+    ("subtract", False): (TileConfig(64, 64, 16, warps=4, stages=3),),
     ("apply", True): (
-        TileConfig(64, 128, 64, warps=4, stages=2),
-        TileConfig(32, 128, 32, warps=4, stages=2),
+        TileConfig(64, 128, 128, warps=8, stages=2),
+        TileConfig(64, 64, 128, warps=8, stages=1),
     ),
-    ("apply", False): (TileConfig(32, 128, 16, warps=4, stages=2),),
+    # Both sides at once: twice the operands, so half the columns.
+    ("apply both", True): (
+        TileConfig(64, 64, 256, warps=8, stages=2),
+        TileConfig(32, 32, 256, warps=8, stages=1),
+    ),
 }
 
 
@@ -107,7 +116,8 @@ def fits(config: TileConfig, element_size: int, capability: tuple[int, int]) -> 
     """Whether a device can run `config`: its shared memory, its register file, and no spills."""
     limit = config.maxnreg or _REGISTERS_PER_THREAD
     return (
-        config.shared_bytes(element_size) <= shared_limit(capability)
+        capability >= config.since
+        and config.shared_bytes(element_size) <= shared_limit(capability)
         and config.warps * 32 * (config.maxnreg or 1) <= _REGISTERS
         # Addresses, operands and the epilogue want about as many registers again.
         and 2 * config.accumulator_registers() <= limit

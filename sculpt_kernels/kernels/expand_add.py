@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sculpt_kernels.kernels import common
+from sculpt_kernels.kernels import host
 from sculpt_kernels.kernels.config import TileConfig
 from sculpt_kernels.kernels.update import update_
 
 
 def supports(W: Tensor, C: Tensor, U: Tensor, V: Tensor, base: Tensor | None = None) -> str | None:
     """`None` if `expand_add_` can run on these, else the reason."""
-    return common.unsupported(W, C, U, V, base)
+    return host.unsupported(W, C, U, V, base)
 
 
 def expand_add_(

@@ -8,12 +8,14 @@
 | `strict` | `Y`, `C`, `Z = GᵀU`     | `U Zᵀ + (Y - U C) Vᵀ`       |
 
 `C` is summed from one part per program, always in the same order. Where there are many parts the
-library adds them between the launches, else the second launch does.
+library adds them between the launches, else the second launch does. For float32 the first launch
+keeps `Y`, and the library multiplies it by `U Uᵀ`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,9 +23,9 @@ import torch
 import triton
 from torch import Tensor
 
-from sculpt_kernels.kernels import common
+from sculpt_kernels.kernels import host
 from sculpt_kernels.kernels.config import BUSY_PROGRAMS, SMALL_RANK, TileConfig, padded_rank
-from sculpt_kernels.kernels.strips import apply_kernel, reduce_kernel
+from sculpt_kernels.kernels.strips import apply_kernel, reduce_kernel, subtract_kernel
 from sculpt_kernels.kernels.update import strides
 
 # Parts of a core that the second launch adds up itself, instead of a sum in between.
@@ -41,7 +43,7 @@ def supports(
             )
     if precision == "exact" and G.dtype == torch.float32:
         return "precision='exact' is for bfloat16 and float16; float32 needs no correction"
-    return common.unsupported(G, U, V)
+    return host.unsupported(G, U, V)
 
 
 def project_(
@@ -71,7 +73,7 @@ def project_(
     """
     if G.numel() == 0:
         return G
-    for _, (g, u, v) in common.batches(G, U, V):
+    for _, (g, u, v) in host.batches(G, U, V):
         _project(g, u, v, form, precision, reduce_config, apply_config, None)
     return G
 
@@ -135,56 +137,147 @@ def _project(
     right = V
     assert right is not None
     left = right if U is None or form in ("left", "right") else U
-    core = form in ("core", "strict")
-    sides = {"core": 0, "strict": 2}.get(form, 1)
-    exact = precision == "exact"
-    count, m, n = G.shape
-    if table is not None:
-        count = len(table)
-    first = common.choose("reduce", G.dtype, G.device, reduce_config)
-    second = common.choose("apply", G.dtype, G.device, apply_config)
-    chunk = chunk_length(count, m, n, first) if sides == 0 else n
-    parts = triton.cdiv(m, first.block_m) * triton.cdiv(n, chunk)
-    r, s = left.shape[-1], right.shape[-1]
-    kept = torch.float32 if exact else G.dtype
-    nothing = G.new_empty(0)
-    Y = G.new_empty(count, m, s, dtype=kept) if sides else nothing
-    Z = G.new_empty(count, n, r, dtype=kept) if sides == 2 else nothing
-    C = G.new_empty(count, parts, r, s, dtype=torch.float32) if core else nothing
-    shared = arguments(G, left, right, table, m, n, core, sides, exact)
-    programs = parts + (triton.cdiv(n, first.block_m) if sides == 2 else 0)
-    common.launch(
-        reduce_kernel,
-        count * programs,
-        first,
-        G.device,
-        Y=Y,
-        Z=Z,
-        C=C,
-        chunk=chunk,
-        BLOCK_M=first.block_m,
-        BLOCK_K=first.block_k,
-        **shared,
-    )
+    operands = Operands(G, left, right, form, table)
+    if G.dtype == torch.float32:
+        _project_float32(operands, reduce_config, apply_config)
+    else:
+        _project_low_precision(operands, precision == "exact", reduce_config, apply_config)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Matrices of one launch, ready to be walked along their rows."""
+
+    G: Tensor
+    U: Tensor
+    V: Tensor
+    form: str
+    table: list[tuple[Tensor, Tensor | None, Tensor | None]] | None
+
+    @property
+    def count(self) -> int:
+        return self.G.shape[0] if self.table is None else len(self.table)
+
+    @property
+    def core(self) -> bool:
+        return self.form in ("core", "strict")
+
+    @property
+    def sides(self) -> int:
+        """Which products with `G` are kept whole, in the numbers of `reduce_kernel`."""
+        return {"core": 0, "strict": 2}.get(self.form, 1)
+
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """All left and right bases as `(L, m, r)` and `(L, n, s)` tensors."""
+        if self.table is None:
+            return self.U, self.V
+        right = torch.stack([v for _, _, v in self.table if v is not None])
+        left = right
+        if self.core:
+            left = torch.stack([u for _, u, _ in self.table if u is not None])
+        return left, right
+
+
+def _project_low_precision(
+    operands: Operands,
+    exact: bool,
+    reduce_config: TileConfig | None,
+    apply_config: TileConfig | None,
+) -> None:
+    G, core, sides = operands.G, operands.core, operands.sides
+    _, m, n = G.shape
+    Y, Z, C = reduce(operands, sides, core, exact, reduce_config)
+    parts = C.shape[1] if core else 1
     if core and (parts > _FEW_PARTS or exact):
         C, parts = C.sum(1, keepdim=True), 1
     if exact:
-        Y, Z, C = _correct(Y, Z, C, left, right, table, core, sides)
-    chunk = chunk_length(count, m, n, second)
-    common.launch(
+        Y, Z, C = _correct(Y, Z, C, operands)
+    name = "apply both" if sides == 2 else "apply"
+    config = host.choose(name, G.dtype, G.device, apply_config)
+    chunk = chunk_length(operands.count, m, n, config.block_m, config.block_n)
+    host.launch(
         apply_kernel,
-        count * triton.cdiv(m, second.block_m) * triton.cdiv(n, chunk),
-        second,
+        operands.count * triton.cdiv(m, config.block_m) * triton.cdiv(n, chunk),
+        config,
         G.device,
         Y=Y,
         Z=Z,
         C=C,
         parts=parts,
         chunk=chunk,
-        BLOCK_M=second.block_m,
-        BLOCK_N=second.block_n,
-        **shared,
+        CORE=core,
+        SIDES=sides,
+        EXACT=exact,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        LEFT_RANK=padded_rank(operands.U.shape[-1]),
+        RIGHT_RANK=padded_rank(operands.V.shape[-1]),
+        **_arguments(operands),
     )
+
+
+def _project_float32(
+    operands: Operands, reduce_config: TileConfig | None, apply_config: TileConfig | None
+) -> None:
+    G, sides = operands.G, max(1, operands.sides)
+    _, m, n = G.shape
+    Y, Z, _ = reduce(operands, sides, False, False, reduce_config)
+    if operands.core:
+        U, _ = operands.bases()
+        inside_left = U @ (U.mT @ Y)
+        Y = inside_left if operands.form == "core" else Y - inside_left
+    config = host.choose("subtract", G.dtype, G.device, apply_config)
+    host.launch(
+        subtract_kernel,
+        operands.count * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        config,
+        G.device,
+        Y=Y,
+        Z=Z,
+        SIDES=sides,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        **_arguments(operands),
+    )
+
+
+def reduce(
+    operands: Operands, sides: int, core: bool, exact: bool, config: TileConfig | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Y = G V`, `Z = Gᵀ U` and the parts of `C = Uᵀ Y`, as far as they are asked for."""
+    G, U, V = operands.G, operands.U, operands.V
+    config = host.choose("reduce", G.dtype, G.device, config)
+    _, m, n = G.shape
+    count, r, s = operands.count, U.shape[-1], V.shape[-1]
+    block_k = config.block_k
+    chunk = n if sides else chunk_length(count, m, n, config.block_m, block_k)
+    parts = triton.cdiv(m, config.block_m) * triton.cdiv(n, chunk)
+    kept = torch.float32 if exact else G.dtype
+    Y = G.new_empty((count, m, s) if sides else 0, dtype=kept)
+    Z = G.new_empty((count, n, r) if sides == 2 else 0, dtype=kept)
+    C = G.new_empty((count, parts, r, s) if core else 0, dtype=torch.float32)
+    programs = parts + (triton.cdiv(n, config.block_m) if sides == 2 else 0)
+    host.launch(
+        reduce_kernel,
+        count * programs,
+        config,
+        G.device,
+        Y=Y,
+        Z=Z,
+        C=C,
+        chunk=chunk,
+        CORE=core,
+        SIDES=sides,
+        EXACT=exact,
+        BLOCK_M=config.block_m,
+        BLOCK_K=block_k,
+        LEFT_RANK=padded_rank(r),
+        RIGHT_RANK=padded_rank(s),
+        **_arguments(operands),
+    )
+    return Y, Z, C
 
 
 def _form_at_ranks(U: Tensor | None, V: Tensor | None, form: str) -> str:
@@ -198,56 +291,41 @@ def _form_at_ranks(U: Tensor | None, V: Tensor | None, form: str) -> str:
     return "left" if left else "right" if right else "none"
 
 
-def chunk_length(count: int, m: int, n: int, config: TileConfig) -> int:
+def chunk_length(count: int, m: int, n: int, block_m: int, block_n: int) -> int:
     """Columns that one program walks: fewer where strips of rows alone leave the device idle.
 
-    At least eight ranks' worth, so that the work per chunk that grows with `r²` stays small.
+    At least 1024, so that the work per chunk that grows with `r²` stays small.
     """
-    strips = count * triton.cdiv(m, config.block_m)
-    chunks = max(1, min(BUSY_PROGRAMS // max(1, strips), n // (8 * config.block_n)))
-    step = max(config.block_n, config.block_k)
-    steps: int = triton.cdiv(triton.cdiv(n, chunks), step)
-    return steps * step
+    strips = count * triton.cdiv(m, block_m)
+    chunks = max(1, min(BUSY_PROGRAMS // max(1, strips), n // 1024))
+    steps: int = triton.cdiv(triton.cdiv(n, chunks), block_n)
+    return steps * block_n
 
 
-def arguments(
-    G: Tensor,
-    U: Tensor,
-    V: Tensor,
-    table: list[tuple[Tensor, Tensor | None, Tensor | None]] | None,
-    m: int,
-    n: int,
-    core: bool,
-    sides: int,
-    exact: bool,
-) -> dict[str, Any]:
-    """What the two kernels take alike."""
-    places: tuple[Tensor, Tensor, Tensor] = (G, U, V)
+def _arguments(operands: Operands) -> dict[str, Any]:
+    """What the kernels take alike."""
+    G, U, V = places = operands.G, operands.U, operands.V
+    table = operands.table
     if table is not None:
-        columns = [[B if B is not None else V for B in side] for side in zip(*table, strict=True)]
-        if not core:
-            columns[1] = columns[2]
-        pointers = [tuple(X.data_ptr() for X in side) for side in columns]
-        places = tuple(address_table(side, G.device) for side in pointers)  # type: ignore[assignment]
+        gs, us, vs = zip(*table, strict=True)
+        sides = (gs, us if operands.core else vs, vs)
+        pointers = [tuple(X.data_ptr() for X in side) for side in sides]
+        at_g, at_u, at_v = (address_table(side, G.device) for side in pointers)
+        places = at_g, at_u, at_v
     return {
         "G": places[0],
         "U": places[1],
         "V": places[2],
-        "m": m,
-        "n": n,
+        "m": G.shape[1],
+        "n": G.shape[2],
         "r": U.shape[-1],
         "s": V.shape[-1],
         **strides("g", "lmn", G),
         **strides("u", "lmr", U),
         **strides("v", "lns", V),
-        "CORE": core,
-        "SIDES": sides,
-        "EXACT": exact,
         "TABLE": table is not None,
-        "DTYPE": common.triton_dtype(G.dtype),
-        "PRECISION": common.input_precision(G.dtype),
-        "LEFT_RANK": padded_rank(U.shape[-1]),
-        "RIGHT_RANK": padded_rank(V.shape[-1]),
+        "DTYPE": host.triton_dtype(G.dtype),
+        "PRECISION": host.input_precision(G.dtype),
     }
 
 
@@ -257,28 +335,16 @@ def address_table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(pointers, dtype=torch.int64, device=device)
 
 
-def _correct(
-    Y: Tensor,
-    Z: Tensor,
-    C: Tensor,
-    U: Tensor,
-    V: Tensor,
-    table: list[tuple[Tensor, Tensor | None, Tensor | None]] | None,
-    core: bool,
-    sides: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _correct(Y: Tensor, Z: Tensor, C: Tensor, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Put `(UᵀU)⁻¹` and `(VᵀV)⁻¹` where the plain formulas assume the identity."""
-    if table is not None:
-        V = torch.stack([v for _, _, v in table if v is not None])
-        if core:
-            U = torch.stack([u for _, u, _ in table if u is not None])
+    U, V = operands.bases()
     right = inverse_gram(V)
-    if sides:
+    if operands.sides:
         Y = Y @ right
-    if core:
+    if operands.core:
         left = inverse_gram(U)
         C = left[:, None] @ C @ right[:, None]
-        if sides == 2:
+        if operands.sides == 2:
             Z = Z @ left
     return Y, Z, C
 

@@ -6,7 +6,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sculpt_kernels.kernels.common import dot, inside, load_tile, matrix, offsets, split_dot
+from sculpt_kernels.kernels.common import (
+    accumulate,
+    dot,
+    inside,
+    load_tile,
+    matrix,
+    offsets,
+    split_dot,
+    tile_of,
+)
 
 
 @triton.jit
@@ -106,25 +115,25 @@ def reduce_kernel(
             stride_gm, stride_gn, stride_vn, stride_vs, PRECISION, BLOCK_M, BLOCK_K, RIGHT_RANK,
         )  # fmt: skip
         if SIDES >= 1:
-            at = Y + long_index * m * s + offsets(rows, right_ranks, s, 1)
-            tl.store(at, y.to(Y.dtype.element_ty), mask=inside(rows, right_ranks, m, s))
+            y_at = Y + long_index * m * s + offsets(rows, right_ranks, s, 1)
+            tl.store(y_at, y.to(Y.dtype.element_ty), mask=inside(rows, right_ranks, m, s))
         if CORE:
             u = matrix(U, index, stride_ul, TABLE, DTYPE)
             b_u = load_tile(u, left_ranks, rows, r, m, stride_ur, stride_um)
             core = tl.zeros((LEFT_RANK, RIGHT_RANK), dtype=tl.float32)
             core = split_dot(b_u, y, core, EXACT, PRECISION)
-            at = C + (long_index * strips * chunks + program) * r * s
-            at += offsets(left_ranks, right_ranks, s, 1)
-            tl.store(at, core, mask=inside(left_ranks, right_ranks, r, s))
+            c_at = C + (long_index * strips * chunks + program) * r * s
+            c_at += offsets(left_ranks, right_ranks, s, 1)
+            tl.store(c_at, core, mask=inside(left_ranks, right_ranks, r, s))
     elif SIDES == 2:
-        u = matrix(U, index, stride_ul, TABLE, DTYPE)
+        z_u = matrix(U, index, stride_ul, TABLE, DTYPE)
         columns = (program - strips * chunks) * BLOCK_M + tl.arange(0, BLOCK_M)
         z = _strip_product(
-            g, u, columns, n, 0, m, r,
+            g, z_u, columns, n, 0, m, r,
             stride_gn, stride_gm, stride_um, stride_ur, PRECISION, BLOCK_M, BLOCK_K, LEFT_RANK,
         )  # fmt: skip
-        at = Z + long_index * n * r + offsets(columns, left_ranks, r, 1)
-        tl.store(at, z.to(Z.dtype.element_ty), mask=inside(columns, left_ranks, n, r))
+        z_at = Z + long_index * n * r + offsets(columns, left_ranks, r, 1)
+        tl.store(z_at, z.to(Z.dtype.element_ty), mask=inside(columns, left_ranks, n, r))
 
 
 @triton.jit
@@ -210,3 +219,63 @@ def apply_kernel(
         g_at = g + offsets(rows, columns, stride_gm, stride_gn)
         tile = tl.load(g_at, mask=mask, other=0.0).to(tl.float32) - acc
         tl.store(g_at, tile.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def subtract_kernel(
+    G,
+    U,
+    V,
+    Y,
+    Z,
+    m,
+    n,
+    r,
+    s,
+    stride_gl,
+    stride_gm,
+    stride_gn,
+    stride_ul,
+    stride_um,
+    stride_ur,
+    stride_vl,
+    stride_vn,
+    stride_vs,
+    SIDES: tl.constexpr,
+    TABLE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """`G -= Y Vᵀ (+ U Zᵀ)`, one tile of one matrix: `apply_kernel` for float32.
+
+    Multiplying float32 without tensor cores keeps operands in registers, so the ranks come in
+    steps of BLOCK_K, and the products with the core are the library's.
+    Bytes: one read and one write of G, the factors. FLOPs: `2 m n s`, `2 m n r` with SIDES 2.
+    """
+    tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
+    index = tl.program_id(0) // tiles
+    tile_m, tile_n = tile_of(tl.program_id(0) % tiles, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    long_index = index.to(tl.int64)
+    g = matrix(G, index, stride_gl, TABLE, DTYPE)
+    v = matrix(V, index, stride_vl, TABLE, DTYPE)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = accumulate(
+        acc, Y + long_index * m * s, v, rows, columns, m, n, s,
+        s, 1, stride_vn, stride_vs, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    if SIDES == 2:
+        u = matrix(U, index, stride_ul, TABLE, DTYPE)
+        acc = accumulate(
+            acc, u, Z + long_index * n * r, rows, columns, m, n, r,
+            stride_um, stride_ur, r, 1, PRECISION, BLOCK_K,
+        )  # fmt: skip
+    mask = inside(rows, columns, m, n)
+    g_at = g + offsets(rows, columns, stride_gm, stride_gn)
+    tile = tl.load(g_at, mask=mask, other=0.0) - acc
+    tl.store(g_at, tile, mask=mask)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sculpt_kernels.kernels import common
+from sculpt_kernels.kernels import host
 from sculpt_kernels.kernels.common import (
     accumulate,
     halves,
@@ -157,7 +157,7 @@ def supports(X: Tensor, A: Tensor, B: Tensor, base: Tensor | None = None) -> str
     """`None` if `update_` can run on these, else the reason."""
     if A.dtype != B.dtype:
         return f"the factors must have one dtype; got {A.dtype} and {B.dtype}"
-    return common.unsupported(X, A, B, base)
+    return host.unsupported(X, A, B, base)
 
 
 def update_(
@@ -196,16 +196,16 @@ def update_(
     if X.numel() == 0:
         return X
     source = X if base is None else base
-    config = common.choose("update", A.dtype, X.device, config)
+    config = host.choose("update", A.dtype, X.device, config)
     segments = 2 if A2 is not None and A2.shape[-1] else 1 if A.shape[-1] else 0
     if segments == 2 and not A.shape[-1]:
         assert A2 is not None
         A, B, A2, B2, segments = A2, B2, None, None, 1  # type: ignore[assignment]
     if segments < 2:
         A2, B2 = A, B
-    for first, (x, s, a, b, a2, b2) in common.batches(X, source, A, B, A2, B2):
+    for first, (x, s, a, b, a2, b2) in host.batches(X, source, A, B, A2, B2):
         count, m, n = x.shape
-        common.launch(
+        host.launch(
             update_kernel,
             count * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
             config,
@@ -216,8 +216,8 @@ def update_(
             B=b,
             A2=a2,
             B2=b2,
-            alpha=common.number(alpha, X.device),
-            seed=common.seed_argument(seed, X.device),
+            alpha=host.number(alpha, X.device),
+            seed=host.whole(0 if seed is None else seed, X.device),
             first_matrix=first,
             m=m,
             n=n,
@@ -232,7 +232,7 @@ def update_(
             SOURCE=keep or base is not None,
             SEGMENTS=segments,
             STOCHASTIC=rounding == "stochastic",
-            PRECISION=common.input_precision(A.dtype),
+            PRECISION=host.input_precision(A.dtype),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
