@@ -61,7 +61,5 @@ def make_plain(module: CompactLinear) -> nn.Linear:
     """Turn the layer back into a plain `nn.Linear`; its weight stays as it is."""
     for name in (COORDINATES, *BASES):
         delattr(module, name)
-    # delattr of a non-persistent buffer leaves its name in this set.
-    module._non_persistent_buffers_set.difference_update(BASES)
     module.__class__ = nn.Linear  # type: ignore[assignment]
     return module

@@ -85,10 +85,7 @@ def _slab_basis(slab: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor]:
     # The slab itself takes the filling out again.
     Z = slab @ (Z @ vectors * member.unsqueeze(-2))
     norms = torch.linalg.vector_norm(Z, dim=-2, keepdim=True)
-    Z = Z / torch.where(norms > 0, norms, 1)
-    for _ in range(3):
-        Z = 1.5 * Z - 0.5 * Z @ (Z.mT @ Z)
-    return Z, member
+    return Z / torch.where(norms > 0, norms, 1), member
 
 
 def _purify(P: Tensor, steps: int) -> Tensor:

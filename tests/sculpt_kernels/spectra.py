@@ -18,6 +18,7 @@ SPECTRA = {
     "flat with spikes": lambda k: torch.where(torch.arange(k) < 3, 10.0, 1.0),
     "repeated at the cut": lambda k: torch.where(torch.arange(k) < k // 2 + 3, 1.0, 0.1),
     "exact rank below the cut": lambda k: (torch.arange(k) < k // 4).double(),
+    "exact rank above the cut": lambda k: (torch.arange(k) < k // 2 + 2).double(),
     "zero": lambda k: torch.zeros(k),
     "steep": lambda k: torch.logspace(0, -6, k),
 }

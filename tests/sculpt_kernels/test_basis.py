@@ -37,6 +37,29 @@ def test_picks_the_cheapest_safe_algorithm(dtype, cond_in_eps, expected):
     assert defect(Q) <= 50 * eps * 20**0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("cond_in_eps", [0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.9, 1.0, 1.2])
+def test_orthonormal_whatever_the_conditioning(dtype, cond_in_eps):
+    eps = torch.finfo(dtype).eps
+    assert defect(orthonormalize(conditioned(60, 20, eps**-cond_in_eps, dtype))) <= 40 * eps
+
+
+def test_a_cholesky_that_succeeds_without_orthogonality_is_not_accepted():
+    # At cond(Y) about 1e5 one in a hundred float32 CholeskyQR2 runs ends above the bound.
+    methods = set()
+    for seed in range(300):
+        g = torch.Generator().manual_seed(seed)
+        r = int(torch.randint(5, 60, (), generator=g))
+        n = r + int(torch.randint(0, 200, (), generator=g))
+        A = torch.linalg.qr(torch.randn(n, r, generator=g)).Q
+        B = torch.linalg.qr(torch.randn(r, r, generator=g)).Q
+        cond = 1.5 + 4 * float(torch.rand((), generator=g))
+        Q, method = orthonormalize_with_method((A * torch.logspace(0, -cond, r)) @ B.T)
+        methods.add(method)
+        assert defect(Q) <= 4e-6
+    assert len(methods) > 1
+
+
 @pytest.mark.parametrize("shape", [(9, 4), (5, 5), (7, 1), (3, 0), (2, 3, 8, 3)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_orthonormal_with_the_same_span(shape, dtype):

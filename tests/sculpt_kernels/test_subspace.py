@@ -46,6 +46,28 @@ def test_gram_agrees_with_the_reference_where_the_gap_is_wide():
     assert float((low.V @ low.V.T - V @ V.T).abs().max()) <= 1e-12
 
 
+@pytest.mark.parametrize("part", ["high", "low"])
+def test_float32_gram_turns_to_float64_where_float32_does_not_resolve_the_cut(part):
+    # Squared, the values at the cut are 1e-9 of the largest: lost in a float32 Gram matrix.
+    W = planted(48, 64, torch.logspace(0, -6, 48)).float()
+    found = split(W, rank=36, part=part, method="gram")
+    U, V = reference.split(W.double(), 36, part)
+    for B, exact in ((found.U, U), (found.V, V)):
+        cosines = (exact.T @ B.double()).square().sum() / B.shape[1]
+        assert float(1 - cosines) <= 1e-4
+
+
+@pytest.mark.parametrize("method", ["gram", "svd", "spectral"])
+@pytest.mark.parametrize("nonzero", [0, 3, 10, 40])
+def test_columns_that_are_exactly_zero(nonzero, method):
+    W = torch.zeros(80, 90)
+    W.diagonal()[:nonzero] = torch.arange(nonzero, 0, -1).float()
+    parts = [split(W, rank=3, part=part, method=method) for part in ("high", "low")]
+    for side in ("U", "V"):
+        both = torch.cat([getattr(found, side) for found in parts], -1)
+        torch.testing.assert_close(both.T @ both, torch.eye(80), rtol=0, atol=1e-5)
+
+
 def test_a_matrix_and_its_transpose_agree():
     W = planted(30, 50, SPECTRA["power law"](30)).float()
     one, two = split(W, rank=20), split(W.T, rank=20)
