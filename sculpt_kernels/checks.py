@@ -215,33 +215,34 @@ def projection(
     return left, right
 
 
-def plainly_fits(G: Any, U: Any, V: Any) -> bool:
-    """Whether three arguments are beyond doubt: matrices on the CPU that fit together, plain
-    tensors, contiguous, apart in memory, free of autograd. Decided in about two microseconds;
-    `False` only means that the full checks must look. NaN bases are not looked for.
+def plainly_fits(G: Any, U: Any, V: Any) -> tuple[int, int, int, int] | None:
+    """`(m, n, r, s)` of plain matrices on the CPU that fit together, in two microseconds.
+
+    Plain tensors, contiguous, apart in memory, free of autograd. `None` only means that the full
+    checks must look. Left to the products themselves: that the dtypes agree and hold numbers that
+    can be multiplied, and that no basis holds NaN.
     """
     if not (type(G) is type(U) is type(V) is Tensor) or G.requires_grad:
-        return False
-    g, u, v = G.shape, U.shape, V.shape
-    dtype = G.dtype
+        return None
+    if not (G.is_cpu and U.is_cpu and V.is_cpu):
+        return None
+    try:
+        (m, n), (m1, r), (n1, s) = G.shape, U.shape, V.shape
+    except ValueError:
+        return None
     if not (
-        len(g) == len(u) == len(v) == 2
-        and u[0] == g[0] >= u[1] > 0
-        and v[0] == g[1] >= v[1] > 0
-        and dtype is U.dtype
-        and dtype is V.dtype
-        and dtype in FLOATS
-        and G.is_cpu
-        and U.is_cpu
-        and V.is_cpu
+        m == m1 >= r > 0
+        and n == n1 >= s > 0
         and G.is_contiguous()
         and U.is_contiguous()
         and V.is_contiguous()
     ):
-        return False
-    start, u0, v0 = G.data_ptr(), U.data_ptr(), V.data_ptr()
-    end = start + G.nbytes
-    return (u0 >= end or u0 + U.nbytes <= start) and (v0 >= end or v0 + V.nbytes <= start)
+        return None
+    start, u0, v0, size = G.data_ptr(), U.data_ptr(), V.data_ptr(), G.itemsize
+    end = start + m * n * size
+    if (u0 < end and u0 + m * r * size > start) or (v0 < end and v0 + n * s * size > start):
+        return None
+    return m, n, r, s
 
 
 def sums_to_number(X: Tensor) -> bool:

@@ -44,8 +44,8 @@ def project_(
         form: the projection, see above.
         backend: `"auto"`, `"triton"`, `"native"` or `"torch"`.
         check: measure `‖UᵀU - I‖` and `‖VᵀV - I‖` first and refuse bases that are not orthonormal.
-            Bases that are not finite are refused always on the CPU, elsewhere only with `check`,
-            because looking would wait for the device.
+            On the CPU bases with NaN are refused always; elsewhere looking would wait for the
+            device.
         complement: sides whose basis spans what is *kept*, `"none"`, `"left"`, `"right"` or
             `"both"`: `UUᵀ` above becomes `I - UUᵀ` for the left side, likewise `V`. Cheaper for
             large removed ranks; `plan` tells from where on.
@@ -65,16 +65,13 @@ def project_(
         return G
     if (
         form == "core"
-        and U is not None
-        and V is not None
-        and backend in ("auto", "torch")
         and complement == "none"
         and precision == "standard"
         and not check
-        and checks.plainly_fits(G, U, V)
-        and _is_one_panel(G, U, V)
+        and backend in ("auto", "torch")
+        and _remove_core_at_once(G, U, V)
     ):
-        return _remove_core(G, U, V)
+        return G
     left, right = checks.projection(G, U, V, form, complement=complement, check=check)
     checks.writable("G", G)
     checks.no_overlap("G", G, U=left, V=right)
@@ -233,25 +230,33 @@ def _on_cpu(
         sweep.project_matrix(X, A, B, form, complement, exact)
 
 
-def _is_one_panel(G: Tensor, U: Tensor, V: Tensor) -> bool:
-    """Small enough that the calls themselves count, and best contracted from the right."""
-    m, n = G.shape
-    r, s = U.shape[1], V.shape[1]
-    return (
-        m <= VIEW_ROWS
-        and s * m * (n + r) <= r * n * (m + s)
-        and G.dtype not in checks.LOW_PRECISION
-    )
+def _remove_core_at_once(G: Tensor, U: Tensor | None, V: Tensor | None) -> bool:
+    """The products of `sweep` for small matrices, where checks and calls count; `False`: not done.
 
-
-def _remove_core(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """The products of `sweep` for a single panel, without its bookkeeping."""
-    core = torch.mm(U.t(), torch.mm(G, V))
-    if not checks.sums_to_number(core):
-        # NaN in G may pass: it is the caller's to see. NaN in a basis may not.
-        checks.free_of_nan("U", U)
-        checks.free_of_nan("V", V)
-    return G.addmm_(torch.mm(U, core), V.t(), alpha=-1)
+    Whatever is out of the ordinary is left, unchanged, to the full checks.
+    """
+    sizes = checks.plainly_fits(G, U, V)
+    if sizes is None or U is None or V is None:
+        return False
+    m, n, r, s = sizes
+    if G.dtype is torch.float32 or G.dtype is torch.float64:
+        if m > VIEW_ROWS or n > VIEW_ROWS:
+            return False
+    elif not has_fast_products(G.dtype, "cpu"):
+        return False
+    X, A, B = G, U, V
+    # Libraries are slower on a matrix that is turned; a gain of a few percent does not pay for it.
+    if s * m * (n + r) > 1.05 * r * n * (m + s):
+        X, A, B = G.t(), V, U
+    try:
+        core = torch.mm(A.t(), torch.mm(X, B))
+    except RuntimeError:
+        return False
+    # NaN: from G it may pass, it is the caller's to see; from a basis it may not.
+    if not torch.equal(core, core):
+        return False
+    X.addmm_(torch.mm(A, core), B.t(), alpha=-1)
+    return True
 
 
 def _library_layout(G: Tensor) -> bool:
