@@ -106,8 +106,8 @@ TABLE: dict[tuple[str, bool], tuple[TileConfig, ...]] = {
     ),
     # Both sides at once: twice the operands, so half the columns.
     ("apply both", True): (
-        TileConfig(64, 64, 256, warps=8, stages=2),
-        TileConfig(32, 32, 256, warps=8, stages=1),
+        TileConfig(64, 64, 256, warps=8, stages=2, since=(9, 0)),
+        TileConfig(64, 32, 256, warps=8, stages=1),
     ),
 }
 
