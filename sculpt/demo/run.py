@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -110,10 +110,12 @@ def _run_method(
                 + (": out of memory?" if process.exitcode == -signal.SIGKILL else "")
             )
         except KeyboardInterrupt:
-            _write_status(settings.out, "interrupted", where, method)
+            with suppress(OSError):
+                _write_status(settings.out, "interrupted", where, method)
             raise Interrupted(where) from None
         except DemoError:
-            _write_status(settings.out, "failed", where, method)
+            with suppress(OSError):  # the disk may be what failed
+                _write_status(settings.out, "failed", where, method)
             raise
         finally:
             process.terminate()
