@@ -37,8 +37,8 @@ class DemoSettings:
     ratio: float = 0.25
     steps: int = 30
     batch_size: int = 8
-    lr: float = 1e-4
-    warmup_steps: int = 0
+    lr: float = 5e-5
+    warmup_steps: int = 5
     max_text_tokens: int = 40
     train_per_task: int = 600
     test_per_task: int = 60
@@ -75,7 +75,7 @@ class DemoSettings:
         }
 
 
-QUICK: dict[str, Any] = {"quick": True, "steps": 40, "lr": 5e-5, "ratio": 0.1}
+QUICK: dict[str, Any] = {"quick": True, "steps": 40}
 
 
 def check_out(out: Path) -> None:
