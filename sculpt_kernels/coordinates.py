@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sculpt_kernels import checks, triton_backend
 from sculpt_kernels.backend import choose
-from sculpt_kernels.panels import compute_dtype, matrices, row_panels
+from sculpt_kernels.panels import compute_dtype, matrices, product, row_panels
 from sculpt_kernels.plan import arrange
 from sculpt_kernels.rounding import store
 from sculpt_kernels.tracing import is_traced
@@ -70,10 +70,10 @@ def _compress_matrix(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
 def _gather(G: Tensor, U: Tensor, V: Tensor, wide: torch.dtype) -> Tensor:
     """`Uᵀ(GV)` in the wide dtype, converting one row panel at a time."""
     if G.dtype == wide:
-        return torch.mm(U.t(), torch.mm(G, V))
+        return torch.mm(U.t(), product(G, V))
     core = torch.zeros(U.shape[1], V.shape[1], dtype=wide, device=G.device)
     for rows in row_panels(*G.shape):
-        core.addmm_(U[rows].to(wide).t(), torch.mm(G[rows].to(wide), V))
+        core.addmm_(U[rows].to(wide).t(), product(G[rows].to(wide), V))
     return core
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sculpt_kernels import checks, factored, split_precision, sweep, triton_backend
 from sculpt_kernels.backend import choose
-from sculpt_kernels.panels import VIEW_ROWS, has_fast_products, matrices
+from sculpt_kernels.panels import VIEW_ROWS, has_fast_products, matrices, product
 from sculpt_kernels.plan import simplified
 from sculpt_kernels.tracing import is_traced
 
@@ -64,12 +64,11 @@ def project_(
         torch.ops.sculpt_kernels.project_(G, U, V, form, backend, check, complement, precision)
         return G
     if (
-        form == "core"
-        and complement == "none"
+        complement == "none"
         and precision == "standard"
         and not check
         and backend in ("auto", "torch")
-        and _remove_core_at_once(G, U, V)
+        and _at_once(G, U, V, form)
     ):
         return G
     left, right = checks.projection(G, U, V, form, complement=complement, check=check)
@@ -230,32 +229,60 @@ def _on_cpu(
         sweep.project_matrix(X, A, B, form, complement, exact)
 
 
-def _remove_core_at_once(G: Tensor, U: Tensor | None, V: Tensor | None) -> bool:
+def _at_once(G: Tensor, U: Tensor | None, V: Tensor | None, form: str) -> bool:
     """The products of `sweep` for small matrices, where checks and calls count; `False`: not done.
 
-    Whatever is out of the ordinary is left, unchanged, to the full checks.
+    Whatever is out of the ordinary is left, unchanged, to the full checks. So is NaN in a product:
+    from `G` it may pass, it is the caller's to see; from a basis it may not.
     """
-    sizes = checks.plainly_fits(G, U, V)
-    if sizes is None or U is None or V is None:
+    if form == "core" or form == "strict":
+        if not checks.plainly_fits(G, U, 0) or not checks.plainly_fits(G, V, 1):
+            return False
+    elif form == "left":
+        if V is not None or not checks.plainly_fits(G, U, 0):
+            return False
+    elif form != "right" or U is not None or not checks.plainly_fits(G, V, 1):
         return False
-    m, n, r, s = sizes
+    m, n = G.shape
     if G.dtype is torch.float32 or G.dtype is torch.float64:
         if m > VIEW_ROWS or n > VIEW_ROWS:
             return False
-    elif not has_fast_products(G.dtype, "cpu"):
+    elif form == "strict" or not has_fast_products(G.dtype, "cpu"):
         return False
-    X, A, B = G, U, V
-    # Libraries are slower on a matrix that is turned; a gain of a few percent does not pay for it.
-    if s * m * (n + r) > 1.05 * r * n * (m + s):
-        X, A, B = G.t(), V, U
     try:
-        core = torch.mm(A.t(), torch.mm(X, B))
+        if form == "core":
+            assert U is not None
+            assert V is not None
+            return _remove_core(G, U, V, m, n)
+        X = None if U is None else torch.mm(U.t(), G)
+        Y = None if V is None or U is not None else product(G, V)
+        if not (U is None or V is None or V.dtype is G.dtype):
+            return False
     except RuntimeError:
         return False
-    # NaN: from G it may pass, it is the caller's to see; from a basis it may not.
-    if not torch.equal(core, core):
-        return False
-    X.addmm_(torch.mm(A, core), B.t(), alpha=-1)
+    for part in (X, Y, None if X is None else V):
+        if part is not None and not torch.equal(part, part):
+            return False
+    if X is not None:
+        assert U is not None
+        G.addmm_(U, X, alpha=-1)
+    if V is not None:
+        G.addmm_(product(G, V) if Y is None else Y, V.t(), alpha=-1)
+    return True
+
+
+def _remove_core(G: Tensor, U: Tensor, V: Tensor, m: int, n: int) -> bool:
+    r, s = U.shape[1], V.shape[1]
+    if s * m * (n + r) <= r * n * (m + s):
+        core = torch.mm(U.t(), product(G, V))
+        if not torch.equal(core, core):
+            return False
+        G.addmm_(torch.mm(U, core), V.t(), alpha=-1)
+    else:
+        core = torch.mm(torch.mm(U.t(), G), V)
+        if not torch.equal(core, core):
+            return False
+        G.addmm_(U, torch.mm(core, V.t()), alpha=-1)
     return True
 
 

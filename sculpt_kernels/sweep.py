@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sculpt_kernels.panels import compute_dtype, row_panels, view_panels
+from sculpt_kernels.panels import compute_dtype, product, row_panels, view_panels
 from sculpt_kernels.plan import arrange, kind_of
 
 
@@ -181,7 +181,7 @@ def _gather(source: Source, left: _Left) -> Tensor:
     for rows in source.panels():
         part = left.dual(rows)
         panel = source.load(rows)
-        total = torch.mm(part, panel) if total is None else total.addmm_(part, panel)
+        total = product(part, panel) if total is None else total.addmm_(part, panel)
     assert total is not None
     return total
 
@@ -190,11 +190,11 @@ def _gather_core(source: Source, left: _Left, right: _Right, Y: Tensor | None = 
     """`UᵀGV`, `(a, b)`; keeps `GV` in `Y` where asked."""
     total = None
     for rows in source.panels():
-        product = torch.mm(source.load(rows), right.dual)
+        thin = product(source.load(rows), right.dual)
         if Y is not None:
-            Y[rows] = product
+            Y[rows] = thin
         part = left.dual(rows)
-        total = torch.mm(part, product) if total is None else total.addmm_(part, product)
+        total = torch.mm(part, thin) if total is None else total.addmm_(part, thin)
     assert total is not None
     return total
 
@@ -242,19 +242,19 @@ def _both_sides(source: Source, left: _Left, right: _Right, keep: bool) -> None:
         rest = (
             panel.sub_(part) if part is not None else panel.addmm_(left.basis(rows), kept, alpha=-1)
         )
-        product = torch.mm(rest, right.dual)
+        thin = product(rest, right.dual)
         if part is None:
-            source.store(rows, rest.addmm_(product, right.spread, alpha=-1))
+            source.store(rows, rest.addmm_(thin, right.spread, alpha=-1))
         else:
-            source.store(rows, part.addmm_(product, right.spread))
+            source.store(rows, part.addmm_(thin, right.spread))
 
 
 def _one_side(source: Source, right: _Right, keep: bool) -> None:
     """`G - (G V) Vᵀ`, or `(G V) Vᵀ` for a complement; each row on its own."""
     for rows in source.panels():
         panel = source.load(rows)
-        product = torch.mm(panel, right.dual)
+        thin = product(panel, right.dual)
         if keep:
-            source.store(rows, torch.mm(product, right.spread))
+            source.store(rows, product(thin, right.spread))
         else:
-            source.store(rows, panel.addmm_(product, right.spread, alpha=-1))
+            source.store(rows, panel.addmm_(thin, right.spread, alpha=-1))
