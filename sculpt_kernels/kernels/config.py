@@ -92,22 +92,26 @@ TABLE: dict[tuple[str, bool], tuple[TileConfig, ...]] = {
         TileConfig(128, 128, 32, warps=8, stages=4, subtiles=8, maxnreg=128, since=(9, 0)),
         TileConfig(64, 128, 32, warps=8, stages=3, subtiles=4, maxnreg=128),
     ),
-    ("adamw", False): (TileConfig(64, 64, 16, warps=4, stages=3, subtiles=2),),
-    ("adamw both", False): (TileConfig(64, 64, 16, warps=4, stages=3, subtiles=2),),
+    ("adamw", False): (TileConfig(64, 64, 16, warps=4, stages=2, subtiles=2),),
+    ("adamw both", False): (TileConfig(64, 64, 16, warps=4, stages=2, subtiles=2),),
     ("reduce", True): (
         TileConfig(64, 128, 64, warps=8, stages=3),
         TileConfig(64, 128, 32, warps=8, stages=3),
     ),
     ("reduce", False): (TileConfig(32, 128, 16, warps=8, stages=2),),
-    ("subtract", False): (TileConfig(64, 64, 16, warps=4, stages=3),),
+    ("subtract", False): (TileConfig(64, 64, 16, warps=4, stages=2),),
     ("apply", True): (
         TileConfig(64, 128, 128, warps=8, stages=2),
         TileConfig(64, 64, 128, warps=8, stages=1),
     ),
+    ("apply exact", True): (
+        TileConfig(64, 128, 128, warps=8, stages=2, since=(9, 0)),
+        TileConfig(32, 128, 128, warps=8, stages=2),
+    ),
     # Both sides at once: twice the operands, so half the columns.
     ("apply both", True): (
         TileConfig(64, 64, 256, warps=8, stages=2, since=(9, 0)),
-        TileConfig(64, 32, 256, warps=8, stages=1),
+        TileConfig(32, 64, 256, warps=8, stages=1),
     ),
 }
 

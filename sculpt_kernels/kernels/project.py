@@ -192,7 +192,7 @@ def _project_low_precision(
         C, parts = C.sum(1, keepdim=True), 1
     if exact:
         Y, Z, C = _correct(Y, Z, C, operands)
-    name = "apply both" if sides == 2 else "apply"
+    name = "apply both" if sides == 2 else "apply exact" if exact else "apply"
     config = host.choose(name, G.dtype, G.device, apply_config)
     chunk = chunk_length(operands.count, m, n, config.block_m, config.block_n)
     host.launch(
