@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -165,6 +166,11 @@ def project_many_(
             checks.no_overlap("G", G, U=left, V=right)
     checks.disjoint("Gs", Gs)
     rest: Sequence[int] = range(len(Gs))
+    if backend not in ("auto", "torch"):
+        # A named backend that cannot take one of them is an error before any is changed.
+        for G, U, V in zip(Gs, Us, Vs, strict=True):
+            reason = partial(triton_backend.project_reason, G, U, V, complement, precision, backend)
+            choose(backend, G.device, reason)
     if complement == "none":
         rest = triton_backend.project_many_(Gs, Us, Vs, form, precision, backend)
     for i in rest:

@@ -85,9 +85,11 @@ BAD = {
     "NaN in U": (lambda: (G, NAN, V, {}), ValueError, "U must be finite; got 1 NaN"),
     "NaN in U, checked": (lambda: (G, NAN, V, {"check": True}), ValueError, "U must be finite"),
     "infinity in V": (
-        lambda: (G, U, INF, {"form": "strict"}),
+        lambda: (G, U, INF, {"check": True}),
         ValueError,
         "V must be finite; got 1 NaN or inf",
+    ),
+    "V must be finite; got 1 NaN or inf",
     ),
     "NaN in U, one-sided": (
         lambda: (G, NAN, None, {"form": "left"}),
