@@ -14,7 +14,7 @@ from torch import Tensor
 PANEL_ROWS = 256
 PANEL_ELEMENTS = 2**17
 # Products of matrices that need no conversion write no panel, only `rows x rank`: larger is better.
-VIEW_ROWS = 1536
+VIEW_ROWS = 4096
 # Results with fewer columns than this are computed as their transpose.
 THIN = 32
 

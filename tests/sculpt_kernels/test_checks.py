@@ -89,8 +89,6 @@ BAD = {
         ValueError,
         "V must be finite; got 1 NaN or inf",
     ),
-    "V must be finite; got 1 NaN or inf",
-    ),
     "NaN in U, one-sided": (
         lambda: (G, NAN, None, {"form": "left"}),
         ValueError,
