@@ -66,7 +66,10 @@ class DemoSettings:
         return SculptConfig(unfreeze_rank_ratio=self.ratio, seed=self.seed)
 
     def schedule(self) -> Schedule:
-        return Schedule(self.steps, self.batch_size, self.lr, self.warmup_steps, self.seed)
+        warmup_steps = min(
+            self.warmup_steps, self.steps // 2
+        )  # few steps still reach the full rate
+        return Schedule(self.steps, self.batch_size, self.lr, warmup_steps, self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         return {

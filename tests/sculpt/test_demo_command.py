@@ -155,6 +155,13 @@ def test_quick_and_model_exclude_each_other(model: Path, tmp_path: Path) -> None
         DemoSettings(out=tmp_path, model=model, **QUICK)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (3, 1), (30, 5)])
+def test_a_short_run_still_reaches_the_full_rate(tmp_path: Path, steps: int, warmup: int) -> None:
+    schedule = DemoSettings(out=tmp_path, steps=steps).schedule()
+    assert schedule.warmup_steps == warmup
+    assert schedule.factor(steps) == 1.0
+
+
 def test_a_full_disk_is_seen_before_training(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
