@@ -37,7 +37,7 @@ class DemoSettings:
     ratio: float = 0.25
     steps: int = 30
     batch_size: int = 8
-    lr: float = 5e-5
+    lr: float = 6e-5
     warmup_steps: int = 5
     max_text_tokens: int = 40
     train_per_task: int = 600
@@ -66,9 +66,8 @@ class DemoSettings:
         return SculptConfig(unfreeze_rank_ratio=self.ratio, seed=self.seed)
 
     def schedule(self) -> Schedule:
-        warmup_steps = min(
-            self.warmup_steps, self.steps // 2
-        )  # few steps still reach the full rate
+        # Few steps still reach the full rate.
+        warmup_steps = min(self.warmup_steps, self.steps // 2)
         return Schedule(self.steps, self.batch_size, self.lr, warmup_steps, self.seed)
 
     def to_dict(self) -> dict[str, Any]:
