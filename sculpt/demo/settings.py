@@ -77,7 +77,7 @@ class DemoSettings:
         }
 
 
-QUICK: dict[str, Any] = {"quick": True, "steps": 40}
+QUICK: dict[str, Any] = {"quick": True, "steps": 40, "lr": 5e-5}
 
 
 def check_out(out: Path) -> None:
