@@ -85,3 +85,30 @@ def test_other_kernels_beyond_two_billion_elements(far: Tensor) -> None:
     adamw.project_adamw_(near[0], near[1].half(), *near[2:], U, V, **step)
     assert torch.equal(far, near[0])
     assert torch.equal(others[1], near[2])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_step_of_a_walk_may_pass_two_billion_elements(form: str) -> None:
+    # Sixteen rows, the step along the contracted side, are 2**31 elements.
+    G = sparse(20, 18, STRIDE // 8).copy_(torch.randn(20, 18))
+    U, V = (orthonormal(size, 2, dtype=G.dtype) for size in G.shape)
+    want = reference.project(G.double(), U.double(), V.double(), form)
+    project.project_(G, *sides(form, U, V), form, reduce_config=TILE, apply_config=STRIP)
+    assert error(G, want) < BOUNDS[G.dtype]
+    A, B = G.mT, torch.randn(5, 20).half()
+    X = update.update_(torch.zeros(18, 5), A, B, config=TILE)
+    assert error(X, A.double() @ B.double().mT) < 1e-6
+    X = update.update_(torch.zeros(5, 18), B, A, config=TILE)
+    assert error(X, B.double() @ A.double().mT) < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_matrices_of_a_batch_may_be_two_billion_elements_apart(form: str) -> None:
+    G = sparse(3, 20, STRIDE).view(3, 4, 5).copy_(torch.randn(3, 4, 5))
+    U, V = (orthonormal(3, size, 2, dtype=G.dtype) for size in G.shape[1:])
+    want = reference.project(G.double(), U.double(), V.double(), form)
+    project.project_(G, *sides(form, U, V), form, reduce_config=TILE, apply_config=STRIP)
+    assert error(G, want) < BOUNDS[G.dtype]
+    want = G.double() + U.double() @ V.double().mT
+    update.update_(G, U, V, config=TILE)
+    assert error(G, want) < BOUNDS[G.dtype]
