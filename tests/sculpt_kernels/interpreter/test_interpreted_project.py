@@ -127,6 +127,17 @@ def test_exact_projects_on_the_span_of_the_rounded_basis(form: str, dtype: torch
         assert error(X[0], want) < (2.5e-4 if dtype == torch.float16 else 4e-3)
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_exact_finds_what_little_lies_outside(form: str, dtype: torch.dtype) -> None:
+    """All but the rounding of `G` is protected, so an error of 16 bits would be all of the rest."""
+    U, V = (orthonormal(size, 6, dtype=dtype) for size in (40, 48))
+    G = (U.double() @ torch.randn(6, 6).double() @ V.double().mT).to(dtype)
+    want = truth(G, *(torch.linalg.qr(B.double()).Q for B in (U, V)), form)
+    project.project_(G, *sides(form, U, V), form, precision="exact", **CONFIGS)
+    assert error(G, want) < 0.03
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_many_matrices_where_they_lie(form: str, dtype: torch.dtype) -> None:
