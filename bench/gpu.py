@@ -6,8 +6,7 @@
 
 Needs torch and, on a GPU, Triton; run it in the repository's root, nothing has to be installed.
 Every operation is compared with float64 first; what is wrong is not timed. Inputs are random and
-rotate through more memory than the L2 cache holds; variants take turns; the table shows medians.
-What is finished when the time is over is kept.
+rotate through more than the L2 cache; variants take turns; what is finished in time is kept.
 """
 
 from __future__ import annotations
