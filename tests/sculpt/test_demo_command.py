@@ -197,6 +197,8 @@ def interrupted(model: Path, out: Path, stop: int) -> tuple[int, str, dict[str, 
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,
+        # A background job of a shell ignores Ctrl-C, and so would the command it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     for line in process.stdout:
