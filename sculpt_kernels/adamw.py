@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from sculpt_kernels import checks, factored, sweep, triton_backend
 from sculpt_kernels.backend import choose
@@ -147,11 +149,8 @@ def project_adamw_(
 def _on_cpu(
     state: _State, U: Tensor | None, V: Tensor | None, form: str, complement: str, project: str
 ) -> None:
-    transposed = sweep.is_transposed(state.W, U, V, form, complement)
-    if transposed:
-        state, U, V = state.swapped(), V, U
     source: sweep.Source = _Update(state) if project == "update" else _Gradient(state)
-    sweep.project_source(source, U, V, form, complement, state.wide, transposed=transposed)
+    sweep.project_source(source, U, V, form, complement, state.wide)
 
 
 def _on_device(
@@ -185,17 +184,36 @@ class _State:
     scalars: Step
     seed: int | Tensor | None
     row0: int
-    transposed: bool = False
 
     @property
     def wide(self) -> torch.dtype:
         dtype = torch.promote_types(self.W.dtype, self.exp_avg.dtype)
         return torch.promote_types(dtype, torch.float32)
 
-    def swapped(self) -> _State:
-        copy = None if self.copy is None else self.copy.mT
-        tensors = (self.W.mT, self.G.mT, self.exp_avg.mT, self.exp_avg_sq.mT, copy)
-        return _State(*tensors, self.scalars, self.seed, self.row0, True)
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the library's fused AdamW takes row panels of these tensors."""
+        scalars = vars(self.scalars).values()
+        return (
+            all(X.dtype == torch.float32 and X.is_contiguous() for X in self.written)
+            and not any(isinstance(value, Tensor) for value in scalars)
+            and self.seed is None
+        )
+
+    @property
+    def written(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.W, self.exp_avg, self.exp_avg_sq
+
+    def fused(
+        self, rows: slice, weights: Tensor, gradient: Tensor, lr: float, decay: float
+    ) -> None:
+        """One pass of the library over `weights` and the moments of these rows."""
+        s = self.scalars
+        adamw(
+            [weights], [gradient], [self.exp_avg[rows]], [self.exp_avg_sq[rows]], [],
+            [torch.tensor(float(s.step) - 1)], fused=True, amsgrad=False, maximize=False,
+            beta1=s.beta1, beta2=s.beta2, eps=float(s.eps), lr=lr, weight_decay=decay,
+        )  # fmt: skip
 
     def moments(self, rows: slice, gradient: Tensor) -> None:
         """Take a gradient in the dtype of the computation into the moments."""
@@ -221,18 +239,18 @@ class _State:
 
     def apply(self, rows: slice, step: Tensor) -> None:
         """`W <- W - lr step`, rounded once."""
+        if self.is_plain:
+            self.W[rows].sub_(step, alpha=float(self.scalars.lr))
+            if self.copy is not None:
+                self.copy[rows] = self.W[rows]
+            return
         new = torch.sub(self.W[rows].to(self.wide), step.mul_(self.scalars.lr))
         for out in (self.W, self.copy):
             if out is None:
                 continue
             rounds = out is self.copy or self.copy is None
-            target, value = out[rows], new
-            if self.transposed:
-                target, value = target.mT, value.mT
-            start = rows.start or 0
-            at = (self.row0, start) if self.transposed else (self.row0 + start, 0)
-            width = out.shape[0] if self.transposed else out.shape[1]
-            store(target, value, self.seed if rounds else None, at=at, width=width)
+            at = (self.row0 + (rows.start or 0), 0)
+            store(out[rows], new, self.seed if rounds else None, at=at)
 
     def panels(self) -> Iterator[slice]:
         return row_panels(self.W.shape[0], self.W.shape[1])
@@ -247,8 +265,16 @@ class _Update:
         self.panels = state.panels
 
     def load(self, rows: slice) -> Tensor:
-        self.state.moments(rows, self.state.G[rows].to(self.state.wide))
-        return self.state.direction(rows)
+        state = self.state
+        gradient = state.G[rows].to(state.wide)
+        if not state.is_plain:
+            state.moments(rows, gradient)
+            return state.direction(rows)
+        # A step of length -1 from zero, without decay, is the direction itself.
+        step = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
+        state.fused(rows, step, gradient.contiguous(), -1.0, 0.0)
+        decay = float(state.scalars.weight_decay)
+        return step.add_(state.W[rows], alpha=decay) if decay else step
 
     def reload(self, rows: slice) -> Tensor:
         return self.state.direction(rows)
@@ -271,8 +297,14 @@ class _Gradient:
     reload = load
 
     def store(self, rows: slice, panel: Tensor) -> None:
-        self.state.moments(rows, panel)
-        self.state.apply(rows, self.state.direction(rows))
+        state, s = self.state, self.state.scalars
+        if not state.is_plain:
+            state.moments(rows, panel)
+            state.apply(rows, state.direction(rows))
+            return
+        state.fused(rows, state.W[rows], panel.contiguous(), float(s.lr), float(s.weight_decay))
+        if state.copy is not None:
+            state.copy[rows] = state.W[rows]
 
 
 def _check_state(state: dict[str, Tensor], U: Tensor | None, V: Tensor | None) -> None:

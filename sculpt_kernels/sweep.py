@@ -58,10 +58,10 @@ class InPlace:
 
 
 class Converted:
-    """Any matrix, converted panel by panel; the result is rounded once, into `out`."""
+    """A low-precision matrix, converted panel by panel; the result is rounded once."""
 
-    def __init__(self, G: Tensor, out: Tensor) -> None:
-        self.G, self.out = G, out
+    def __init__(self, G: Tensor) -> None:
+        self.G = G
         self.shape = (G.shape[0], G.shape[1])
         self.wide = compute_dtype(G.dtype)
 
@@ -74,7 +74,7 @@ class Converted:
     reload = load
 
     def store(self, rows: slice, panel: Tensor) -> None:
-        self.out[rows] = panel
+        self.G[rows] = panel
 
 
 def project_matrix(
@@ -84,27 +84,18 @@ def project_matrix(
     form: str,
     complement: str = "none",
     exact: bool = False,
-    out: Tensor | None = None,
 ) -> None:
-    """Project one matrix `G` `(m, n)` in place, or into `out`."""
-    transposed = is_transposed(G, U, V, form, complement)
-    if transposed:
-        G, U, V = G.mT, V, U
-        out = None if out is None else out.mT
+    """Project one matrix `G` `(m, n)` in place."""
+    if G.stride(0) == 1 and G.stride(1) != 1:
+        # Rows of a column-major matrix are far apart in memory; its columns are not.
+        G, U, V = G.t(), V, U
+        form, complement = _MIRROR.get(form, form), _MIRROR.get(complement, complement)
     wide = compute_dtype(G.dtype)
-    if out is None and G.dtype == wide:
-        source: Source = InPlace(G)
-    else:
-        source = Converted(G, G if out is None else out)
-    project_source(source, U, V, form, complement, wide, transposed=transposed, exact=exact)
+    source: Source = InPlace(G) if G.dtype == wide else Converted(G)
+    project_source(source, U, V, form, complement, wide, exact=exact)
 
 
-def is_transposed(
-    G: Tensor, U: Tensor | None, V: Tensor | None, form: str, complement: str
-) -> bool:
-    a = 0 if U is None else U.shape[1]
-    b = 0 if V is None else V.shape[1]
-    return arrange(form, complement, G.shape[0], G.shape[1], a, b, False).transposed
+_MIRROR = {"left": "right", "right": "left"}
 
 
 def project_source(
@@ -115,36 +106,28 @@ def project_source(
     complement: str,
     wide: torch.dtype,
     *,
-    transposed: bool = False,
     exact: bool = False,
 ) -> None:
-    """Project what `source` yields; `transposed` tells that it and the bases are swapped already.
+    """Project what `source` yields.
 
     `exact` uses `(UᵀU)⁻¹` and `(VᵀV)⁻¹`: the bases were rounded, so `UUᵀ` is a projector only up
     to their rounding, `U(UᵀU)⁻¹Uᵀ` is one.
     """
-    near, far = ("right", "left") if transposed else ("left", "right")
-    keep_left = complement in (near, "both")
-    keep_right = complement in (far, "both")
     left = None if U is None else _Left(U, wide, exact)
     right = None if V is None else _Right(V.to(wide), exact)
-    kind = kind_of(form, complement)
-    if kind == "side":
+    if left is None:
         assert right is not None
-        _one_side(source, right, keep_right)
-        return
-    assert left is not None
-    assert right is not None
-    if kind == "sides":
-        _both_sides(source, left, right, keep_left)
-    elif kind == "kept":
-        _kept_rows(source, left, right)
-    elif form == "strict":
-        _keep_core(source, left, right)
-    elif keep_left:
-        _remove_core_beside(source, left, right)
+        _right_side(source, right, complement == "right")
+    elif right is None:
+        _take_rows(source, left, _gather(source, left), complement == "left")
+    elif kind_of(form, complement) == "sides":
+        _both_sides(source, left, right, complement == "both")
+    elif complement in ("left", "right"):
+        _one_complement(source, left, right, complement, form == "strict")
     else:
-        _remove_core(source, left, right)
+        a, b = left.columns, right.columns
+        left_first = arrange(form, complement, *source.shape, a, b, False).transposed
+        _core(source, left, right, left_first, form == "strict")
 
 
 class _Left:
@@ -152,6 +135,7 @@ class _Left:
 
     def __init__(self, B: Tensor, wide: torch.dtype, exact: bool) -> None:
         self.B, self.wide = B, wide
+        self.columns = B.shape[1]
         self.pseudo = dual_basis(B.to(wide)) if exact and B.shape[1] else B
 
     def basis(self, rows: slice) -> Tensor:
@@ -165,6 +149,7 @@ class _Right:
     """The right basis: every panel needs all of it."""
 
     def __init__(self, B: Tensor, exact: bool) -> None:
+        self.columns = B.shape[1]
         self.spread = B.t()
         self.dual = dual_basis(B) if exact and B.shape[1] else B
 
@@ -199,38 +184,54 @@ def _gather_core(source: Source, left: _Left, right: _Right, Y: Tensor | None = 
     return total
 
 
-def _remove_core(source: Source, left: _Left, right: _Right) -> None:
-    """`G - (U C) Vᵀ` with `C = UᵀGV`."""
+def _core(source: Source, left: _Left, right: _Right, left_first: bool, keep: bool) -> None:
+    """`G - U C Vᵀ` with `C = UᵀGV`, or `U C Vᵀ` alone for complements.
+
+    The side that is contracted first is expanded last.
+    """
+    if left_first:
+        core = torch.mm(_gather(source, left), right.dual)
+        _take_rows(source, left, torch.mm(core, right.spread), keep)
+        return
     core = _gather_core(source, left, right)
     for rows in source.panels():
-        panel = source.reload(rows)
-        panel.addmm_(torch.mm(left.basis(rows), core), right.spread, alpha=-1)
-        source.store(rows, panel)
+        beside = torch.mm(left.basis(rows), core)
+        if keep:
+            source.store(rows, torch.mm(beside, right.spread))
+        else:
+            source.store(rows, source.reload(rows).addmm_(beside, right.spread, alpha=-1))
 
 
-def _remove_core_beside(source: Source, left: _Left, right: _Right) -> None:
-    """`G - (GV - U C) Vᵀ`: the left side is removed outside the span of `U`."""
-    Y = right.dual.new_empty(source.shape[0], right.dual.shape[1])
+def _take_rows(source: Source, left: _Left, B: Tensor, keep: bool) -> None:
+    """`G - U B` or `U B`, for `B` `(a, n)`."""
+    for rows in source.panels():
+        if keep:
+            source.store(rows, torch.mm(left.basis(rows), B))
+        else:
+            source.store(rows, source.reload(rows).addmm_(left.basis(rows), B, alpha=-1))
+
+
+def _one_complement(
+    source: Source, left: _Left, right: _Right, complement: str, strict: bool
+) -> None:
+    """Forms whose `left` or `right` basis spans what is kept, the other what is removed.
+
+    `left`: with `Y = GV`, `core` is `G - (Y - U UᵀY) Vᵀ`; with `X = UᵀG`, `strict` is
+    `U (X - X V Vᵀ)`. `right` mirrors them.
+    """
+    if (complement == "left") == strict:
+        rest = _gather(source, left)
+        rest.addmm_(torch.mm(rest, right.dual), right.spread, alpha=-1)
+        _take_rows(source, left, rest, keep=strict)
+        return
+    Y = right.dual.new_empty(source.shape[0], right.columns)
     core = _gather_core(source, left, right, Y)
     for rows in source.panels():
-        panel = source.reload(rows)
         beside = Y[rows].addmm_(left.basis(rows), core, alpha=-1)
-        source.store(rows, panel.addmm_(beside, right.spread, alpha=-1))
-
-
-def _keep_core(source: Source, left: _Left, right: _Right) -> None:
-    """`(U C) Vᵀ` with `C = UᵀGV`."""
-    core = _gather_core(source, left, right)
-    for rows in source.panels():
-        source.store(rows, torch.mm(torch.mm(left.basis(rows), core), right.spread))
-
-
-def _kept_rows(source: Source, left: _Left, right: _Right) -> None:
-    """`U (X - X V Vᵀ)` with `X = UᵀG`."""
-    kept = _gather(source, left)
-    kept.addmm_(torch.mm(kept, right.dual), right.spread, alpha=-1)
-    for rows in source.panels():
-        source.store(rows, torch.mm(left.basis(rows), kept))
+        if strict:
+            source.store(rows, torch.mm(beside, right.spread))
+        else:
+            source.store(rows, source.reload(rows).addmm_(beside, right.spread, alpha=-1))
 
 
 def _both_sides(source: Source, left: _Left, right: _Right, keep: bool) -> None:
@@ -249,7 +250,7 @@ def _both_sides(source: Source, left: _Left, right: _Right, keep: bool) -> None:
             source.store(rows, part.addmm_(thin, right.spread))
 
 
-def _one_side(source: Source, right: _Right, keep: bool) -> None:
+def _right_side(source: Source, right: _Right, keep: bool) -> None:
     """`G - (G V) Vᵀ`, or `(G V) Vᵀ` for a complement; each row on its own."""
     for rows in source.panels():
         panel = source.load(rows)
