@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sculpt.commands.verify import verify
+
 app = typer.Typer(
     name="sculpt",
     help="Continual full fine-tuning of language models without forgetting.",
@@ -86,6 +88,9 @@ def demo(
         raise typer.Exit(130) from None
     console.print(tables(results))
     console.print(f"Run directory: {run_directory}", highlight=False, soft_wrap=True)
+
+
+app.command()(verify)
 
 
 if __name__ == "__main__":

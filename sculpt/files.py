@@ -52,17 +52,18 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON with NaN as null, through a temporary file."""
     with replacing_file(path) as temporary:
         temporary.write_text(
-            json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n", encoding="utf-8"
         )
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and infinity as None, paths as text, tuples as lists."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, dict):
-        return {str(key): _without_nan(item) for key, item in value.items()}
+        return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     return value

@@ -1,0 +1,109 @@
+"""What the commands share: errors in one line, and options that become a configuration."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sculpt.config import SculptConfig
+
+TROUBLE = 2
+
+
+@contextmanager
+def errors_in_one_line(code: int = TROUBLE) -> Iterator[None]:
+    """Print what a user can mend as `error: ...` and end with exit code `code`."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(code) from None
+    except KeyboardInterrupt:
+        typer.secho("stopped", err=True)
+        raise typer.Exit(130) from None
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, NaN and infinity as null."""
+    from sculpt.files import without_nan
+
+    sys.stdout.write(json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n")
+
+
+def sculpt_config(
+    *,
+    ratio: float | None = None,
+    effective_rank: str | None = None,
+    run: Path | None = None,
+    rank_pattern: list[str] | None = None,
+    target_modules: str | None = None,
+    **fields: Any,
+) -> SculptConfig:
+    """The configuration that command line options describe.
+
+    Raises:
+        ValueError: none or several of the three sources of ranks, or an option that cannot be read.
+    """
+    from sculpt.config import SculptConfig
+
+    given = {"--ratio": ratio, "--effective-rank": effective_rank, "--run": run}
+    named = [option for option, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(
+            f"exactly one of {', '.join(given)} says how much is preserved; got "
+            f"{' and '.join(named) or 'none'}"
+        )
+    if run is not None:
+        found = run_fields(run)
+    elif ratio is not None:
+        found = {"unfreeze_rank_ratio": ratio}
+    else:
+        assert effective_rank is not None
+        found = {"effective_rank": _rank("--effective-rank", effective_rank)}
+    for entry in rank_pattern or []:
+        pattern, equals, rank = entry.rpartition("=")
+        if not equals or not pattern:
+            raise ValueError(f"--rank-pattern {entry}: expected REGEX=RANK, e.g. 'q_proj=0.9'")
+        patterns = found.setdefault("rank_pattern", {})
+        patterns[pattern] = _rank("--rank-pattern", rank)
+    if target_modules is not None:
+        suffixes = target_modules.split(",")
+        found["target_modules"] = suffixes if len(suffixes) > 1 else target_modules
+    return SculptConfig(**{**found, **fields})
+
+
+def run_fields(run: Path) -> dict[str, Any]:
+    """What the `config.json` of a run directory says about sculpting.
+
+    Raises:
+        ValueError: it is not there, or says nothing.
+    """
+    path = run / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--run {run}: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"--run {run}: {path} is not JSON: {error}") from error
+    if isinstance(config, dict) and isinstance(config.get("sculpt"), dict):
+        return dict(config["sculpt"])
+    if isinstance(config, dict) and isinstance(config.get("ratio"), float):
+        return {"unfreeze_rank_ratio": config["ratio"]}
+    raise ValueError(f"--run {run}: {path} has neither 'sculpt' settings nor a 'ratio'")
+
+
+def _rank(option: str, text: str) -> int | float:
+    """`"128"` counts directions, `"0.75"` is a fraction."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise ValueError(f"{option} {text}: expected an int (directions) or a fraction such as 0.75")

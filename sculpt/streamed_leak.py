@@ -1,0 +1,109 @@
+"""The leak of one matrix too large to be held as often as a decomposition would need it.
+
+Notation: `W₀`, `W₁` are `m x n` before and after, turned so that `m <= n`; `D = W₁ - W₀`; panels
+are blocks of their columns. With `S = W₀W₀ᵀ = U Λ Uᵀ` `(m, m)` and the `h` leading eigenvectors
+`U_h`, the leading right singular vectors are `V_h = W₀ᵀ U_h Λ_h^-½`, so that
+
+    U_hᵀ D = [U_hᵀ D_panel ...]           and           D V_h = Σ D_panel (W₀ᵀ_panel U_h Λ_h^-½)
+
+and nothing of size `n` is ever formed. All in float64; `24 m²` bytes at the most, while `S` is
+decomposed in place, and a few panels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from sculpt.certificate import LeakRow
+
+PANEL_BYTES = 24 * 2**20
+
+Panel = Callable[[int, int], Tensor]
+"""Columns `start` to `stop` of the matrix, turned so that it is wide: `(m, stop - start)`."""
+
+
+def streamed_leak(
+    name: str,
+    shape: tuple[int, int],
+    preserved: int,
+    before: Panel,
+    after: Panel,
+    *,
+    turned: bool = False,
+    unit: float,
+) -> LeakRow:
+    """Leak of `after - before` into the leading `preserved` singular directions of `before`.
+
+    Directions of `before` that have no energy to float64 (`λ <= m ε λ₁`) are not protected: nothing
+    tells them from one another.
+
+    Args:
+        shape: `(m, n)` with `m <= n`.
+        before, after: give the panels.
+        turned: the matrix on disk is the transpose; left and right are then those on disk.
+        unit: unit roundoff of the weights after, for the rounding floor.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    m, n = shape
+    width = max(1, PANEL_BYTES // (8 * m))
+
+    def panels() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, n, width):
+            stop = min(n, start + width)
+            W = before(start, stop).double()
+            yield W, after(start, stop).double() - W
+
+    S, weight, change = _gram(panels())
+    for which, total in (("before", weight), ("after", change)):
+        if not math.isfinite(total):
+            raise ValueError(f"{name} holds values that are not finite, {which} training")
+    if change == 0:
+        return LeakRow(name, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0)
+
+    values = S.new_empty(m)
+    vectors = S.mT  # column-major, so that the decomposition can take the place of S
+    torch.linalg.eigh(vectors, out=(values, vectors))
+    resolved = int((values > m * torch.finfo(S.dtype).eps * values[-1]).sum())
+    leading = slice(m - min(preserved, resolved), m)
+    U, roots = vectors[:, leading], values[leading].sqrt()
+
+    left = 0.0
+    DV = torch.zeros_like(U)
+    for W, D in panels():
+        left += float((U.mT @ D).square().sum())
+        DV.addmm_(D, (W.mT @ U).div_(roots))
+    norm = math.sqrt(change)
+    shares = [
+        math.sqrt(left) / norm,
+        float(torch.linalg.matrix_norm(DV)) / norm,
+    ]
+    on_left, on_right = reversed(shares) if turned else shares
+    return LeakRow(
+        name,
+        left=on_left,
+        right=on_right,
+        core=float(torch.linalg.matrix_norm(U.mT @ DV)) / norm,
+        floor=unit * math.sqrt(weight) / norm,
+        change=norm / math.sqrt(weight) if weight else math.inf,
+        rounding=0.0,
+    )
+
+
+def _gram(panels: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, float, float]:
+    """`W₀W₀ᵀ`, `‖W₀‖²` and `‖D‖²`; no panel is alive when this returns."""
+    S: Tensor | None = None
+    weight = change = 0.0
+    for W, D in panels:
+        if S is None:
+            S = W.new_zeros(W.shape[0], W.shape[0])
+        S.addmm_(W, W.mT)
+        weight += float(W.square().sum())
+        change += float(D.square().sum())
+    assert S is not None
+    return S, weight, change

@@ -1,0 +1,259 @@
+"""The certificate of two checkpoints, from disk alone: what `sculpt verify` does.
+
+One matrix after the other, in panels, so that memory depends on the width of the widest matrix and
+neither on the number of layers nor on the size of the files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculpt.certificate import Certificate, LeakRow
+from sculpt.config import SculptConfig
+from sculpt.ranks import preserved_rank
+from sculpt.stored_weights import Stored, StoredWeights, StoredWeightsError
+from sculpt.streamed_leak import Panel, streamed_leak
+
+Progress = Callable[[int, int, str], None]
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tensors are measured, and which must not have changed."""
+
+    matrices: list[tuple[str, int]]
+    others: list[str]
+
+
+@dataclass(frozen=True)
+class DiskCertificate:
+    """What two checkpoints say.
+
+    Attributes:
+        certificate: leak of every matrix that may change, against a fresh decomposition of the
+            weights before.
+        moved: tensors that changed and were to stay as they are.
+        hidden: matrices whose limit, given by the rounding of their dtype, is so large that a
+            change without any constraint could pass.
+        free: tensors that changed and may, with `others="train"`.
+        compared: tensors that were to stay, changed or not.
+    """
+
+    certificate: Certificate
+    hidden: list[str]
+    moved: list[str] = field(default_factory=list)
+    free: list[str] = field(default_factory=list)
+    compared: int = 0
+
+    @property
+    def broken(self) -> bool:
+        return bool(self.moved) or not self.certificate.ok
+
+    @property
+    def ok(self) -> bool:
+        """Nothing protected moved, and rounding is small enough to tell."""
+        return not self.broken and not self.hidden
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.certificate.to_dict(),
+            "ok": self.ok,
+            "broken": self.broken,
+            "hidden": self.hidden,
+            "moved": self.moved,
+            "free": self.free,
+            "compared": self.compared,
+        }
+
+    def __str__(self) -> str:
+        rows = self.certificate.rows
+        if not self.moved and not self.free and not any(row.change for row in rows):
+            same = len(rows) + self.compared
+            return f"Nothing changed: all {same} tensors are the same, bit by bit."
+        lines = [str(self.certificate)]
+        if self.moved:
+            lines.append(
+                f"{len(self.moved)} of {self.compared} other tensors changed, and none may: "
+                + _some(self.moved)
+            )
+        else:
+            lines.append(f"The {self.compared} other tensors are what they were, bit by bit.")
+        if self.free:
+            lines.append(f"{len(self.free)} tensors train without a constraint: {_some(self.free)}")
+        if self.hidden:
+            lines.append(
+                f"NOT TOLD for {len(self.hidden)} matrices: their change is no larger than the "
+                f"rounding of their dtype, so that any change would pass ({_some(self.hidden)}). "
+                "The certificate made during training judges the float32 truth; save float32 "
+                "weights to have one from disk."
+            )
+        return "\n".join(lines)
+
+
+def verify_checkpoints(
+    before: Path, after: Path, config: SculptConfig, *, progress: Progress | None = None
+) -> DiskCertificate:
+    """Measure what moved between two checkpoints of one model.
+
+    A matrix may change if `config.target_modules` takes it; `"all-linear"` takes every matrix and
+    stack of matrices here, since files do not tell a linear layer from an embedding. What changed
+    must keep the constraint; everything else must be the same, bit by bit. With `others="train"`
+    the targets must be named, and what is none of them is free.
+
+    Args:
+        before, after: see `StoredWeights`.
+        config: ranks, targets and constraint.
+        progress: called as `progress(done, total, name)`.
+
+    Raises:
+        StoredWeightsError: a file cannot be read, or both are not of one model.
+        ValueError: the configuration does not fit, or a weight is not finite.
+    """
+    old, new = StoredWeights(before), StoredWeights(after)
+    _check_alike(old, new)
+    plan = make_plan(old, config)
+    total = len(plan.matrices) + len(plan.others)
+    rows: list[LeakRow] = []
+    hidden: list[str] = []
+    moved: list[str] = []
+    free: list[str] = []
+    for done, (name, preserved) in enumerate(plan.matrices, start=1):
+        for row in _rows(name, preserved, old, new):
+            rows.append(row)
+            # Half of the least that a change without any constraint leaves there on average.
+            blind = math.sqrt(preserved / min(old.tensors[name].shape[-2:])) / 2
+            if row.change > 0 and row.limit >= blind:
+                hidden.append(row.name)
+        if progress is not None:
+            progress(done, total, name)
+    for done, name in enumerate(plan.others, start=len(plan.matrices) + 1):
+        if _differs(name, old, new):
+            (free if config.others == "train" else moved).append(name)
+        if progress is not None:
+            progress(done, total, name)
+    certificate = Certificate(rows, None, "recomputed")
+    return DiskCertificate(certificate, hidden, moved, free, len(plan.others))
+
+
+def make_plan(weights: StoredWeights, config: SculptConfig) -> Plan:
+    """Matrices with their preserved ranks, and all other tensors, in the order of the files."""
+    named = config.target_modules != "all-linear"
+    if config.others == "train" and not named:
+        raise ValueError(
+            "others='train' with target_modules='all-linear': files do not tell a linear layer "
+            "from an embedding, so name the targets, e.g. --target-modules q_proj,k_proj,v_proj"
+        )
+    matrices, others = [], []
+    for name, stored in weights.tensors.items():
+        module = name.removesuffix(".weight")
+        if _is_matrix(stored) and (not named or _matches(module, config.target_modules)):
+            shape = (stored.shape[-2], stored.shape[-1])
+            matrices.append((name, preserved_rank(module, shape, config)))
+        else:
+            others.append(name)
+    if not matrices:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches no matrix of {weights.path}, which "
+            f"has {_some([n for n, s in weights.tensors.items() if _is_matrix(s)])}"
+        )
+    return Plan(matrices, others)
+
+
+def _is_matrix(stored: Stored) -> bool:
+    return (
+        stored.dtype.is_floating_point
+        and stored.dtype.itemsize >= 2
+        and len(stored.shape) in (2, 3)
+        and min(stored.shape[-2:]) >= 2
+    )
+
+
+def _check_alike(old: StoredWeights, new: StoredWeights) -> None:
+    missing = sorted(set(old.tensors) - set(new.tensors))
+    extra = sorted(set(new.tensors) - set(old.tensors))
+    if missing or extra:
+        parts = []
+        if missing:
+            parts.append(f"{new.path} lacks {_some(missing)}")
+        if extra:
+            parts.append(f"{old.path} lacks {_some(extra)}")
+        shared = len(set(old.tensors) & set(new.tensors))
+        raise StoredWeightsError(
+            f"not two checkpoints of one model, {shared} tensors are in both: {'; '.join(parts)}. "
+            "Names that only differ in layout become the same when both are loaded and saved by "
+            "the same version of transformers"
+        )
+    for name, stored in old.tensors.items():
+        other = new.tensors[name]
+        if stored.shape != other.shape:
+            raise StoredWeightsError(
+                f"{name} has shape {stored.shape} in {old.path} and {other.shape} in {new.path}"
+            )
+
+
+def _rows(name: str, preserved: int, old: StoredWeights, new: StoredWeights) -> Iterator[LeakRow]:
+    """The row of a matrix, or one for each matrix of a stack."""
+    module = name.removesuffix(".weight")
+    stored = old.tensors[name]
+    if not _differs(name, old, new):
+        yield LeakRow(module, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0)
+        return
+    m, n = stored.shape[-2:]
+    turned = m > n
+    unit = torch.finfo(new.tensors[name].dtype).eps / 2
+
+    def panel(weights: StoredWeights, lead: tuple[int, ...]) -> Panel:
+        def read(start: int, stop: int) -> Tensor:
+            long_side = slice(start, stop)
+            if turned:
+                return weights.read(name, (*lead, long_side, slice(None))).mT
+            return weights.read(name, (*lead, slice(None), long_side))
+
+        return read
+
+    stack: list[tuple[int, ...]] = [()]
+    if len(stored.shape) == 3:
+        stack = [(index,) for index in range(stored.shape[0])]
+    for lead in stack:
+        yield streamed_leak(
+            f"{module}[{lead[0]}]" if lead else module,
+            (min(m, n), max(m, n)),
+            preserved,
+            panel(old, lead),
+            panel(new, lead),
+            turned=turned,
+            unit=unit,
+        )
+
+
+def _differs(name: str, old: StoredWeights, new: StoredWeights) -> bool:
+    """Whether any value changed; NaN counts as changed."""
+    stored = old.tensors[name]
+    if not stored.shape:
+        return not torch.equal(old.read(name), new.read(name))
+    row_bytes = max(1, stored.nbytes // max(1, stored.shape[0]))
+    rows = max(1, CHUNK_BYTES // row_bytes)
+    return any(
+        not torch.equal(*(weights.read(name, slice(start, start + rows)) for weights in (old, new)))
+        for start in range(0, stored.shape[0], rows)
+    )
+
+
+def _matches(module: str, targets: str | Sequence[str]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == suffix or module.endswith(f".{suffix}") for suffix in targets)
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
