@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +19,17 @@ import torch
 
 from sculpt.demo.models import minilm, smollm2
 from sculpt.demo.settings import QUICK, DemoSettings
-from sculpt.demo.tasks import demo_tasks
-from sculpt.demo.worker import load
 from sculpt.metrics import summary
-from sculpt.strategies import STRATEGIES
-from sculpt.training import train_sequence
+from sculpt.runs.start import run
+from sculpt.runs.strategies import STRATEGIES
 
 
 def measure(method: str, settings: DemoSettings) -> dict[str, Any]:
     """Train the sequence once in this process."""
-    tasks = demo_tasks(
-        settings.seed,
-        train_per_task=settings.train_per_task,
-        test_per_task=settings.test_per_task,
-    )
-    learner = load(settings, minilm() if settings.quick else smollm2(), tasks)
-    strategy = STRATEGIES[method](learner.model, settings.sculpt_config())
-    result = train_sequence(learner, tasks, strategy, settings.schedule())
+    with tempfile.TemporaryDirectory() as out:
+        settings = replace(settings, out=Path(out))
+        config = settings.run_config(method, minilm() if settings.quick else smollm2())
+        result = run(config).methods[method]
     generated, among = summary(result.generated), summary(result.among_labels)
     return {
         "method": method,
@@ -44,7 +40,7 @@ def measure(method: str, settings: DemoSettings) -> dict[str, Any]:
         "seed": settings.seed,
         "average_accuracy": round(generated.average_accuracy, 4),
         "forgetting": round(generated.forgetting, 4),
-        "learned": [round(result.generated[i][i], 3) for i in range(len(tasks))],
+        "learned": [round(result.generated[i][i], 3) for i in range(len(result.generated))],
         "last": [round(value, 3) for value in result.generated[-1]],
         "average_accuracy_among_labels": round(among.average_accuracy, 4),
         "forgetting_among_labels": round(among.forgetting, 4),

@@ -1,9 +1,30 @@
 """Continual full fine-tuning of language models without forgetting."""
 
+from typing import TYPE_CHECKING, Any
+
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
 from sculpt.sculptor import Sculptor
 
+if TYPE_CHECKING:
+    from sculpt.runs.config import RunConfig
+    from sculpt.runs.start import resume, run
+
 __version__ = "0.1.0"
 
-__all__ = ["Certificate", "SculptConfig", "Sculptor"]
+__all__ = ["Certificate", "RunConfig", "SculptConfig", "Sculptor", "resume", "run"]
+
+# Imported when they are used: they bring pydantic and rich along.
+_LATE = {
+    "RunConfig": "sculpt.runs.config",
+    "run": "sculpt.runs.start",
+    "resume": "sculpt.runs.start",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module 'sculpt' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LATE[name]), name)

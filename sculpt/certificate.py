@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -84,6 +84,16 @@ class Certificate:
             "worst": _row_dict(self.worst),
             "rows": [_row_dict(row) for row in self.rows],
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Certificate:
+        """The inverse of `to_dict`; what was infinite is null there."""
+        numbers = [item.name for item in fields(LeakRow)][1:]
+        rows = [
+            LeakRow(row["name"], *(math.inf if row[n] is None else row[n] for n in numbers))
+            for row in values["rows"]
+        ]
+        return cls(rows, values["task"], values["protected"])
 
     def __str__(self) -> str:
         worst = self.worst

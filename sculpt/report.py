@@ -15,7 +15,7 @@ from rich.text import Text
 
 from sculpt.files import write_json
 from sculpt.metrics import METRICS, Summary, summary
-from sculpt.training import MethodResult
+from sculpt.runs.state import MethodResult
 
 GENERATED = "generated answer"
 AMONG = "among the task's labels"
@@ -63,11 +63,8 @@ class Results:
         }
 
     def write(self, out: Path) -> None:
-        """Write `results.json` and `matrix.png` into the directory `out`."""
-        from sculpt.plots import plot_matrices
-
+        """Write `results.json` into the directory `out`."""
         write_json(out / "results.json", self.to_dict())
-        plot_matrices(self, out / "matrix.png")
 
 
 def matrix(result: MethodResult, accuracy: str) -> list[list[float]]:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
 from sculpt.demo.settings import DemoSettings
-from sculpt.training import Progress
+from sculpt.runs.state import Progress
 
 # Rough cost of a whole phase in training steps, for the time left.
 PHASE_STEPS = {"subspaces": 3.0, "certify": 4.0}

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
-import platform
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from sculpt.demo import models
 from sculpt.demo.assets import TEXTS, AssetError, fetch
 from sculpt.demo.live import Live
-from sculpt.demo.settings import DemoError, DemoSettings, check_out, check_space
+from sculpt.demo.settings import DemoError, DemoSettings, check_space
 from sculpt.demo.tasks import demo_tasks
 from sculpt.demo.worker import Failure, work
 from sculpt.files import write_json
+from sculpt.plots import plot_matrices
 from sculpt.report import Results
-from sculpt.training import MethodResult, Progress
+from sculpt.runs.config import Method
+from sculpt.runs.directory import RunDirectory, RunError, check_out, versions
+from sculpt.runs.state import MethodResult, Progress
 
-METHODS = ("plain", "sculpt")
-PACKAGES = ("sculpt", "torch", "transformers", "numpy", "safetensors", "tokenizers")
+METHODS: tuple[Method, ...] = ("plain", "sculpt")
 
 
 class Interrupted(Exception):
@@ -45,7 +43,10 @@ def run_demo(settings: DemoSettings, console: Console) -> Results:
     Raises `DemoError` for anything that stands in the way, before anything is written where it can
     be known; and `Interrupted` after Ctrl-C, when `status.json` tells where the run stopped.
     """
-    check_out(settings.out)
+    try:
+        check_out(settings.out, "--out")
+    except RunError as error:
+        raise DemoError(str(error)) from None
     if importlib.util.find_spec("matplotlib") is None:
         raise DemoError("matplotlib is not installed: pip install 'sculpt[demo]'")
     with console.status("Model and texts"):
@@ -63,7 +64,7 @@ def run_demo(settings: DemoSettings, console: Console) -> Results:
     check_space(settings.out, model)
     results = Results(
         config={**settings.to_dict(), "model": _model_name(settings)},
-        versions=_versions(),
+        versions=versions(),
         tasks=[
             {"name": t.name, "labels": t.labels, "train": len(t.train), "test": len(t.test)}
             for t in tasks
@@ -76,22 +77,26 @@ def run_demo(settings: DemoSettings, console: Console) -> Results:
             for method in METHODS:
                 results.methods[method] = _run_method(method, settings, model, live)
                 live.finished(method)
+        (settings.out / "sculpt" / "model").replace(settings.out / "model")
         results.write(settings.out)
+        plot_matrices(results, settings.out / "matrix.png")
     except OSError as error:
         raise DemoError(f"cannot write to --out {settings.out}: {error}") from error
-    _write_status(settings.out, "finished", None)
+    RunDirectory(settings.out).write_status("finished", None, "")
     return results
 
 
 def _run_method(
-    method: str, settings: DemoSettings, model: Path, report: Callable[[Progress], None]
+    method: Method, settings: DemoSettings, model: Path, report: Callable[[Progress], None]
 ) -> MethodResult:
     """Run `method` in a fresh process and pass on what it reports."""
+    config = settings.run_config(method, model)
+    directory = RunDirectory(settings.out)
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=work, args=(method, settings, model, sender), daemon=True)
+    process = spawn.Process(target=work, args=(config, sender), daemon=True)
     where: Progress | None = None
-    _write_status(settings.out, "running", None, method)
+    directory.write_status("running", None, method)
     with _sigterm_as_interrupt():
         try:
             _start_deaf_to_ctrl_c(process)
@@ -111,11 +116,11 @@ def _run_method(
             )
         except KeyboardInterrupt:
             with suppress(OSError):
-                _write_status(settings.out, "interrupted", where, method)
+                directory.write_status("interrupted", where, method)
             raise Interrupted(where) from None
         except DemoError:
             with suppress(OSError):  # the disk may be what failed
-                _write_status(settings.out, "failed", where, method)
+                directory.write_status("failed", where, method)
             raise
         finally:
             process.terminate()
@@ -159,32 +164,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _write_status(out: Path, state: str, where: Progress | None, method: str = "") -> None:
-    """`status.json`: "running", "finished", "failed" or "interrupted", and where."""
-    status: dict[str, Any] = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    if method:
-        status["method"] = method
-    if where is not None:
-        status |= {
-            "task": where.task,
-            "phase": where.phase,
-            "step" if where.phase == "train" else "done": where.done,
-            "of": where.total,
-        }
-    write_json(out / "status.json", status)
-
-
 def _model_name(settings: DemoSettings) -> str:
     if settings.model is not None:
         return settings.model.resolve().name
     return models.MINILM if settings.quick else models.SMOLLM2
-
-
-def _versions() -> dict[str, Any]:
-    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.system()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found | {"machine": platform.machine(), "threads": torch.get_num_threads()}

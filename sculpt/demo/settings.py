@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sculpt.config import SculptConfig
-from sculpt.training import Schedule
+from sculpt.data.config import DataConfig
+from sculpt.runs.config import CheckpointConfig, Method, RunConfig, TrainingConfig, describe
 
 
 class DemoError(RuntimeError):
@@ -24,8 +26,8 @@ class DemoSettings:
     model: a plain Hugging Face directory of a causal language model instead of the built-in one.
     out: run directory.
     ratio: trainable fraction of every matrix's singular directions.
-    steps, batch_size, lr, warmup_steps: see `Schedule`; `lr` is that of dense weights, for both
-        methods.
+    steps, batch_size, lr, warmup_steps: see `TrainingConfig`; `lr` is that of dense weights, for
+        both methods.
     max_text_tokens: where texts are cut.
     train_per_task, test_per_task: examples drawn.
     """
@@ -57,18 +59,38 @@ class DemoSettings:
         if self.seed < 0:
             raise DemoError(f"--seed {self.seed}: expected 0 or more")
         try:
-            self.sculpt_config()
-            self.schedule()
+            self.run_config("sculpt", Path())
+        except ValidationError as error:
+            raise DemoError("\n".join(describe(item) for item in error.errors())) from error
         except (TypeError, ValueError) as error:
             raise DemoError(str(error)) from error
 
-    def sculpt_config(self) -> SculptConfig:
-        return SculptConfig(unfreeze_rank_ratio=self.ratio, seed=self.seed)
-
-    def schedule(self) -> Schedule:
-        # Few steps still reach the full rate.
-        warmup_steps = min(self.warmup_steps, self.steps // 2)
-        return Schedule(self.steps, self.batch_size, self.lr, warmup_steps, self.seed)
+    def run_config(self, method: Method, model: Path) -> RunConfig:
+        """The run of one method on the directory `model`."""
+        return RunConfig(
+            model=model,
+            model_kind="nearest" if self.quick else "causal",
+            out=self.out / method,
+            method=method,
+            data=DataConfig(
+                builtin="demo", train_rows=self.train_per_task, test_rows=self.test_per_task
+            ),
+            training=TrainingConfig(
+                steps=self.steps,
+                batch_size=self.batch_size,
+                lr=self.lr,
+                # Few steps still reach the full rate.
+                warmup_steps=min(self.warmup_steps, self.steps // 2),
+                max_tokens=None,
+                max_text_tokens=self.max_text_tokens,
+            ),
+            sculpt=SculptConfig(unfreeze_rank_ratio=self.ratio, seed=self.seed),
+            # Minutes long, so nobody resumes it; only the model that sculpt trained is of interest.
+            checkpoint=CheckpointConfig(keep=0, models="last" if method == "sculpt" else "none"),
+            certificate="independent",
+            device="cpu",
+            seed=self.seed,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -78,17 +100,6 @@ class DemoSettings:
 
 
 QUICK: dict[str, Any] = {"quick": True, "steps": 40, "lr": 5e-5}
-
-
-def check_out(out: Path) -> None:
-    """Raise `DemoError` unless `out` is a new or empty directory that can be written."""
-    if out.exists() and not out.is_dir():
-        raise DemoError(f"--out {out} is a file: expected a new or empty directory")
-    if out.is_dir() and any(out.iterdir()):
-        raise DemoError(f"--out {out} is not empty: expected a new or empty directory")
-    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise DemoError(f"--out {out} cannot be written: no permission to create it in {above}")
 
 
 def check_space(out: Path, model: Path) -> None:

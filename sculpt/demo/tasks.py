@@ -11,10 +11,11 @@ import csv
 import random
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from sculpt.data.examples import Example, Task
 from sculpt.demo.assets import fetch
-from sculpt.text_tasks import Example, Task
 
 TRAIN_PER_TASK = 600
 TEST_PER_TASK = 120
@@ -91,7 +92,7 @@ def balanced_task(
         )
     pools: dict[str, list[Example]] = {label: [] for label in labels}
     for example in examples:
-        pools[example.label].append(example)
+        pools[example.answer].append(replace(example, suffix=suffix))
     rng = random.Random(f"{name}/{seed}")
     seen = {""}
     train: list[Example] = []
@@ -115,7 +116,7 @@ def balanced_task(
         train.extend(drawn[n_test:])
     rng.shuffle(train)
     rng.shuffle(test)
-    return Task(name, suffix, labels, tuple(train), tuple(test))
+    return Task(name, train, test, labels)
 
 
 def _one_line(text: str) -> str:

@@ -15,12 +15,12 @@ import pytest
 from tiny_language import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from sculpt.causal import CausalLearner
 from sculpt.cli import app
 from sculpt.demo import settings as demo_settings
-from sculpt.demo.settings import QUICK, DemoError, DemoSettings, check_out, check_space
+from sculpt.demo.settings import QUICK, DemoError, DemoSettings, check_space
 from sculpt.demo.tasks import demo_tasks
-from sculpt.demo.worker import save
+from sculpt.models.causal import CausalLearner
+from sculpt.runs.directory import RunDirectory, RunError, check_out
 
 COMMAND = [sys.executable, "-m", "sculpt.cli", "demo"]
 
@@ -48,7 +48,9 @@ def test_a_run_leaves_everything_it_promises(finished: tuple[Path, str]) -> None
         "config.json",
         "matrix.png",
         "model",
+        "plain",
         "results.json",
+        "sculpt",
         "status.json",
     }
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
@@ -81,7 +83,8 @@ def test_the_saved_model_is_a_plain_one_with_the_reported_accuracy(
 ) -> None:
     out, _ = finished
     results = json.loads((out / "results.json").read_text())
-    learner = CausalLearner.from_directory(out / "model")
+    limit = results["config"]["max_text_tokens"]
+    learner = CausalLearner.from_directory(out / "model", max_text_tokens=limit)
     before = CausalLearner.from_directory(model).model.state_dict()
     after = learner.model.state_dict()
     assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
@@ -143,9 +146,9 @@ def test_a_run_directory_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_out_may_not_be_a_file_or_below_one(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DemoError, match="is a file"):
+    with pytest.raises(RunError, match="is a file"):
         check_out(tmp_path / "file")
-    with pytest.raises(DemoError, match="cannot be written"):
+    with pytest.raises(RunError, match="cannot be written"):
         check_out(tmp_path / "file" / "below")
     check_out(tmp_path / "a" / "b")
 
@@ -157,9 +160,9 @@ def test_quick_and_model_exclude_each_other(model: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (3, 1), (30, 5)])
 def test_a_short_run_still_reaches_the_full_rate(tmp_path: Path, steps: int, warmup: int) -> None:
-    schedule = DemoSettings(out=tmp_path, steps=steps).schedule()
-    assert schedule.warmup_steps == warmup
-    assert schedule.factor(steps) == 1.0
+    training = DemoSettings(out=tmp_path, steps=steps).run_config("sculpt", tmp_path).training
+    assert training.warmup_steps == warmup
+    assert training.factor(steps, steps) == 1.0
 
 
 def test_a_full_disk_is_seen_before_training(
@@ -182,8 +185,8 @@ def test_a_disk_that_fills_up_while_saving_leaves_no_half_model(tmp_path: Path) 
             raise OSError(28, "No space left on device")
 
     learner = Full(tiny_model(), tiny_tokenizer())
-    with pytest.raises(DemoError, match=r"could not be saved to .*No space left"):
-        save(learner, tmp_path / "model")
+    with pytest.raises(RunError, match=r"could not be saved to .*No space left"):
+        RunDirectory(tmp_path).save_model(learner, "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,7 +222,11 @@ def test_an_interrupted_run_says_where_it_stopped(model: Path, tmp_path: Path, s
     assert status["state"] == "interrupted"
     assert (status["method"], status["task"], status["phase"]) == ("plain", "BBC topic", "train")
     assert 1 <= status["step"] < status["of"] == 100000
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "status.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "plain",
+        "status.json",
+    }
 
 
 def test_help_and_version_load_nothing_heavy() -> None:

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
+from sculpt.data.examples import Example, Task
 from sculpt.demo.tasks import _signature, balanced_task, demo_tasks
-from sculpt.text_tasks import Example, Task
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def test_tasks_are_balanced_and_share_no_text(tasks: list[Task]) -> None:
     assert [len(task.labels) for task in tasks] == [5, 3, 2]
     for task in tasks:
         for split in (task.train, task.test):
-            assert len(set(Counter(e.label for e in split).values())) == 1
-            assert {e.label for e in split} == set(task.labels)
+            assert len(set(Counter(e.answer for e in split).values())) == 1
+            assert {e.answer for e in split} == set(task.labels)
         texts = [_signature(e.text) for e in (*task.train, *task.test)]
         assert len(texts) == len(set(texts))
     assert len({label for task in tasks for label in task.labels}) == 10

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_language import SHORT, VERY, WORDS
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from sculpt.encoder import EncoderLearner
-from sculpt.text_tasks import Task
+from sculpt.data.examples import Task
+from sculpt.models.encoder import EncoderLearner
 
 TASKS = [VERY, SHORT]
 
@@ -22,6 +22,9 @@ def learner() -> EncoderLearner:
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
@@ -41,27 +44,29 @@ def learner() -> EncoderLearner:
     return EncoderLearner(BertModel(config, add_pooling_layer=False).eval(), fast, TASKS)
 
 
+def embedding(learner: EncoderLearner, ids: tuple[int, ...]) -> torch.Tensor:
+    """Of one row without padding."""
+    hidden = learner.model(torch.tensor([ids])).last_hidden_state[0].mean(dim=0)
+    return hidden / hidden.norm()
+
+
 def test_head_holds_the_embeddings_of_all_labels(learner: EncoderLearner) -> None:
     assert learner.head.shape == (5, 32)
     assert not learner.head.requires_grad
-    torch.testing.assert_close(learner.head.norm(dim=1), torch.ones(5))
     with torch.no_grad():
-        ids = [1, *learner._ids(SHORT.suffix + " tech"), 2]
-        hidden = learner.model(torch.tensor([ids])).last_hidden_state[0].mean(dim=0)
-    torch.testing.assert_close(learner.head[4], hidden / hidden.norm())
+        ids = (1, *learner.encoder.plain(" Topic : tech"), 2)
+        torch.testing.assert_close(learner.head[4], embedding(learner, ids))
 
 
 def test_loss_is_over_the_labels_of_all_tasks(learner: EncoderLearner) -> None:
+    encoded = [learner.encode(example) for example in SHORT.train]
     with torch.no_grad():
-        loss, tokens = learner.loss(SHORT.train, SHORT)
-        rows = []
-        for example in SHORT.train:
-            one = learner._embed([learner.prompt_ids(example.text, SHORT)])[0][0]
-            rows.append((20 * learner.head @ one).log_softmax(dim=0))
-    gold = [3 + SHORT.labels.index(example.label) for example in SHORT.train]
+        loss, tokens = learner.loss(encoded)
+        rows = [(20 * learner.head @ embedding(learner, e.ids)).log_softmax(0) for e in encoded]
+    gold = [3 + SHORT.labels.index(example.answer) for example in SHORT.train]
     expected = -sum(row[index] for row, index in zip(rows, gold, strict=True)) / len(rows)
     torch.testing.assert_close(loss, expected)
-    lengths = [len(learner.prompt_ids(e.text, SHORT)) + 2 for e in SHORT.train]
+    lengths = [len(row.ids) for row in encoded]
     assert len(set(lengths)) > 1
     assert tokens == sum(lengths)
 
@@ -72,19 +77,13 @@ def test_score_tells_all_labels_from_own_labels(learner: EncoderLearner, task: T
     own = [learner.labels.index(label) for label in task.labels]
     for example in task.test:
         with torch.no_grad():
-            one = learner._embed([learner.prompt_ids(example.text, task)])[0][0]
-        logits = learner.head @ one
-        all_labels += learner.labels[int(logits.argmax())] == example.label
-        own_labels += task.labels[int(logits[own].argmax())] == example.label
-    score = learner.score(task, batch_size=2)
+            logits = learner.head @ embedding(learner, learner.encode(example).ids)
+        all_labels += learner.labels[int(logits.argmax())] == example.answer
+        own_labels += task.labels[int(logits[own].argmax())] == example.answer
+    learner.score_batch = 2
+    score = learner.score(task)
     assert score.generated == all_labels / len(task.test)
     assert score.among_labels == own_labels / len(task.test)
-
-
-def test_a_long_text_never_pushes_out_the_suffix(learner: EncoderLearner) -> None:
-    learner.max_text_tokens = 2
-    ids = learner.prompt_ids("the film is very good and long", VERY)
-    assert learner.tokenizer.decode(ids) == "the film Verdict :"
 
 
 def test_tasks_must_not_share_labels(learner: EncoderLearner) -> None:

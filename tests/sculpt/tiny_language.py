@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sculpt.text_tasks import Example, Task
+from sculpt.data.examples import Example, Task
 
 TEXT = """the a film song is was very quite good bad long short news about money games computers
 Verdict : Topic Sentiment business entertainment politics sports tech negative neutral positive
@@ -46,34 +46,42 @@ def tiny_model(seed: int = 0) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-# Both labels start with the same token; they differ in length from those of SHORT.
-VERY = Task(
+def task(
+    name: str, suffix: str, train: dict[str, str], test: dict[str, str], labels: tuple[str, ...]
+) -> Task:
+    """Texts with their labels, asked by `suffix`."""
+    splits = [[Example(text, label, suffix) for text, label in s.items()] for s in (train, test)]
+    return Task(name, *splits, labels)
+
+
+# Two labels start with the same token; they differ in length from those of SHORT.
+VERY = task(
     "very",
     " Verdict :",
+    {
+        "the film is good": "very good",
+        "a song was bad and they say that it is long": "very bad",
+        "it is": "quite",
+        "people say the news is good": "very good",
+    },
+    {
+        "this film was good": "very good",
+        "the bad song": "very bad",
+        "he and she say that this is a long and very bad film": "very bad",
+        "news": "quite",
+        "money games computers": "quite",
+    },
     ("very good", "very bad", "quite"),
-    train=(
-        Example("the film is good", "very good"),
-        Example("a song was bad and they say that it is long", "very bad"),
-        Example("it is", "quite"),
-        Example("people say the news is good", "very good"),
-    ),
-    test=(
-        Example("this film was good", "very good"),
-        Example("the bad song", "very bad"),
-        Example("he and she say that this is a long and very bad film", "very bad"),
-        Example("news", "quite"),
-        Example("money games computers", "quite"),
-    ),
 )
-SHORT = Task(
+SHORT = task(
     "short",
     " Topic :",
+    {
+        "money for people": "business",
+        "they say computers": "tech",
+        "the money is good": "business",
+        "computers on computers and games": "tech",
+    },
+    {"money": "business", "computers in games": "tech"},
     ("business", "tech"),
-    train=(
-        Example("money for people", "business"),
-        Example("they say computers", "tech"),
-        Example("the money is good", "business"),
-        Example("computers on computers and games", "tech"),
-    ),
-    test=(Example("money", "business"), Example("computers in games", "tech")),
 )

@@ -1,0 +1,1 @@
+"""Tasks from files: rows, their layouts, folders of data sets, and the order of batches."""

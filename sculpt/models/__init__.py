@@ -1,0 +1,1 @@
+"""Models as learners: how rows become tokens, losses and answers."""

@@ -1,0 +1,239 @@
+"""Rows as tokens: what is read, what is learned, and what is cut.
+
+A row is rendered as one text and tokenized once, so that training reads exactly what the tokenizer
+makes of the whole; the offsets of the tokens tell which of them are answer, and which may be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sculpt.data.examples import DataError, Example
+
+IGNORED = -100
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens that a model reads, and what it should learn.
+
+    ids: all tokens of the row, for causal models the answer included.
+    labels: for causal models as long as `ids`: the token itself where it is learned, else
+        `IGNORED`. For encoder-decoders the answer's tokens; for classifiers the label's number.
+    cut: tokens of the passage that were left out.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    cut: int = 0
+
+    @property
+    def learned(self) -> int:
+        """How many of `labels` are learned."""
+        return sum(label != IGNORED for label in self.labels)
+
+    @property
+    def answer_start(self) -> int:
+        """Of a causal row: place of the first token that is learned."""
+        return next(place for place, label in enumerate(self.labels) if label != IGNORED)
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A whole row as text, with the character ranges of its answers and of its passage."""
+
+    text: str
+    answers: tuple[Span, ...]
+    passage: Span
+
+
+class Encoder:
+    """Turns examples into tokens.
+
+    max_tokens: of a whole row; max_text_tokens: of its passage, the longest line of the text.
+    What is too long loses the tail of its passage, and nothing else.
+
+    Raises `ValueError` for a tokenizer that cannot tell where its tokens come from.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, max_tokens: int | None = None, max_text_tokens: int | None = None
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"tokenizer={type(tokenizer).__name__}: expected a fast tokenizer, which tells "
+                "which characters a token stands for"
+            )
+        for name, limit in (("max_tokens", max_tokens), ("max_text_tokens", max_text_tokens)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}={limit}, expected at least 1")
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.max_text_tokens = max_text_tokens
+        # What the tokenizer itself puts around a text, e.g. a begin-of-sequence token.
+        self.leading, self.trailing = self._specials()
+        self._answers: dict[tuple[str, str], tuple[int, ...]] = {}
+
+    def causal(self, example: Example) -> Encoded:
+        """The whole row, with its answers learned."""
+        ends = () if example.messages else (self.end_token,)
+        leading = () if example.messages else self.leading
+        rendered = self._render(example)
+        room = self._room(len(leading) + len(ends))
+        ids, spans, cut = self._tokens(rendered.text, rendered.passage, room, example)
+        learned = [
+            any(a <= start and end <= b for a, b in rendered.answers) for start, end in spans
+        ]
+        if not any(learned):
+            raise DataError(f"{example.where or 'a row'}: the answer has no token of its own")
+        labels = [token if own else IGNORED for token, own in zip(ids, learned, strict=True)]
+        labels = [*[IGNORED] * len(leading), *labels, *ends]
+        labels[0] = IGNORED  # nothing comes before it that could tell
+        return Encoded((*leading, *ids, *ends), tuple(labels), cut)
+
+    def question(self, example: Example) -> Encoded:
+        """The row up to its last answer; nothing is learned."""
+        if not example.messages:
+            return self.prompt(example, trailing=False)
+        whole = self.causal(example)
+        last = max(i for i, label in enumerate(whole.labels) if label == IGNORED)
+        return Encoded(whole.ids[: last + 1], (), whole.cut)
+
+    def prompt(self, example: Example, *, trailing: bool = True) -> Encoded:
+        """Only what is asked, with the tokenizer's own tokens around it."""
+        if example.messages:
+            raise DataError(f"{example.where or 'a row'}: a chat needs a causal language model")
+        after = self.trailing if trailing else ()
+        passage = _longest_line(example.text)
+        room = self._room(len(self.leading) + len(after))
+        ids, _, cut = self._tokens(example.prompt, passage, room, example)
+        return Encoded((*self.leading, *ids, *after), (), cut)
+
+    def answer(self, example: Example, label: str) -> tuple[int, ...]:
+        """Tokens of `label` as they follow the question of `example`, and the end token."""
+        if example.messages:
+            other = replace(example.messages[-1], content=label)
+            whole = self.causal(replace(example, messages=(*example.messages[:-1], other)))
+            last = max(i for i, value in enumerate(whole.labels) if value == IGNORED)
+            return whole.ids[last + 1 :]
+        key = (example.suffix or example.text, label)
+        if key not in self._answers:
+            short = self.causal(Example(answer=label, suffix=key[0]))
+            self._answers[key] = short.ids[short.answer_start :]
+        return self._answers[key]
+
+    def plain(self, text: str, at_most: int | None = None) -> tuple[int, ...]:
+        """Tokens of a text and nothing around it."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"][:at_most])
+
+    @property
+    def end_token(self) -> int:
+        """The end-of-sequence token. Raises `ValueError` where the tokenizer has none."""
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer.eos_token_id is None, expected an end-of-sequence token")
+        return int(self.tokenizer.eos_token_id)
+
+    def _room(self, around: int) -> int | None:
+        return None if self.max_tokens is None else self.max_tokens - around
+
+    def _tokens(
+        self, text: str, passage: Span, room: int | None, example: Example
+    ) -> tuple[list[int], list[Span], int]:
+        """Tokens and their character ranges, after the passage has lost what is too much."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, spans = (
+            list(found["input_ids"]),
+            [(int(a), int(b)) for a, b in found["offset_mapping"]],
+        )
+        inside = [i for i, (a, b) in enumerate(spans) if passage[0] <= a and b <= passage[1]]
+        too_many = 0
+        if self.max_text_tokens is not None:
+            too_many = max(0, len(inside) - self.max_text_tokens)
+        if room is not None:
+            too_many = max(too_many, len(ids) - room)
+        if too_many == 0:
+            return ids, spans, 0
+        if too_many >= len(inside):
+            raise DataError(
+                f"{example.where or 'a row'}: {len(ids)} tokens, of which only the {len(inside)} "
+                f"of the passage may be cut, do not fit into max_tokens={self.max_tokens}"
+            )
+        dropped = set(inside[len(inside) - too_many :])
+        kept = [place for place in range(len(ids)) if place not in dropped]
+        return [ids[i] for i in kept], [spans[i] for i in kept], too_many
+
+    def _render(self, example: Example) -> _Rendered:
+        if example.messages:
+            return self._render_chat(example)
+        prompt = example.prompt
+        # The blank belongs to the answer: most tokenizers make one token of it and the word.
+        between = " " if prompt and not prompt[-1:].isspace() else ""
+        text = prompt + between + example.answer
+        passage = (0, len(text)) if example.is_document else _longest_line(example.text)
+        return _Rendered(text, ((len(prompt), len(text)),), passage)
+
+    def _render_chat(self, example: Example) -> _Rendered:
+        turns = [{"role": m.role, "content": m.content} for m in example.messages]
+        whole = self._template(turns, example, question=False)
+        answers = []
+        for place, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            before = self._template(turns[:place], example, question=True)
+            after = self._template(turns[: place + 1], example, question=False)
+            if not (after.startswith(before) and whole.startswith(after.rstrip())):
+                raise DataError(
+                    f"{example.where or 'a row'}: the chat template writes message {place + 1} "
+                    "differently when others follow it, so its answers cannot be told apart; "
+                    "give one row for each answer"
+                )
+            # What follows the mark that ends the turn is never generated.
+            answers.append((len(before), len(after.rstrip())))
+        asked = [turn["content"] for turn in turns if turn["role"] != "assistant"]
+        longest = max(asked, key=len, default="")
+        start = whole.find(longest) if longest else 0
+        first, last = _longest_line(longest)
+        passage = (start + first, start + last) if start >= 0 else (0, 0)
+        return _Rendered(whole[: answers[-1][1]], tuple(answers), passage)
+
+    def _template(self, turns: list[dict[str, str]], example: Example, *, question: bool) -> str:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise DataError(
+                f"{example.where or 'a row'}: the tokenizer has no chat template, which rows with "
+                "messages need"
+            )
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=question
+                )
+            )
+        except Exception as error:  # a template raises what it likes
+            raise DataError(f"{example.where or 'a row'}: the chat template: {error}") from error
+
+    def _specials(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        plain, decorated = self.plain("a"), tuple(self.tokenizer("a")["input_ids"])
+        for start in range(len(decorated) - len(plain) + 1):
+            if decorated[start : start + len(plain)] == plain:
+                return decorated[:start], decorated[start + len(plain) :]
+        return (), ()
+
+
+def cut_rows(rows: Sequence[Encoded]) -> int:
+    """How many rows lost a part of their passage."""
+    return sum(row.cut > 0 for row in rows)
+
+
+def _longest_line(text: str) -> Span:
+    """Character range of the longest line."""
+    best = start = 0
+    length = -1
+    for line in text.split("\n"):
+        if len(line) > length:
+            best, length = start, len(line)
+        start += len(line) + 1
+    return best, best + max(length, 0)

@@ -1,0 +1,129 @@
+"""Encoder-decoder models (T5, BART): the encoder reads the question, the decoder answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sculpt.data.examples import DataError, Example, Task
+from sculpt.models.answers import Answering
+from sculpt.models.encoding import IGNORED, Encoded, Encoder
+from sculpt.models.learner import Score, load_pretrained
+
+
+class Seq2SeqLearner(Answering):
+    """A Hugging Face encoder-decoder with its tokenizer.
+
+    Raises `ValueError` for a model without a decoder start token, or a limit below 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_tokens: int | None = None,
+        max_text_tokens: int | None = None,
+        **answering: int,
+    ) -> None:
+        super().__init__(**answering)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, max_tokens=max_tokens, max_text_tokens=max_text_tokens)
+        self.end = self.encoder.end_token
+        start = model.generation_config.decoder_start_token_id
+        start = model.config.decoder_start_token_id if start is None else start
+        if start is None:
+            raise ValueError(
+                f"{type(model).__name__}: config.decoder_start_token_id is None, expected a token"
+            )
+        self.start = int(start)
+        self._answers: dict[str, tuple[int, ...]] = {}
+
+    @classmethod
+    def from_directory(
+        cls, path: Path, *, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> Seq2SeqLearner:
+        """Load a plain directory. Raises `ValueError` when it is not one."""
+        return cls(*load_pretrained("AutoModelForSeq2SeqLM", path, dtype), **options)
+
+    def encode(self, example: Example) -> Encoded:
+        asked = self._read(example)
+        return Encoded(asked.ids, self._answer(example, example.answer), asked.cut)
+
+    def loss(self, rows: Sequence[Encoded]) -> tuple[Tensor, int]:
+        """Mean cross-entropy over all tokens of all answers, terminators included."""
+        inputs = self._right_padded([row.ids for row in rows])
+        decoder, targets = self._decoder([row.labels for row in rows])
+        logits = self.model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return loss, sum(len(row.ids) + len(row.labels) for row in rows)
+
+    def _read(self, example: Example) -> Encoded:
+        if example.is_document:
+            raise DataError(
+                f"{example.where or 'a row'}: a document asks nothing, so an encoder-decoder has "
+                "nothing to read; use a causal language model"
+            )
+        return self.encoder.prompt(example)
+
+    def _question(self, example: Example) -> tuple[int, ...]:
+        return self._read(example).ids
+
+    def _answer(self, example: Example, label: str) -> tuple[int, ...]:
+        if label not in self._answers:
+            # The tokenizer's own trailing tokens end the answer; T5 and BART have one.
+            ids = (*self.encoder.leading, *self.encoder.plain(label), self.end)
+            self._answers[label] = ids
+        return self._answers[label]
+
+    def _documents(self, task: Task) -> Score:
+        raise DataError(f"task {task.name!r}: documents need a causal language model")
+
+    def _write(self, questions: Sequence[Sequence[int]]) -> list[list[int]]:
+        # The first token is the one that starts the decoder.
+        return [row[1:] for row in self._generate(self._right_padded(questions))]
+
+    def _label_logits(
+        self, questions: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+    ) -> Tensor:
+        """The encoder runs once for all labels."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        inputs = self._right_padded(questions)
+        read = self.model.get_encoder()(**inputs).last_hidden_state  # [B, T, d]
+        n_labels = len(answers[0])
+        decoder, _ = self._decoder([answer for row in answers for answer in row])
+        logits: Tensor = self.model(
+            encoder_outputs=BaseModelOutput(read.repeat_interleave(n_labels, dim=0)),
+            attention_mask=inputs["attention_mask"].repeat_interleave(n_labels, dim=0),
+            decoder_input_ids=decoder,
+            use_cache=False,
+        ).logits
+        return logits.view(len(answers), n_labels, *logits.shape[1:])
+
+    def _decoder(self, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """What the decoder reads, the answer shifted by one, and what it should write: [B, A]."""
+        width = max(len(answer) for answer in answers)
+        read = torch.full((len(answers), width), self.end)
+        targets = torch.full((len(answers), width), IGNORED)
+        for place, answer in enumerate(answers):
+            read[place, : len(answer)] = torch.tensor([self.start, *answer[:-1]])
+            targets[place, : len(answer)] = torch.tensor(answer)
+        device = next(self.model.parameters()).device
+        return read.to(device), targets.to(device)
+
+    def _right_padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self.end)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        device = next(self.model.parameters()).device
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -1,0 +1,316 @@
+"""The task sequence: train one task after another, and score all tasks seen after each.
+
+A run goes through the phases of `sculpt.runs.state`. What the next phase depends on is the state,
+the model, the method's own tensors, the optimizer and the generators, and a checkpoint holds them
+all: a run that was killed ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculpt.data.batching import batches, bucketed_batches
+from sculpt.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
+from sculpt.models.encoding import Encoded
+from sculpt.report import Results
+from sculpt.runs.checkpoint import CheckpointError, Checkpoints, Part, tensors_part
+from sculpt.runs.directory import RunDirectory, RunError, versions
+from sculpt.runs.flatten import flatten, random_states, set_random_states, unflatten
+from sculpt.runs.lm_eval import general_ability
+from sculpt.runs.prepare import Prepared
+from sculpt.runs.state import NAN, MethodResult, Progress, Report, RunState
+from sculpt.runs.strategies import STRATEGIES, Advance, Begun
+
+
+class TrainingError(RunError):
+    """Training cannot go on; the message says where and what to try."""
+
+
+class Run:
+    """A run under way. What changes is `state`, the model, the method, and `begun`."""
+
+    def __init__(self, prepared: Prepared, directory: RunDirectory, report: Report) -> None:
+        self.config = prepared.config
+        self.tasks, self.rows = prepared.tasks, prepared.rows
+        self.learner = prepared.learner
+        self.directory = directory
+        kept = self.config.checkpoint.keep
+        self.checkpoints = Checkpoints(directory.path / "checkpoints", kept)
+        self.strategy = STRATEGIES[self.config.method](self.learner, self.config)
+        self.state = RunState(MethodResult(self.config.method))
+        self.begun: Begun | None = None
+        self._report = report
+        self._where: Progress | None = None
+        torch.manual_seed(self.config.seed)
+        reset_peak_memory()
+
+    def finish(self) -> Results:
+        """Go through all phases that are left."""
+        self.directory.write_status("running", self._where, self.config.method)
+        phases: dict[str, Callable[[], None]] = {
+            "begin": self._begin,
+            "train": self._train,
+            "certify": self._certify,
+            "evaluate": self._evaluate,
+            "finish": self._finish,
+        }
+        try:
+            while self.state.phase != "done":
+                phases[self.state.phase]()
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            with suppress(OSError):  # the disk may be what failed
+                self.directory.write_status(
+                    "interrupted" if stopped else "failed", self._where, self.config.method
+                )
+            raise
+        return self._results()
+
+    def _begin(self) -> None:
+        state, task = self.state, self.tasks[self.state.task]
+        if state.task == 0:
+            self._general("before")
+        with self._clock("subspaces"):
+            self.begun = self.strategy.begin_task(task.name, self._advance("subspaces"))
+            for group in self.begun.optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        state.result.losses.append([])
+        state.phase, state.step = "train", 0
+        self._save()
+
+    def _train(self) -> None:
+        state, training = self.state, self.config.training
+        assert self.begun is not None
+        optimizer = self.begun.optimizer
+        rows = self.rows[state.task]
+        steps = training.steps_for(len(rows))
+        losses = state.result.losses[-1]
+        self.learner.model.train(training.dropout)
+        order = self._order(rows)
+        while state.step < steps:
+            with self._clock("train"):
+                start = time.perf_counter()
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * training.factor(state.step + 1, steps)
+                loss, tokens = self._gradients([rows[index] for index in next(order)])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                state.durations.append(time.perf_counter() - start)
+            state.step += 1
+            state.result.tokens += tokens
+            losses.append(loss)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss of {self.config.method} is {loss} in step {state.step} of "
+                    f"{self.tasks[state.task].name!r}: try an lr below {training.lr:g}"
+                )
+            speed = tokens / state.durations[-1]
+            self._tell("train", state.step, steps, loss=loss, tokens_per_second=speed)
+            if state.step < steps and state.step % self.config.checkpoint.every_steps == 0:
+                self._save()
+        self.learner.model.eval()
+        result = state.result
+        result.trainable_elements = max(result.trainable_elements, self.begun.trainable_elements)
+        held = optimizer_state_bytes(optimizer)
+        result.optimizer_state_bytes = max(result.optimizer_state_bytes, held)
+        state.phase = "certify"
+        self._save()
+
+    def _order(self, rows: list[Encoded]) -> Iterator[list[int]]:
+        """Batches of row numbers that are still to come in this task."""
+        training = self.config.training
+        seed = 1000 * self.config.seed + self.state.task
+        if training.order == "shuffled":
+            return batches(len(rows), training.batch_size, seed, skip=self.state.step)
+        lengths = [len(row.ids) for row in rows]
+        return bucketed_batches(lengths, training.batch_size, seed, skip=self.state.step)
+
+    def _gradients(self, batch: list[Encoded]) -> tuple[float, int]:
+        """Gradients of the mean loss over all that the batch learns; that loss, and its tokens."""
+        training = self.config.training
+        size = math.ceil(len(batch) / training.accumulate)
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        learned = sum(row.learned for row in batch)
+        total, tokens = 0.0, 0
+        for part in parts:
+            loss, read = self.learner.loss(part)
+            if len(parts) > 1:
+                loss = loss * (sum(row.learned for row in part) / learned)
+            torch.autograd.backward(loss)
+            total += loss.item()
+            tokens += read
+        if training.max_grad_norm is not None:
+            assert self.begun is not None
+            groups = self.begun.optimizer.param_groups
+            torch.nn.utils.clip_grad_norm_(
+                [p for group in groups for p in group["params"]], training.max_grad_norm
+            )
+        return total, tokens
+
+    def _certify(self) -> None:
+        state = self.state
+        # The moments of this task must not be alive beside those of the next.
+        self.begun = None
+        with self._clock("certify"):
+            certificate = self.strategy.certify(self._advance("certify"))
+            self.strategy.end_task()
+        if certificate is not None:
+            state.result.certificates.append(certificate)
+        if self.config.checkpoint.models == "each":
+            with self._clock("save"):
+                name = self.tasks[state.task].name.replace("/", "-")
+                self.directory.save_model(self.learner, f"models/{state.task + 1:02d}-{name}")
+        state.phase = "evaluate"
+        self._save()
+
+    def _evaluate(self) -> None:
+        state, result = self.state, self.state.result
+        count, seen = len(self.tasks), state.task + 1
+        generated, among = [NAN] * count, [NAN] * count
+        more: dict[str, list[float]] = {}
+        with self._clock("evaluate"):
+            for index, task in enumerate(self.tasks[:seen]):
+                score = self.learner.score(task)
+                generated[index], among[index] = score.generated, score.among_labels
+                for name, value in score.more.items():
+                    more.setdefault(name, [NAN] * count)[index] = value
+                self._tell(
+                    "evaluate", index + 1, seen, scored=task.name, accuracy=score.generated
+                )
+        result.generated.append(generated)
+        result.among_labels.append(among)
+        for name in {*more, *result.more}:
+            rows = result.more.setdefault(name, [[NAN] * count for _ in range(state.task)])
+            rows.append(more.get(name, [NAN] * count))
+        state.task += 1
+        state.phase = "begin" if state.task < count else "finish"
+        self._save()
+
+    def _finish(self) -> None:
+        self._general("after")
+        if self.config.checkpoint.models != "none":
+            with self._clock("save"):
+                self.directory.save_model(self.learner, "model")
+        self._measure_all()
+        self._results().write(self.directory.path)
+        self.state.phase = "done"
+        self.directory.write_status("finished", None, self.config.method)
+        self.checkpoints.remove_all()
+
+    def _general(self, when: str) -> None:
+        evaluation = self.config.evaluation
+        if evaluation.lm_eval:
+            with self._clock("evaluate"):
+                self.state.result.lm_eval[when] = general_ability(
+                    self.learner, evaluation.lm_eval, evaluation.lm_eval_limit
+                )
+
+    def _measure_all(self) -> None:
+        result = self.state.result
+        if self.state.durations:
+            result.step_seconds = statistics.median(self.state.durations)
+        result.peak_memory_bytes = max(result.peak_memory_bytes, peak_memory_bytes())
+
+    def _results(self) -> Results:
+        config = self.config.model_dump(mode="json")
+        tasks = [
+            {
+                "name": task.name,
+                "labels": task.labels,
+                "measure": task.measure,
+                "train": len(task.train),
+                "test": len(task.test),
+            }
+            for task in self.tasks
+        ]
+        return Results(config, versions(), tasks, {self.config.method: self.state.result})
+
+    def _save(self) -> None:
+        """Write a checkpoint of everything that the rest of the run depends on."""
+        if self.checkpoints.keep == 0:
+            return
+        with self._clock("save"):
+            state, model = self.state, self.learner.model
+            self._measure_all()
+            parts = {
+                "random.safetensors": tensors_part(random_states),
+                "model.safetensors": tensors_part(lambda: weights_of(model), self._weights_version()),
+            }
+            optimizer: Any = None
+            if self.begun is not None:
+                optimizer, tensors = flatten(self.begun.optimizer.state_dict(), "optimizer")
+                parts["optimizer.safetensors"] = tensors_part(lambda: tensors)
+                parts["method"] = Part(self.strategy.save)
+            self.checkpoints.write({"state": state.to_dict(), "optimizer": optimizer}, parts)
+            self.directory.write_status("running", self._where, self.config.method)
+
+    def _weights_version(self) -> str | None:
+        """The weights are the same from the end of a task to the first step of the next one."""
+        state = self.state
+        if state.phase in ("train", "certify"):
+            return None if state.step else f"after {state.task} tasks"
+        return f"after {state.task + (state.phase == 'evaluate')} tasks"
+
+    def restore(self) -> None:
+        """Take up the newest checkpoint; without any, the run begins anew."""
+        loaded = self.checkpoints.read()
+        if loaded is None:
+            return
+        self.state = RunState.from_dict(loaded.state["state"])
+        state = self.state
+        load_weights(self.learner.model, loaded.tensors("model.safetensors"))
+        if state.phase in ("train", "certify"):
+            self.begun = self.strategy.resume_task(
+                self.tasks[state.task].name, loaded.path / "method"
+            )
+            tensors = loaded.tensors("optimizer.safetensors")
+            self.begun.optimizer.load_state_dict(unflatten(loaded.state["optimizer"], tensors))
+        # Last: what came before may have drawn random numbers.
+        set_random_states(loaded.tensors("random.safetensors"))
+
+    def _advance(self, phase: str) -> Advance:
+        return lambda done, total: self._tell(phase, done, total)
+
+    def _tell(self, phase: str, done: int, total: int, **more: Any) -> None:
+        task = self.tasks[self.state.task].name
+        self._where = Progress(self.config.method, task, phase, done, total, **more)
+        self._report(self._where)
+
+    @contextmanager
+    def _clock(self, phase: str) -> Iterator[None]:
+        """Add the seconds of a `with` block to one phase."""
+        start = time.perf_counter()
+        yield
+        seconds = self.state.result.seconds
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that `state_dict` has, one of each group that shares memory."""
+    seen: set[tuple[int, torch.Size]] = set()
+    found = {}
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), value.shape)
+        if value.numel() == 0 or place not in seen:
+            seen.add(place)
+            found[name] = value
+    return found
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, saved: dict[str, Tensor]) -> None:
+    """Copy what `weights_of` gave into `model`. Raises `CheckpointError` where it does not fit."""
+    expected = weights_of(model)
+    if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in saved.items()}:
+        odd = sorted(expected.keys() ^ saved.keys()) or ["a shape"]
+        raise CheckpointError(f"the checkpoint is of another model: {odd[0]} does not fit")
+    for name, value in expected.items():
+        value.copy_(saved[name])

@@ -1,0 +1,137 @@
+"""Rows as tokens: what is learned, token by token, and what a row that is too long loses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny_language import END, tiny_tokenizer
+
+from sculpt.data.examples import DataError, Example, Message
+from sculpt.models.encoding import IGNORED, Encoded, Encoder
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' <end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+)
+
+
+def chat_tokenizer(template: str = TEMPLATE) -> Any:
+    tokenizer = tiny_tokenizer()
+    marks = ["<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def shown(tokenizer: Any, row: Encoded) -> list[tuple[str, bool]]:
+    """Each token with whether it is learned."""
+    tokens = tokenizer.convert_ids_to_tokens(list(row.ids))
+    for token, label in zip(row.ids, row.labels, strict=True):
+        assert label in (IGNORED, token)
+    return [(t, label != IGNORED) for t, label in zip(tokens, row.labels, strict=True)]
+
+
+def words(text: str, learned: bool) -> list[tuple[str, bool]]:
+    return [(word, learned) for word in text.split()]
+
+
+def test_an_answer_and_its_end_are_learned_and_nothing_else() -> None:
+    tokenizer = tiny_tokenizer()
+    row = Encoder(tokenizer).causal(Example("the film is good", "very good", "\nVerdict :"))
+    assert shown(tokenizer, row) == (
+        words("the film is good Verdict :", False) + words(f"very good {END}", True)
+    )
+    assert row.learned == 3
+
+
+def test_a_document_is_learned_from_its_second_token_on() -> None:
+    tokenizer = tiny_tokenizer()
+    row = Encoder(tokenizer).causal(Example(answer="the film is good"))
+    assert shown(tokenizer, row) == words("the", False) + words(f"film is good {END}", True)
+
+
+def test_only_what_the_assistant_says_is_learned_token_by_token() -> None:
+    tokenizer = chat_tokenizer()
+    messages = (
+        Message("system", "they say that"),
+        Message("user", "is the film good"),
+        Message("assistant", "very good"),
+        Message("user", "and the song"),
+        Message("assistant", "quite bad"),
+    )
+    encoder = Encoder(tokenizer)
+    row = encoder.causal(Example(messages=messages))
+    assert shown(tokenizer, row) == [
+        *words(f"<|system|> they say that {END}", False),
+        *words(f"<|user|> is the film good {END} <|assistant|>", False),
+        *words(f"very good {END}", True),
+        *words(f"<|user|> and the song {END} <|assistant|>", False),
+        *words(f"quite bad {END}", True),
+    ]
+    # The tokens are those that the template itself gives.
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+    assert list(row.ids) == whole[: len(row.ids)]
+    question = encoder.question(Example(messages=messages))
+    assert question.ids == row.ids[:-3]
+    assert (
+        encoder.answer(Example(messages=messages), "very good")
+        == row.ids[row.answer_start : row.answer_start + 3]
+    )
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
+    forgetful = (
+        "{% for m in messages %}{% if m['role'] == 'user' or loop.last %}"
+        "{{ '<|' + m['role'] + '|> ' + m['content'] + ' <end>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+    )
+    turns = [Message("user", "film"), Message("assistant", "good")] * 2
+    with pytest.raises(DataError, match=r"f:3: the chat template writes message 2 differently"):
+        Encoder(chat_tokenizer(forgetful)).causal(Example(messages=tuple(turns), where="f:3"))
+
+
+def test_a_chat_without_a_template_says_so() -> None:
+    row = Example(messages=(Message("user", "a"), Message("assistant", "b")), where="f:1")
+    with pytest.raises(DataError, match="f:1: the tokenizer has no chat template"):
+        Encoder(tiny_tokenizer()).causal(row)
+
+
+LONG = Example(
+    "is this good or bad ?\nthe film is very good and long and they say that it is\nthis is it",
+    "very good",
+    "\nVerdict :",
+)
+
+
+@pytest.mark.parametrize("limit", [{"max_tokens": 17}, {"max_text_tokens": 3}])
+def test_a_long_row_loses_the_tail_of_its_passage(limit: dict[str, int]) -> None:
+    tokenizer = tiny_tokenizer()
+    encoder = Encoder(tokenizer, **limit)
+    row = encoder.causal(LONG)
+    text = tokenizer.decode(row.ids)
+    start = "is this good <unk> bad <unk> the film is"
+    assert text == f"{start} this is it Verdict : very good {END}"
+    assert row.cut == 10
+    asked = Encoder(tokenizer, max_text_tokens=3).question(LONG)
+    assert tokenizer.decode(asked.ids) == f"{start} this is it Verdict :"
+
+
+def test_the_first_words_of_a_passage_stay_or_it_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"only the 13 of the passage may be cut.*max_tokens=14"):
+        Encoder(tiny_tokenizer(), max_tokens=14).causal(LONG)
+
+
+def test_a_long_chat_loses_the_tail_of_what_is_asked() -> None:
+    tokenizer = chat_tokenizer()
+    messages = (Message("user", "the film is very good and long"), Message("assistant", "quite"))
+    row = Encoder(tokenizer, max_tokens=8).causal(Example(messages=messages))
+    assert tokenizer.convert_ids_to_tokens(list(row.ids)) == (
+        f"<|user|> the film is {END} <|assistant|> quite {END}".split()
+    )
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a fast tokenizer"):
+        Encoder(object())

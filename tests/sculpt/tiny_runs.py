@@ -1,0 +1,57 @@
+"""Runs of a tiny model on tiny files, of the kinds that users have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tiny_language import SHORT, VERY, tiny_model, tiny_tokenizer
+
+from sculpt.data.examples import Task
+from sculpt.models.causal import CausalLearner
+from sculpt.runs.config import RunConfig
+
+
+def save_tiny_model(path: Path) -> Path:
+    CausalLearner(tiny_model(), tiny_tokenizer()).save(path)
+    return path
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def task_files(folder: Path, task: Task) -> dict[str, Any]:
+    """The task as JSON lines, and the configuration that reads it."""
+    files = {
+        split: str(
+            write_lines(
+                folder / f"{task.name}-{split}.jsonl",
+                ({"text": e.text, "label": e.answer} for e in examples),
+            )
+        )
+        for split, examples in (("train", task.train), ("test", task.test))
+    }
+    suffix = task.train[0].suffix
+    return {"name": task.name, **files, "labels": list(task.labels), "suffix": suffix}
+
+
+def run_values(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A run of two tasks in `folder`; `changes` replace sections as a whole."""
+    model = folder / "tiny"
+    if not model.is_dir():
+        save_tiny_model(model)
+    values = {
+        "model": str(model),
+        "out": str(folder / "run"),
+        "data": {"tasks": [task_files(folder, task) for task in (VERY, SHORT)]},
+        "training": {"steps": 3, "batch_size": 2, "lr": 1e-2},
+    }
+    return values | changes
+
+
+def run_config(folder: Path, **changes: Any) -> RunConfig:
+    return RunConfig.model_validate(run_values(folder, **changes))
