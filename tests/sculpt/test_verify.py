@@ -301,13 +301,14 @@ def test_options_that_do_not_fit(options, message, trained):
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    peaks = []
-    for layers in (1, 12):
+    peaks, sizes = [], []
+    for layers in (4, 24):
         before, after, total = write_checkpoints(
             tmp_path / str(layers), layers, 128, 16384, torch.float32
         )
         rows, _, peak, _ = measure(before, after)
         assert rows == layers
         peaks.append(peak)
-    assert total > 90 * 2**20
-    assert abs(peaks[1] - peaks[0]) < 24 * 2**20
+        sizes.append(2 * total)
+    # An allocator keeps some of what was freed, but not what the files grew by, 320 MiB.
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 4
