@@ -93,5 +93,34 @@ def demo(
 app.command()(verify)
 
 
+@app.command()
+def train(
+    run_file: Annotated[Path, typer.Argument(help="YAML: model, out, data, training, ...")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. training.lr=1e-5")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show data, ranks, memory and time; train nothing.")
+    ] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Count and list rows that cannot be used.")
+    ] = False,
+) -> None:
+    """A task sequence: any Hugging Face model directory, JSON lines, CSV, CL_Benchmark, TRACE."""
+    from sculpt.runs.console import train_command
+
+    train_command(run_file, overrides or [], dry_run, skip_bad_rows)
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory of `sculpt train`.")],
+) -> None:
+    """Go on with a run that was killed, as if it never had been."""
+    from sculpt.runs.console import resume_command
+
+    resume_command(run_dir)
+
+
 if __name__ == "__main__":
     app()

@@ -182,9 +182,7 @@ class Run:
                 generated[index], among[index] = score.generated, score.among_labels
                 for name, value in score.more.items():
                     more.setdefault(name, [NAN] * count)[index] = value
-                self._tell(
-                    "evaluate", index + 1, seen, scored=task.name, accuracy=score.generated
-                )
+                self._tell("evaluate", index + 1, seen, scored=task.name, accuracy=score.generated)
         result.generated.append(generated)
         result.among_labels.append(among)
         for name in {*more, *result.more}:
@@ -242,7 +240,9 @@ class Run:
             self._measure_all()
             parts = {
                 "random.safetensors": tensors_part(random_states),
-                "model.safetensors": tensors_part(lambda: weights_of(model), self._weights_version()),
+                "model.safetensors": tensors_part(
+                    lambda: weights_of(model), self._weights_version()
+                ),
             }
             optimizer: Any = None
             if self.begun is not None:

@@ -35,8 +35,11 @@ class Strategy(Protocol):
     def begin_task(self, name: str, advance: Advance) -> Begun:
         """Make the model trainable for one task."""
 
-    def save(self, folder: Path) -> None:
-        """Write to the new folder what `resume_task` needs beside the weights as they are now."""
+    def save(self, folder: Path, previous: Path | None) -> None:
+        """Write to the new folder what `resume_task` needs beside the weights as they are now.
+
+        previous: folder of the save before, where there is one.
+        """
 
     def resume_task(self, name: str, folder: Path) -> Begun:
         """Take up a task on a model that has the weights of the moment of `save`."""
@@ -61,7 +64,7 @@ class PlainStrategy:
     def begin_task(self, name: str, advance: Advance) -> Begun:
         return self._begun()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, previous: Path | None) -> None:
         """Weights and optimizer are all there is."""
 
     def resume_task(self, name: str, folder: Path) -> Begun:
@@ -108,7 +111,7 @@ class SculptStrategy:
         self._sculptor.begin_task(name=name, progress=lambda done, total, _: advance(done, total))
         return self._begun()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, previous: Path | None) -> None:
         """Bases and coordinates: subspaces are not searched again."""
         folder.mkdir()
         tensors: dict[str, torch.Tensor] = {}

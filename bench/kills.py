@@ -1,0 +1,192 @@
+"""Kill a run again and again, at any instant, and see whether it ends with the same bits.
+
+    python -m bench.kills --rounds 40
+
+Half of the kills strike at a random event of the run itself, of each kind as often: a matrix
+decomposed, a step done, a file about to be written, flushed, renamed or removed. The others come
+from outside after a random time. Every run is resumed until it is finished, and then compared, byte
+by byte, with one that was left alone. Prints one JSON line for each round and a summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# What the run reports, by phase.
+EVENTS = {
+    "subspaces": "subspaces: matrix done",
+    "train": "step: done",
+    "certify": "certificate: matrix done",
+    "evaluate": "between tasks: test done",
+}
+# Times and memory differ from run to run.
+MEASURED = ("seconds", "total_seconds", "step_seconds", "peak_memory_bytes")
+
+
+def fingerprint(out: Path) -> dict[str, str]:
+    """Digest of each file of a finished run that must not depend on how often it was killed."""
+    found = {}
+    for path in sorted((out / "model").rglob("*")) + sorted((out / "models").rglob("*")):
+        if path.is_file():
+            name = path.relative_to(out).as_posix()
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    for method in results["methods"].values():
+        for name in MEASURED:
+            method.pop(name)
+    results["config"].pop("out")
+    found["results.json"] = hashlib.sha256(json.dumps(results).encode()).hexdigest()
+    return found
+
+
+def go_on(config: dict[str, Any], kind: str, number: int, where: Any) -> None:
+    """In a process of its own: begin or resume the run, and die at event `number` of `kind`."""
+    from sculpt.runs.config import RunConfig
+    from sculpt.runs.start import resume, run
+
+    seen: Counter[str] = Counter()
+
+    def event(name: str) -> None:
+        seen[name] += 1
+        where.value = name.encode()[:63]
+        if name == kind and seen[name] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    watch_files(event)
+    settings = RunConfig.model_validate(config)
+
+    def report(now: Any) -> None:
+        event(EVENTS[now.phase])
+
+    if (settings.out / "config.json").is_file():
+        resume(settings.out, report)
+    else:
+        run(settings, report)
+    where.value = json.dumps(seen).encode()
+
+
+def watch_files(event: Callable[[str], None]) -> None:
+    """Call `event` before a file is written by safetensors, flushed, renamed or removed."""
+    import safetensors.torch
+    import torch
+
+    places: tuple[tuple[Any, str, str], ...] = (
+        (os, "fsync", "saving: flush"),
+        (os, "replace", "saving: rename"),
+        (shutil, "rmtree", "saving: removal"),
+        (safetensors.torch, "save_file", "saving: tensors"),
+        (torch.linalg, "eigh", "decomposition: within a matrix"),
+        (torch.autograd, "backward", "step: backward"),
+        (torch.optim.AdamW, "step", "step: optimizer"),
+    )
+    for owner, name, said in places:
+        original = getattr(owner, name)
+
+        def watched(*a: Any, _original: Any = original, _said: str = said, **k: Any) -> Any:
+            event(_said)
+            return _original(*a, **k)
+
+        setattr(owner, name, watched)
+
+
+def processes() -> Any:
+    """A server that has imported everything already, so that a run begins at once."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["sculpt.runs.start", "transformers.models.llama"])
+    return server
+
+
+def until_finished(
+    server: Any, config: dict[str, Any], rng: random.Random, counts: dict[str, int], seconds: float
+) -> list[str]:
+    """Begin, kill and resume until the run is finished; where it was each time it died.
+
+    counts, seconds: events of each kind and time of a run that is left alone: the ranges from which
+    the kills are drawn.
+    """
+    struck: list[str] = []
+    while True:
+        from_inside = rng.random() < 0.5
+        where = server.Array("c", 1000)
+        kind = rng.choice(sorted(counts)) if from_inside else ""
+        number = rng.randint(1, counts[kind]) if from_inside else 0
+        process = server.Process(target=go_on, args=(config, kind, number, where))
+        process.start()
+        if not from_inside:
+            process.join(rng.uniform(0, seconds))
+            process.kill()
+        process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"the run failed with {process.exitcode} after {struck}")
+        if where.value.startswith(b"{"):
+            return struck
+        struck.append(where.value.decode() or "before the first event")
+
+
+def left_alone(server: Any, config: dict[str, Any]) -> tuple[dict[str, int], float]:
+    """Events of each kind, and seconds, of a run that nobody kills."""
+    where = server.Array("c", 1000)
+    start = time.perf_counter()
+    process = server.Process(target=go_on, args=(config, "", 0, where))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the run failed with {process.exitcode}")
+    counts: dict[str, int] = json.loads(where.value)
+    return counts, time.perf_counter() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", default="sculpt", choices=("sculpt", "plain"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    choices = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "tests" / "sculpt"))
+    from tiny_runs import run_values
+
+    server, rng = processes(), random.Random(choices.seed)
+    kills: Counter[str] = Counter()
+    different = 0
+    with tempfile.TemporaryDirectory() as folder:
+        config = run_values(
+            Path(folder),
+            method=choices.method,
+            dtype=choices.dtype,
+            training={"steps": 6, "batch_size": 2, "lr": 1e-2, "order": "bucketed"},
+            checkpoint={"every_steps": 2, "models": "each"},
+        )
+        left_alone(server, config | {"out": str(Path(folder) / "first")})  # imports everything
+        counts, seconds = left_alone(server, config)
+        expected = fingerprint(Path(config["out"]))
+        for number in range(choices.rounds):
+            out = Path(folder) / f"round-{number}"
+            struck = until_finished(server, config | {"out": str(out)}, rng, counts, seconds)
+            same = fingerprint(out) == expected
+            different += not same
+            kills.update(struck)
+            print(json.dumps({"round": number, "kills": struck, "same": same}), flush=True)
+            shutil.rmtree(out)
+    total = sum(kills.values())
+    print(json.dumps({"kills": total, "different": different, "where": dict(kills.most_common())}))
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Task sequences: configuration, loop, checkpoints, run directories."""

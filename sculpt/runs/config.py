@@ -1,0 +1,161 @@
+"""What a run is: one typed object, the same from Python, from YAML and from a run directory.
+
+pydantic, which typer brings along, checks types, finds unknown fields and says where; by hand this
+would be a module of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, Strict, field_serializer, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from sculpt.config import SculptConfig
+from sculpt.data.config import Count, DataConfig, FilePath, Names, Section
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Method = Literal["plain", "sculpt"]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TrainingConfig(Section):
+    """Length and pace of every task.
+
+    steps or epochs: optimizer steps of each task, or passes over its rows (1 without either).
+    batch_size: rows in a step; accumulate: in how many parts they pass through the model.
+    lr: learning rate of AdamW on dense weights, rising over `warmup_steps`; then constant, or
+        falling to zero by `schedule` over what is left of the task.
+    max_grad_norm: gradients are scaled down to this norm.
+    max_tokens: of a row; max_text_tokens: of its passage. What is longer loses the passage's tail.
+    order: "shuffled", or "bucketed": rows of similar length share a batch.
+    packing: no padding: the rows of a batch in one sequence (causal language models).
+    dropout: as the model's configuration says; off by default.
+    """
+
+    steps: Count | None = None
+    epochs: Positive | None = None
+    batch_size: Count = 8
+    accumulate: Count = 1
+    lr: Positive = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: NotNegative = 0.0
+    betas: Annotated[tuple[float, float], Strict(False)] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    max_grad_norm: Positive | None = None
+    max_tokens: Count | None = 512
+    max_text_tokens: Count | None = None
+    order: Literal["shuffled", "bucketed"] = "shuffled"
+    packing: bool = False
+    dropout: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs} exclude each other")
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps}, expected 0 to steps={self.steps}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate={self.accumulate}, expected at most batch_size={self.batch_size}"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}, expected two numbers from 0 to below 1")
+        return self
+
+    def steps_for(self, rows: int) -> int:
+        """Optimizer steps of a task with so many training rows."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil((self.epochs or 1.0) * rows / self.batch_size))
+
+    def factor(self, step: int, steps: int) -> float:
+        """Share of `lr` in step `step`, counted from 1, of `steps`."""
+        warm = min(1.0, step / (self.warmup_steps + 1))
+        if self.schedule == "constant" or step <= self.warmup_steps:
+            return warm
+        gone = (step - 1 - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        return 1.0 - gone if self.schedule == "linear" else (1.0 + math.cos(math.pi * gone)) / 2
+
+
+class EvaluationConfig(Section):
+    """How models are tested after each task.
+
+    batch_size: rows at once; max_new_tokens: where a free answer ends.
+    lm_eval: tasks of `lm-eval`, measured before the first and after the last task;
+    lm_eval_limit: examples of each.
+    """
+
+    batch_size: Count = 24
+    max_new_tokens: Count = 64
+    lm_eval: Names = ()
+    lm_eval_limit: Count | None = None
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk while a run goes on.
+
+    every_steps: between two checkpoints of a task; there is one at each change of phase too.
+    keep: how many of the newest stay; 0 writes none, and the run cannot be resumed.
+    models: which plain models are saved: of the "last" task, of "each" task, or "none".
+    """
+
+    every_steps: Count = 100
+    keep: Annotated[int, Field(ge=0)] = 2
+    models: Literal["last", "each", "none"] = "last"
+
+
+class RunConfig(Section):
+    """A task sequence, trained by one method.
+
+    model: a Hugging Face directory. model_kind: how it answers; "auto" is told by its architecture.
+    out: the run directory, new or empty.
+    method: a name in `sculpt.runs.strategies.STRATEGIES`.
+    sculpt: fields of `SculptConfig`; the methods take their matrices from it too.
+    dtype: of the weights. device: "auto" is a GPU where there is one. seed: of everything random.
+    certificate: "complement" is cheap; "independent" decomposes every weight afresh in float64.
+    """
+
+    model: FilePath
+    out: FilePath
+    data: DataConfig
+    model_kind: Literal["auto", "causal", "seq2seq", "classification", "nearest"] = "auto"
+    method: Method = "sculpt"
+    training: TrainingConfig = TrainingConfig()
+    sculpt: SculptConfig = Field(SculptConfig(), validate_default=False)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    certificate: Literal["complement", "independent"] = "complement"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("sculpt", mode="before")
+    @classmethod
+    def _sculpt_config(cls, value: Any) -> Any:
+        """A mapping as the checked object, which raises with the name of its field."""
+        if not isinstance(value, Mapping):
+            return value
+        try:
+            return SculptConfig(**value)
+        except TypeError as error:  # pydantic passes on nothing but ValueError
+            raise ValueError(str(error)) from error
+
+    @field_serializer("sculpt")
+    def _plain_sculpt(self, value: SculptConfig) -> dict[str, Any]:
+        return {name: item for name, item in vars(value).items() if item is not None}
+
+
+def describe(item: ErrorDetails, field: str | None = None) -> str:
+    """One mistake in one line: field, value, and what is wrong."""
+    field = ".".join(str(part) for part in item["loc"]) if field is None else field
+    message, given = item["msg"], item.get("input")
+    if item["type"] == "value_error":
+        message = message.removeprefix("Value error, ")
+    else:
+        message = message[:1].lower() + message[1:]
+    shown = "" if isinstance(given, dict | list | BaseModel) else f"={given!r}"
+    return f"{field}{shown}: {message}"

@@ -1,0 +1,86 @@
+"""What a run starts from: its tasks, its model, and all rows as tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from sculpt.data.examples import DataError, Example, Task
+from sculpt.data.rows import BadRows
+from sculpt.data.tasks import read_tasks
+from sculpt.models.encoding import Encoded
+from sculpt.models.learner import Learner
+from sculpt.models.load import load_learner
+from sculpt.runs.config import RunConfig
+from sculpt.runs.lm_eval import check_lm_eval
+
+
+class Prepared:
+    """Everything that `config` names, read and checked; nothing is written.
+
+    tasks: without the rows that were left out. rows: the training rows of each task, as tokens.
+    bad: the rows that were left out. cut: how many rows of each task lost a part of their passage.
+
+    Raises `DataError` or `ValueError` for data or a model that cannot be used.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        check_lm_eval(config.evaluation.lm_eval)
+        self.bad = BadRows(config.data.skip_bad_rows)
+        tasks = read_tasks(config.data, config.seed, self.bad)
+        torch.manual_seed(config.seed)  # a new classification head is random
+        training = config.training
+        self.learner: Learner = load_learner(
+            config.model_kind,
+            config.model,
+            tasks,
+            dtype=config.dtype,
+            max_tokens=training.max_tokens,
+            max_text_tokens=training.max_text_tokens,
+            packing=training.packing,
+            score_batch=config.evaluation.batch_size,
+            max_new_tokens=config.evaluation.max_new_tokens,
+        )
+        self.learner.model.to(device_of(config))
+        self.tasks: list[Task] = []
+        self.rows: list[list[Encoded]] = []
+        self.cut: list[int] = []
+        for task in tasks:
+            train, rows = self._fitting(task.train)
+            test, test_rows = self._fitting(task.test)
+            self.tasks.append(replace(task, train=train, test=test))
+            self.rows.append(rows)
+            self.cut.append(sum(row.cut > 0 for row in (*rows, *test_rows)))
+
+    def _fitting(self, examples: Sequence[Example]) -> tuple[list[Example], list[Encoded]]:
+        fitting, rows = [], []
+        for example in examples:
+            try:
+                rows.append(self.learner.encode(example))
+                fitting.append(example)
+            except DataError as error:
+                self.bad.add(*str(error).split(": ", 1))
+        return fitting, rows
+
+    def digest(self) -> str:
+        """SHA-256 of all tasks and tokens, in hexadecimal."""
+        digest = hashlib.sha256()
+        for task, rows in zip(self.tasks, self.rows, strict=True):
+            digest.update(repr((task.name, task.labels, task.measure)).encode())
+            digest.update(repr([(row.ids, row.labels) for row in rows]).encode())
+            digest.update(repr(list(task.test)).encode())
+        return digest.hexdigest()
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """Where the run computes. Raises `ValueError` for a device that is not there."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={config.device!r} cannot be used: {error}") from None

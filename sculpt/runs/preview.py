@@ -1,0 +1,175 @@
+"""What a run is about to do: data, ranks, memory and time, before anything is spent on it.
+
+Nothing is written. The model is loaded, and one batch of the first task passes through it, forward
+and backward, for the time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from sculpt.data.examples import Example
+from sculpt.runs.config import RunConfig
+from sculpt.runs.prepare import Prepared
+from sculpt.tables import text_table
+from sculpt.targets import Target, find_targets
+
+STATES = 2
+"""Moments that AdamW holds for each trained value."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a method holds beside activations.
+
+    weights: of the model. fixed: weights before the task and bases. trained: values that train
+    beside the weights, their gradients and the optimizer's moments.
+    """
+
+    weights: int
+    fixed: int
+    trained: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.fixed + self.trained
+
+
+def memory_of(targets: list[Target], weights: int, config: RunConfig) -> Memory:
+    """An estimate from shapes and ranks alone."""
+    if config.method == "plain":
+        size = sum(t.module.weight.numel() * t.module.weight.element_size() for t in targets)
+        return Memory(weights, 0, (1 + STATES) * size)
+    bases = sum(4 * sum(t.shape) * t.trainable_rank for t in targets)
+    before = sum(t.module.weight.numel() * t.module.weight.element_size() for t in targets)
+    return Memory(
+        weights, before + bases, (2 + STATES) * sum(4 * t.trainable_rank**2 for t in targets)
+    )
+
+
+def preview(prepared: Prepared) -> str:
+    """Everything as text."""
+    config = prepared.config
+    model = prepared.learner.model
+    targets = find_targets(model, config.sculpt).chosen
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return "\n\n".join(
+        (
+            _data(prepared),
+            _ranks(targets, config),
+            _memory(memory_of(targets, weights, config), config),
+            _time(prepared, targets),
+        )
+    )
+
+
+def _data(prepared: Prepared) -> str:
+    training = prepared.config.training
+    rows = []
+    for task, encoded, cut in zip(prepared.tasks, prepared.rows, prepared.cut, strict=True):
+        lengths = [len(row.ids) for row in encoded]
+        rows.append(
+            (
+                task.name,
+                _kind(task.train[0]),
+                f"{len(task.train):,}",
+                f"{len(task.test):,}",
+                str(len(task.labels) or "free"),
+                f"{statistics.fmean(lengths):.0f} / {max(lengths)}",
+                f"{cut:,}",
+                f"{training.steps_for(len(encoded)):,}",
+            )
+        )
+    header = ("task", "rows", "train", "test", "labels", "tokens mean / max", "cut", "steps")
+    notes = [f"{len(prepared.bad.found)} rows left out", *prepared.bad.found]
+    return "Data\n" + text_table(header, rows, note="\n".join(notes if prepared.bad.found else []))
+
+
+def _kind(example: Example) -> str:
+    if example.messages:
+        return "chat"
+    return "document" if example.is_document else "question, answer"
+
+
+def _ranks(targets: list[Target], config: RunConfig) -> str:
+    kinds = Counter(
+        (target.name.rpartition(".")[2], target.shape, target.preserved, target.trainable_rank)
+        for target in targets
+    )
+    sculpted = config.method == "sculpt"
+    rows = [
+        (
+            name,
+            str(count),
+            f"{shape[0]} x {shape[1]}",
+            str(preserved) if sculpted else "0",
+            str(trainable) if sculpted else str(min(shape)),
+            f"{count * (trainable**2 if sculpted else shape[0] * shape[1]):,}",
+        )
+        for (name, shape, preserved, trainable), count in kinds.items()
+    ]
+    header = ("matrices", "count", "shape", "preserved", "trainable", "values that train")
+    return f"Ranks, method {config.method}\n" + text_table(header, rows)
+
+
+def _memory(memory: Memory, config: RunConfig) -> str:
+    parts = (
+        ("weights", memory.weights),
+        ("weights before the task, and bases", memory.fixed),
+        ("trained values, gradients, moments", memory.trained),
+        ("together, without activations", memory.total),
+    )
+    checkpoints = config.checkpoint.keep * memory.total
+    rows = [(name, _megabytes(size)) for name, size in parts]
+    rows.append(
+        (f"on disk, for {config.checkpoint.keep} checkpoints, at most", _megabytes(checkpoints))
+    )
+    return "Memory (estimate)\n" + text_table(("part", "size"), rows)
+
+
+def _time(prepared: Prepared, targets: list[Target]) -> str:
+    training, learner = prepared.config.training, prepared.learner
+    batch = prepared.rows[0][: training.batch_size]
+    learner.model.requires_grad_(False)
+    for target in targets:
+        target.module.weight.requires_grad_(True)
+    start = time.perf_counter()
+    loss, tokens = learner.loss(batch)
+    forward = time.perf_counter() - start
+    torch.autograd.backward(loss)
+    loss.item()
+    step = time.perf_counter() - start
+    learner.model.zero_grad(set_to_none=True)
+    speed = tokens / step
+    train = sum(
+        training.steps_for(len(rows)) * training.batch_size * _mean_length(rows) / speed
+        for rows in prepared.rows
+    )
+    tested = sum(
+        (len(prepared.tasks) - index) * len(task.test) for index, task in enumerate(prepared.tasks)
+    )
+    test = tested * forward / len(batch)
+    rows = [
+        (f"one step of {len(batch)} rows, {tokens} tokens, measured once, plain", _minutes(step)),
+        ("training, all tasks", _minutes(train)),
+        (f"tests, {tested:,} rows, free answers not counted", _minutes(test)),
+    ]
+    note = "Subspaces and certificates come on top, once for each task."
+    return "Time (estimate)\n" + text_table(("part", "time"), rows, note=note)
+
+
+def _mean_length(rows: list) -> float:  # type: ignore[type-arg]
+    return statistics.fmean(len(row.ids) for row in rows)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"

@@ -1,0 +1,63 @@
+"""Start a run, or go on with one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from sculpt.report import Results
+from sculpt.runs.config import RunConfig
+from sculpt.runs.directory import RunDirectory, RunError, check_out, locked, versions
+from sculpt.runs.loop import Run
+from sculpt.runs.prepare import Prepared
+from sculpt.runs.state import Progress, Report
+
+
+def ignore(progress: Progress) -> None:
+    """A report to nobody."""
+
+
+def run(config: RunConfig, report: Report = ignore) -> Results:
+    """Train the task sequence that `config` describes, and fill its run directory.
+
+    report: told of every step. Raises `RunError`, `CheckpointError`, `DataError` or `ValueError`;
+    what can be known before anything is written is raised before.
+    """
+    check_out(config.out)
+    prepared = Prepared(config)
+    with locked(config.out) as directory:
+        check_out(config.out)  # nobody else was quicker
+        directory.describe(config, prepared.digest())
+        return Run(prepared, directory, report).finish()
+
+
+def resume(folder: Path, report: Report = ignore) -> Results | None:
+    """Go on with the run in `folder` from its newest checkpoint; None where it is finished.
+
+    The weights at the end are, bit for bit, those of a run that was never interrupted, on the same
+    machine with the same versions. Raises `RunError` or `CheckpointError` where that cannot be.
+    """
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such directory, expected that of a run")
+    RunDirectory(folder).described()
+    with locked(folder) as directory:
+        config, described = directory.described()
+        if directory.status() == "finished":
+            return None
+        _warn_of_changes(folder, described["versions"])
+        prepared = Prepared(config.model_copy(update={"out": folder}))
+        if prepared.digest() != described["data_digest"]:
+            raise RunError(f"{folder}: the data have changed since the run began")
+        run = Run(prepared, directory, report)
+        run.restore()
+        return run.finish()
+
+
+def _warn_of_changes(folder: Path, began: dict[str, object]) -> None:
+    now = versions()
+    changed = [f"{n} {v} (now {now.get(n)})" for n, v in began.items() if now.get(n) != v]
+    if changed:
+        warnings.warn(
+            f"{folder} began with {', '.join(changed)}: the last bits of its weights may differ",
+            stacklevel=3,
+        )
