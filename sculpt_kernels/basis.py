@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from sculpt_kernels import checks
 from sculpt_kernels.panels import compute_dtype
+from sculpt_kernels.symmetric import symmetric_product
 
 
 def orthonormalize(Y: Tensor) -> Tensor:
     """Orthonormal basis of the column span of `Y`.
 
-    CholeskyQR2 (two passes of Gram, Cholesky, triangular solve: GEMM speed, safe while
-    `cond(Y) < eps^-1/2`); where that fails, shifted CholeskyQR3 (Fukaya, Kannan, Nakatsukasa,
-    Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42, 2020; safe to about `1/eps`); where that fails
-    too, Householder QR. The result is measured before it is accepted.
+    By the cheapest algorithm that is safe: CholeskyQR (passes of Gram, Cholesky, triangular solve:
+    GEMM speed, safe while `cond(Y) < eps^-1/2`); where that fails, shifted CholeskyQR3 (Fukaya,
+    Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42, 2020; safe to about
+    `1/eps`); where that fails too, Householder QR. A pass that leaves the columns nearly
+    orthonormal is followed by a step to the nearest orthonormal basis, whose error is known from
+    what is measured before it; columns that are nearly orthogonal as they come need that step only.
 
     Args:
         Y: `(..., n, r)` with `r <= n`, any floating dtype.
@@ -40,17 +41,19 @@ def orthonormalize_with_method(Y: Tensor) -> tuple[Tensor, str]:
     checks.finite("Y", Y)
     A = Y.to(compute_dtype(Y.dtype))
     if A.numel() == 0:
-        return torch.empty_like(Y, memory_format=torch.contiguous_format), "cholesky-qr2"
+        return torch.empty_like(Y, memory_format=torch.contiguous_format), "polar"
     # Columns of one length: scaling changes no span, and the Gram matrix is as well
     # conditioned as a diagonal scaling can make it, within sqrt(r) of the best.
     norms = torch.linalg.vector_norm(A, dim=-2, keepdim=True)
     A = A / torch.where(norms > 0, norms, 1)
-    for method, passes in (
+    first = symmetric_product(A.mT)
+    for method, shifts in (
+        ("polar", ()),
         ("cholesky-qr2", (0.0, 0.0)),
         ("shifted-cholesky-qr3", (_shift(A), 0.0, 0.0)),
     ):
-        Q = _cholesky_qr(A, passes)
-        if Q is not None and _is_orthonormal(Q):
+        Q = _cholesky_qr(A, first, shifts)
+        if Q is not None:
             return Q.to(Y.dtype).contiguous(), method
     return torch.linalg.qr(A).Q.to(Y.dtype).contiguous(), "householder"
 
@@ -61,19 +64,47 @@ def _shift(A: Tensor) -> float:
     return 11 * (n * r + r * (r + 1)) * torch.finfo(A.dtype).eps * r
 
 
-def _cholesky_qr(A: Tensor, shifts: tuple[float, ...]) -> Tensor | None:
+def _cholesky_qr(A: Tensor, gram: Tensor, shifts: tuple[float, ...]) -> Tensor | None:
+    """Up to one Cholesky pass per shift, until a polar step can finish; `None` if none can."""
+    Q = _polar_step(A, gram) if not shifts else None
     for shift in shifts:
-        gram = A.mT @ A
-        if shift:
-            gram.diagonal(dim1=-2, dim2=-1).add_(shift)
-        L, info = torch.linalg.cholesky_ex(gram)
-        if bool(info.any()):
+        A = cholesky_pass(A, gram, shift)
+        gram = symmetric_product(A.mT)
+        # NaN after a failed Cholesky factorization; no later pass would mend it.
+        if not bool(torch.isfinite(gram).all()):
             return None
-        A = torch.linalg.solve_triangular(L.mT, A, upper=True, left=False)
-    return A
+        Q = _polar_step(A, gram)
+        if Q is not None:
+            break
+    return Q
 
 
-def _is_orthonormal(Q: Tensor) -> bool:
-    r = Q.shape[-1]
-    defect = (Q.mT @ Q - torch.eye(r, dtype=Q.dtype, device=Q.device)).abs().amax()
-    return bool(defect <= 8 * torch.finfo(Q.dtype).eps * max(1.0, math.sqrt(r)))
+def cholesky_pass(A: Tensor, gram: Tensor, shift: float = 0.0) -> Tensor:
+    """`A R⁻¹` with `RᵀR = AᵀA + shift I`; NaN where that is not positive definite. No host sync."""
+    if shift:
+        gram = gram + shift * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    L, info = torch.linalg.cholesky_ex(gram)
+    L = torch.where((info == 0)[..., None, None], L, torch.nan)
+    Q: Tensor = torch.linalg.solve_triangular(L.mT, A, upper=True, left=False)
+    return Q
+
+
+def _polar_step(A: Tensor, gram: Tensor) -> Tensor | None:
+    """`A (AᵀA)^-½`, the nearest orthonormal basis, where `AᵀA = I + E` with small `E`; else `None`.
+
+    `A` itself where `E` is rounding. Otherwise the series `I - E/2 + 3E²/8`, which leaves a defect
+    of `5E³/8`, at most `5/8 ‖E²‖_F^1.5`: within two roundings, or the step is refused.
+    """
+    E = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    r = E.shape[-1]
+    if bool(E.abs().amax() <= 2 * torch.finfo(E.dtype).eps * r**0.5):
+        return A
+    allowed = (16 / 5 * torch.finfo(E.dtype).eps) ** (2 / 3)
+    # Cheap and necessary: ‖E‖²_F <= √r ‖E²‖_F.
+    if not bool((E.square().sum((-2, -1)) <= r**0.5 * allowed).all()):
+        return None
+    E2 = symmetric_product(E)
+    if not bool((torch.linalg.matrix_norm(E2) <= allowed).all()):
+        return None
+    T = torch.eye(r, dtype=E.dtype, device=E.device) - E / 2 + 3 / 8 * E2
+    return A @ T

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sculpt_kernels.subspace import Subspace, split
 
-FORMAT = 1
+FORMAT = 2
 
 
 class SubspaceCache:
@@ -81,6 +81,7 @@ class SubspaceCache:
             "energy": found.energy,
             "method": found.method,
             "converged": found.converged,
+            "rank_error": found.rank_error,
             "checksum": _checksum(tensors),
         }
         handle, temporary = tempfile.mkstemp(dir=self.directory, suffix=".partial")
@@ -108,6 +109,7 @@ def _load(path: Path, request: dict[str, Any], W: Tensor) -> Subspace:
         energy=about["energy"],
         method=about["method"],
         converged=about["converged"],
+        rank_error=about["rank_error"],
     )
 
 

@@ -14,17 +14,22 @@ from torch import Tensor
 from sculpt_kernels.basis import orthonormalize
 from sculpt_kernels.quadrature import density
 from sculpt_kernels.randomized import settled_rsvd
-from sculpt_kernels.spectral import leading_eigenvectors
+from sculpt_kernels.spectral import invariant_subspace
+from sculpt_kernels.symmetric import symmetric_product
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to find: a preserved `rank` or the least one for an `energy`, which part, which seed."""
+    """What to find: a preserved `rank` or the least one for an `energy`, and which part.
+
+    `dtype` is that of the result, `seed` that of the random methods.
+    """
 
     rank: int | None
     energy: float | None
     part: str
     seed: int
+    dtype: torch.dtype
 
     def choose(self, share: Tensor) -> int:
         """Preserved rank, given the share of energy in the leading 1, 2, ... directions."""
@@ -47,6 +52,7 @@ class Parts:
     energy: float
     method: str
     converged: bool = True
+    rank_error: float = 0.0
 
 
 def svd(A: Tensor, request: Request) -> Parts:
@@ -61,20 +67,56 @@ def svd(A: Tensor, request: Request) -> Parts:
 def gram(A: Tensor, request: Request) -> Parts:
     """Eigenvectors of `A Aᵀ`; the long side by one product.
 
-    In the dtype of `A`, and again in float64 where the gap at the cut is below what float32
-    resolves: forming the Gram matrix leaves an error of about `eps λ₁` in each eigenvalue.
+    In the dtype of `A`. Forming the Gram matrix leaves an error of about `eps λ₁` in each
+    eigenvalue: where float32 does not resolve the gap at the cut, the vectors next to it are
+    separated in float64 by a Rayleigh-Ritz step, and where that is not enough because too many are
+    close, all is done again in float64.
     """
-    values, vectors = torch.linalg.eigh(A @ A.mT)
+    values, vectors = torch.linalg.eigh(symmetric_product(A, lower=True))
     squares, U = values.flip(-1).clamp_min(0), vectors.flip(-1)
     share = _shares(squares)
     h = request.choose(share)
-    if A.dtype == torch.float32 and 0 < h < A.shape[-2]:
-        gap = squares[..., h - 1] - squares[..., h]
-        if bool((gap < 32 * torch.finfo(A.dtype).eps * squares[..., 0]).any()):
-            exact = gram(A.double(), request)
-            return replace(exact, U=exact.U.to(A.dtype), V=exact.V.to(A.dtype))
+    k = A.shape[-2]
+    if A.dtype == torch.float32 and 0 < h < k:
+        noise = 32 * torch.finfo(A.dtype).eps * squares[..., 0]
+        if bool((squares[..., h - 1] - squares[..., h] < noise).any()):
+            near = slice(max(0, h - WINDOW), min(k, h + WINDOW))
+            if not _resolved(squares, h, near, noise):
+                exact = gram(A.double(), request)
+                return replace(exact, U=exact.U.to(A.dtype), V=exact.V.to(A.dtype))
+            inside, turned = _ritz(A, U[..., near])
+            squares = torch.cat([squares[..., : near.start], inside, squares[..., near.stop :]], -1)
+            U = torch.cat([U[..., : near.start], turned, U[..., near.stop :]], -1)
     V = _long_side(A, U, squares, h, request)
     return Parts(U[..., request.columns(h)], V, h, _kept(share, h), "gram")
+
+
+# Vectors on either side of the cut that a Rayleigh-Ritz step separates.
+WINDOW = 32
+
+
+def _resolved(squares: Tensor, h: int, near: slice, noise: Tensor) -> bool:
+    """Whether what a step inside the window leaves mixed is far enough apart.
+
+    That is what lies above the window with what lies below the cut, and what lies below the window
+    with what lies above the cut.
+    """
+    above = near.start == 0 or bool((squares[..., near.start - 1] - squares[..., h] >= noise).all())
+    below = near.stop == squares.shape[-1] or bool(
+        (squares[..., h - 1] - squares[..., near.stop] >= noise).all()
+    )
+    return above and below
+
+
+def _ritz(A: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values and left vectors of `A` within the span of `U`, falling.
+
+    In float64 throughout: a basis orthonormal to float32 only would mix what is being separated.
+    """
+    basis = orthonormalize(U.double())
+    image = A.mT.double() @ basis
+    values, turn = torch.linalg.eigh(image.mT @ image)
+    return values.flip(-1).clamp_min(0).to(U.dtype), (basis @ turn.flip(-1)).to(U.dtype)
 
 
 def _long_side(A: Tensor, U: Tensor, squares: Tensor, h: int, request: Request) -> Tensor:
@@ -82,10 +124,10 @@ def _long_side(A: Tensor, U: Tensor, squares: Tensor, h: int, request: Request) 
 
     The columns of `AᵀU` are orthogonal up to rounding, which counts by `κ = λ₁ / sqrt(λ_h λ_k)`.
     Where that is not small, one step takes the leading directions out of the trailing ones, with
-    `V_h` in the implicit form `AᵀU_h Λ_h^-½`. A column that loses half of its length in that step
-    was rounding noise, from a singular value of about zero: a Householder QR of all columns in
-    falling order makes such a one orthogonal to all that came before it. So it does where the
-    leading singular values themselves are not resolved.
+    `V_h` in the implicit form `AᵀU_h Λ_h^-½`. A column as short as the rounding of that product, or
+    that loses half of its length in the step, was noise, from a singular value of about zero: a
+    Householder QR of all columns in falling order makes such a one orthogonal to all that came
+    before it. So it does where the leading singular values themselves are not resolved.
     """
     columns = request.columns(h)
     eps = torch.finfo(A.dtype).eps
@@ -101,7 +143,8 @@ def _long_side(A: Tensor, U: Tensor, squares: Tensor, h: int, request: Request) 
         inner = (high.mT @ (A @ B)) / squares[..., :h].unsqueeze(-1)
         cleaned = B - A.mT @ (high @ inner)
         before, after = (torch.linalg.vector_norm(X, dim=-2) for X in (B, cleaned))
-        if not bool(((after >= before / 2) & (after > 0)).all()):
+        floor = 16 * eps * (A.shape[-2] * squares[..., :1]).sqrt()
+        if not bool(((after >= before / 2) & (before > floor)).all()):
             return _ordered_qr(A, U)[..., columns]
         B = cleaned
     return orthonormalize(B)
@@ -147,38 +190,91 @@ def _complement(A: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     return low, both[..., h:]
 
 
-# An invariant subspace to this accuracy separates eigenvalues 1e-4 λ₁ apart to about 1e-6.
-INVARIANT = {torch.float32: 1e-5, torch.float64: 1e-10}
+# Smallest matrix for which a few percent of the eigenvalues are enough for a margin.
+SMALLEST_SPECTRAL = 64
+# Elements of the Gram matrices that are worked on at a time; each takes a dozen float64 copies.
+GROUP_ELEMENTS = 2**26
 
 
 def spectral(A: Tensor, request: Request) -> Parts:
-    """Matrix products only; `gram` instead where the result is not an invariant subspace.
+    """Matrix products, in float64; `gram` instead for those matrices where the result is off.
 
-    That happens where the cut goes through a cluster of (almost) equal eigenvalues, and the method
-    is then said to be `gram`.
+    That happens where the cut goes through a cluster of (almost) equal eigenvalues or values of
+    about zero, or where the quadrature missed. float64 because the span is only as good as the Gram
+    matrix, and because on the devices that this method is for float64 products run at the rate of
+    float32 ones.
     """
-    S = A @ A.mT
-    k = A.shape[-2]
-    h = request.rank
+    *batch, k, n = A.shape
+    exact = A.double().reshape(-1, k, n)
+    matrices = torch.split(exact, max(1, GROUP_ELEMENTS // k**2))
+    grams = [symmetric_product(X) for X in matrices]
+    h, uncertain = request.rank, 0.0
     if h is None:
         assert request.energy is not None
-        estimate, error = density(S, request.seed).rank_for(request.energy)
+        found = [density(S, request.seed).rank_for(request.energy) for S in grams]
+        rank, error = (torch.cat(tensors) for tensors in zip(*found, strict=True))
         # On the safe side by twice the standard error of the quadrature.
-        h = min(k, int((estimate + 2 * error).max().ceil()))
-    fixed = replace(request, rank=h)
-    if not 0 < h < k or k < 64:
-        return gram(A, fixed)
-    Q, residual = leading_eigenvectors(S, h, request.seed)
-    if not bool((residual <= INVARIANT[A.dtype]).all()):
-        return gram(A, fixed)
+        h = min(k, int((rank + 2 * error).max().ceil()))
+        uncertain = float(error.max())
+    request = replace(request, rank=h)
+    if not 0 < h < k or k < SMALLEST_SPECTRAL:
+        return replace(gram(A, request), rank_error=uncertain)
+    bases = [_spectral(X, S, h, request) for X, S in zip(matrices, grams, strict=True)]
+    U, V, kept, good = (torch.cat(tensors) for tensors in zip(*bases, strict=True))
+    redone = (~good).nonzero().flatten().tolist()
+    for index in redone:
+        other = gram(exact[index], request)
+        U[index], V[index], kept[index] = other.U, other.V, other.energy
+    names = ["spectral"] * (len(redone) < len(exact)) + ["gram"] * bool(redone)
+    return Parts(
+        U.reshape(*batch, k, -1).to(A.dtype),
+        V.reshape(*batch, n, -1).to(A.dtype),
+        h,
+        float(kept.min()),
+        " and ".join(names),
+        rank_error=uncertain,
+    )
+
+
+# Angle up to which a span counts as found, and part outside it up to which it is invariant.
+SHARP = 1e-5
+INVARIANT = 1e-12
+
+
+def _spectral(A: Tensor, S: Tensor, h: int, request: Request) -> tuple[Tensor, ...]:
+    """`U`, `V`, share of energy, and whether both bases are as they should be."""
+    high = request.part == "high"
+    k = S.shape[-1]
+    U, above, below = invariant_subspace(S, h if high else k - h, high, request.seed)
+    image = A.mT @ U.nan_to_num()
     total = A.square().sum((-2, -1))
-    image = A.mT @ Q
-    kept = image.square().sum((-2, -1)) / total
-    V = orthonormalize(image)
-    U = Q
-    if request.part == "low":
-        U, V = _complement(A, Q, V)
-    return Parts(U, V, h, float(kept.min().clamp_max(1.0)), "spectral")
+    share = image.square().sum((-2, -1)) / torch.where(total > 0, total, 1)
+    V = orthonormalize(image if high else _cleaned(A, S, U.nan_to_num(), image))
+    SU, AV = S @ U, A @ V
+    residual, crossing = (torch.linalg.matrix_norm(X - U @ (U.mT @ X)) for X in (SU, AV))
+    scale = torch.linalg.matrix_norm(S)
+    eps = torch.finfo(request.dtype).eps
+    # By Davis and Kahan the angle to the exact span is at most the residual over the gap.
+    good = residual <= torch.minimum(SHARP * (above - below), INVARIANT * scale)
+    good &= above > k * torch.finfo(S.dtype).eps * scale
+    if not high:
+        # ‖Σ_h V_hᵀ V‖: what V has in common with the leading right vectors, times their values.
+        good &= crossing <= 50 * eps * k**0.5 * above.clamp_min(0).sqrt()
+    return U, V, (share if high else 1 - share).clamp(0, 1), good
+
+
+def _cleaned(A: Tensor, S: Tensor, U: Tensor, image: Tensor) -> Tensor:
+    """`AᵀU` of trailing `U` without what rounding left in it of the leading right vectors.
+
+    `B - AᵀX` with `X` in the leading left span such that `A (B - AᵀX)` is in the trailing one:
+    `S X = (I - UUᵀ) A B`, where `S` may be lifted on the span of `U` at will.
+    """
+    outside = A @ image
+    outside = outside - U @ (U.mT @ outside)
+    lifted = S + torch.linalg.matrix_norm(S)[..., None, None] * symmetric_product(U)
+    L, info = torch.linalg.cholesky_ex(lifted)
+    cleaned = image - A.mT @ torch.cholesky_solve(outside, L)
+    return torch.where((info == 0)[..., None, None], cleaned, image)
 
 
 ALGORITHMS = {"svd": svd, "gram": gram, "range": range_, "spectral": spectral}

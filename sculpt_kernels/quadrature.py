@@ -10,7 +10,7 @@ from torch import Tensor
 from sculpt_kernels.sketch import sketch
 
 PROBES = 10
-STEPS = 40
+STEPS = 60
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,18 @@
-"""A basis of the leading eigenvectors from matrix products: sign iterations and one narrow slab.
+"""Leading or trailing eigenvectors from matrix products: a sign iteration, then a smaller problem.
 
 The spectral projector of `S` at a shift `μ` is `(I + sign(S - μI)) / 2`. Its iteration needs as
-many steps as `μ` is near to an eigenvalue, and the shift that splits off exactly `h` of them is not
-known. So the cut is bracketed: shifts `μ₋ < μ₊` with a few more and a few fewer than `h`
-eigenvalues above them come from a quadrature of the spectrum, both projectors are cheap because
-neither has to resolve the cut, and the directions between them, a slab a few percent of `k` wide,
-are separated exactly by a Rayleigh-Ritz step on a small matrix.
+many steps as `μ` is near to an eigenvalue, and the shift that splits off exactly `count` of them is
+not known. So the shift is set a few percent of the eigenvalues beyond the cut, where a quadrature
+of the spectrum says; the range of that projector, a few columns wider than its rank, contains the
+wanted eigenvectors and is invariant, and what is left is the same problem on a matrix a fraction of
+the size. Spectral divide and conquer, after Nakatsukasa and Higham, "Stable and efficient spectral
+divide and conquer algorithms for the symmetric eigenvalue decomposition and the SVD", SIAM J. Sci.
+Comput. 35 (2013), on one branch only and without their exact rank: columns beyond the rank of the
+projector are other vectors of its complement, which lies on one side of the cut and so is told
+apart by the smaller problem.
+
+Nothing here waits for the device, but for the check that `torch.linalg.eigh` makes of its own
+result, on small matrices.
 """
 
 from __future__ import annotations
@@ -16,97 +23,107 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sculpt_kernels.basis import orthonormalize
+from sculpt_kernels.basis import cholesky_pass
 from sculpt_kernels.quadrature import density
 from sculpt_kernels.sketch import sketch
+from sculpt_kernels.symmetric import symmetric_product
 
-# Share of k by which each shift is moved away from the cut, beyond the error of the quadrature.
-MARGIN = 0.04
-# Columns of the slab as a share of k: both margins, and as much again for the error.
-SLAB = 0.16
-# Relative distance from a shift at which the sign iteration must have converged.
+# Share of k by which the shift is moved beyond the cut; the error of the quadrature is below it.
+MARGIN = 0.05
+# Relative distance from the shift at which the sign iteration must have converged.
 RESOLUTION = 1e-4
+# What the sign iteration leaves of the wrong side, and what is left of it on purpose: a range
+# wider than the rank must not be singular.
+REMNANT = 1e-2
+# Applications of the projector, each of which takes the wrong side down by 2 REMNANT.
+APPLICATIONS = 9
+# Largest matrix that goes to the library's eigensolver.
+DIRECT = 256
 
 
-def leading_eigenvectors(S: Tensor, h: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal basis of the span of the `h` leading eigenvectors of `S`, by products alone.
+def invariant_subspace(
+    S: Tensor, count: int, leading: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal basis of the span of `count` extreme eigenvectors of `S`, by products.
 
     Args:
-        S: `(..., k, k)`, symmetric positive semi-definite, float32 or float64.
-        h: `0 < h < k`, the number of eigenvectors.
+        S: `(..., k, k)`, symmetric positive semi-definite, float64.
+        count: `0 < count < k`, the number of eigenvectors.
+        leading: those of the largest eigenvalues, else those of the smallest.
         seed: of the random probes.
 
     Returns:
-        The basis `(..., k, h)` and the residual `‖(I - QQᵀ) S Q‖_F / ‖S‖_F` `(...)`, which is zero
-        for an invariant subspace and says how far the result is from one.
+        The basis `(..., k, count)`, and the eigenvalues above and below the cut `(...)`. Where the
+        quadrature missed by more than its margin, the basis is not invariant: measure it. It is NaN
+        where a Cholesky factorization failed.
     """
     k = S.shape[-1]
-    spectrum = density(S, seed)
+    # The smaller side is found, whichever is asked for, so that both parts of a split agree.
+    if 2 * count > k or (2 * count == k and not leading):
+        other, above, below = invariant_subspace(S, k - count, not leading, seed)
+        return complement(other, seed), above, below
     margin = max(MARGIN * k, 8.0)
-    counts = (min(h + margin, k - 0.5), max(h - margin, 0.5))
-    shifts = torch.stack(
-        [spectrum.threshold(torch.full_like(S[..., 0, 0], count)) for count in counts]
-    )
-    largest = spectrum.nodes[..., -1].amax(-1)
-    outer, inner = _projector(S.expand(2, *S.shape), shifts, largest)
-
-    width = min(k, int(np.ceil(max(SLAB * k, 4 * margin))))
-    Z, member = _slab_basis(outer - inner, width, seed + 1)
-    core = inner - Z @ (Z.mT @ inner)
-    core = _purify(core - (core @ Z) @ Z.mT, 3)
-    # How many of the slab belong above the cut: h less what lies above the slab altogether.
-    missing = h - core.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-    inside = Z.mT @ (S @ Z)
-    inside = (inside + inside.mT) / 2 + torch.diag_embed((member - 1) * largest.unsqueeze(-1))
-    Z = Z @ torch.linalg.eigh(inside).eigenvectors
-    index = torch.arange(width, device=S.device)
-    chosen = (index >= width - missing.round().unsqueeze(-1)).to(S.dtype)
-    P = _purify(core + (Z * chosen.unsqueeze(-2)) @ Z.mT, 2)
-    Q = orthonormalize(P @ sketch(k, h, seed + 2, dtype=S.dtype, device=S.device))
-    SQ = S @ Q
-    residual = torch.linalg.matrix_norm(SQ - Q @ (Q.mT @ SQ)) / torch.linalg.matrix_norm(S)
-    return Q, residual
+    spectrum = density(S, seed)
+    beyond = count + margin if leading else k - count - margin
+    shift = spectrum.threshold(torch.full_like(S[..., 0, 0], beyond))
+    sign = _sign(S, shift, spectrum.nodes[..., -1].amax(-1))
+    width = int(np.ceil(count + 2 * margin))
+    C = _range(sign if leading else -sign, width, seed + 1)
+    inside = symmetric_product(C.mT, S @ C)
+    if width > DIRECT:
+        B, above, below = invariant_subspace(inside, count, leading, seed + 2)
+        return C @ B, above, below
+    values, vectors = torch.linalg.eigh(inside)
+    at = width - count if leading else count
+    columns = slice(at, None) if leading else slice(None, at)
+    return C @ vectors[..., columns], values[..., at], values[..., at - 1]
 
 
-def _slab_basis(slab: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Range of a near-projector of rank below `width`: `(..., k, width)`, unused columns zero.
-
-    Also returns which columns are used, as 0 and 1 `(..., width)`.
-    """
-    k = slab.shape[-1]
-    omega = sketch(k, 2 * width, seed, dtype=slab.dtype, device=slab.device)
-    # Beyond its rank the sketch of a projector is empty: other directions keep it well conditioned.
-    filling = torch.finfo(slab.dtype).eps ** 0.4 * omega[:, width:]
-    Z = orthonormalize(slab @ omega[:, :width] + filling)
-    overlap = Z.mT @ (slab @ Z)
-    weights, vectors = torch.linalg.eigh((overlap + overlap.mT) / 2)
-    member = (weights > 0.5).to(slab.dtype)
-    # The slab itself takes the filling out again.
-    Z = slab @ (Z @ vectors * member.unsqueeze(-2))
-    norms = torch.linalg.vector_norm(Z, dim=-2, keepdim=True)
-    return Z / torch.where(norms > 0, norms, 1), member
+def complement(Q: Tensor, seed: int) -> Tensor:
+    """Orthonormal basis `(..., k, k - r)` of all that is orthogonal to `Q` `(..., k, r)`."""
+    k, r = Q.shape[-2:]
+    Y = sketch(k, k - r, seed, dtype=Q.dtype, device=Q.device).expand(*Q.shape[:-1], k - r)
+    # The second pass mends what cancellation in the first one left of Q.
+    for _ in range(2):
+        Y = Y - Q @ (Q.mT @ Y)
+        Y = _orthonormal(Y)
+    return Y
 
 
-def _purify(P: Tensor, steps: int) -> Tensor:
-    """Push the eigenvalues of a near-projector to 0 and 1 (McWeeny's polynomial `3P² - 2P³`)."""
-    for _ in range(steps):
-        P2 = P @ P
-        P = 3 * P2 - 2 * P2 @ P
-    return P
+def _orthonormal(Y: Tensor) -> Tensor:
+    """CholeskyQR2 without a look at the result; NaN where it fails."""
+    Y = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True)
+    for _ in range(2):
+        Y = cholesky_pass(Y, symmetric_product(Y.mT))
+    return Y
 
 
-def _projector(S: Tensor, shift: Tensor, largest: Tensor) -> Tensor:
-    """`(I + sign(S - μI)) / 2` by odd quintic polynomials, three symmetric products a step."""
+def _range(sign: Tensor, width: int, seed: int) -> Tensor:
+    """Basis `(..., k, width)` that contains the range of the projector `(I + sign) / 2`."""
+    k = sign.shape[-1]
+    eye = torch.eye(k, dtype=sign.dtype, device=sign.device)
+    P = sign / 2 + (0.5 + REMNANT) * eye
+    C = sketch(k, width, seed, dtype=sign.dtype, device=sign.device)
+    for step in range(APPLICATIONS):
+        C = P @ C
+        # Two applications between passes keep the condition far from what Cholesky cannot take.
+        if step % 2:
+            C = cholesky_pass(C, symmetric_product(C.mT))
+    return _orthonormal(C)
+
+
+def _sign(S: Tensor, shift: Tensor, largest: Tensor) -> Tensor:
+    """`sign(S - μI)`, within `REMNANT`, by odd quintics: three symmetric products a step."""
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     # The largest Ritz value is a lower bound of the norm, tight to far less than this.
     scale = 1.05 * torch.maximum(largest - shift, shift)[..., None, None]
     X = (S - shift[..., None, None] * eye) / scale.clamp_min(torch.finfo(S.dtype).tiny)
-    for a, b, c in polynomials(RESOLUTION, torch.finfo(S.dtype).eps):
-        X2 = X @ X
-        X = X @ (a * eye + b * X2 + c * (X2 @ X2))
+    for a, b, c in polynomials(RESOLUTION, REMNANT):
+        X2 = symmetric_product(X)
+        inner = c * symmetric_product(X2) + b * X2 + a * eye
+        X = symmetric_product(X, inner)
         X = (X + X.mT) / 2
-    return (eye + X) / 2
+    return X
 
 
 @lru_cache
@@ -120,17 +137,12 @@ def polynomials(lower: float, accuracy: float) -> tuple[tuple[float, float, floa
     """
     steps = []
     low, high = lower, 1.0
-    while high - low > 1e-2:
+    while max(1 - low, high - 1) > accuracy:
         a, b, c = _best_quintic(low, 1.01 * high)
         steps.append((a, b, c))
         x = np.linspace(low, high, 20_001)
         y = x * (a + b * x**2 + c * x**4)
         low, high = float(y.min()), float(y.max())
-    # The quintic of Newton's family converges cubically from here.
-    error = max(1 - low, high - 1)
-    while error > accuracy:
-        steps.append((1.875, -1.25, 0.375))
-        error = 4 * error**3
     return tuple(steps)
 
 

@@ -26,9 +26,11 @@ class Subspace:
         part: `"high"` (leading, preserved) or `"low"` (trailing, trainable).
         energy: share of `‖W‖²_F` in the leading `h` directions that were found, measured; the
             smallest one of a batch. 1 for a zero matrix, which has none to lose.
-        method: algorithm that was used.
+        method: algorithm that was used; `"spectral and gram"` where a batch needed both.
         converged: `"range"` only: whether the captured energy settled and, for a rank by energy,
             reached what was asked. Always true otherwise.
+        rank_error: standard error of a `rank` that was chosen by energy from a quadrature; the rank
+            is twice that on the safe side. 0 where it comes from singular values.
     """
 
     U: Tensor
@@ -38,6 +40,7 @@ class Subspace:
     energy: float
     method: str
     converged: bool = True
+    rank_error: float = 0.0
 
 
 def split(
@@ -59,9 +62,9 @@ def split(
     | `"range"`    | randomized range finder, for few leading directions        | by seed       |
     | `"auto"`     | chooses by shape and device; the result says what it was   | by seed       |
 
-    `"spectral"` falls back to `"gram"` where the cut divides (almost) equal singular values.
-
-    The computation is in the dtype of `W`, float32 for bfloat16 and float16. Pass `W.double()`
+    `"spectral"` computes in float64, and its span is exact to 1e-5 or better: it falls back to
+    `"gram"`, for those matrices of a batch, where the cut divides (almost) equal singular values.
+    The others compute in the dtype of `W`, float32 for bfloat16 and float16. Pass `W.double()`
     where the span itself must be exact: neighbouring directions across the cut mix by about
     `eps σ₁² / (σ_h² - σ_{h+1}²)`, at no loss of energy.
 
@@ -99,7 +102,7 @@ def split(
     A = A / torch.where(largest > 0, largest, 1)
     tall = A.shape[-2] > A.shape[-1]
     used = decompose.choose_method(tuple(A.shape), A.device) if method == "auto" else method
-    request = decompose.Request(rank, energy, part, seed_from(generator))
+    request = decompose.Request(rank, energy, part, seed_from(generator), A.dtype)
     found = decompose.ALGORITHMS[used](A.mT if tall else A, request)
     U, V = (found.V, found.U) if tall else (found.U, found.V)
     return Subspace(
@@ -110,4 +113,5 @@ def split(
         energy=found.energy if bool((largest > 0).any()) else 1.0,
         method=found.method,
         converged=found.converged,
+        rank_error=found.rank_error,
     )

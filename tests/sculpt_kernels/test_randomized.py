@@ -1,4 +1,4 @@
-"""Sketch, range finder, randomized SVD, quadrature and spectral projector."""
+"""Sketch, range finder, randomized SVD and quadrature."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from spectra import SPECTRA, planted
 from sculpt_kernels import range_finder, rsvd, split
 from sculpt_kernels.quadrature import density
 from sculpt_kernels.sketch import sketch
-from sculpt_kernels.spectral import leading_eigenvectors, polynomials
 
 CPU = torch.device("cpu")
 
@@ -151,67 +150,6 @@ def test_quadrature_counts_eigenvalues_and_energy(spectrum):
         rank, error = found.rank_for(0.9)
         assert abs(float(rank) - exact) <= 3 * float(error)
         assert float(error) <= 0.1 * k
-
-
-def test_polynomials_reach_one_from_everywhere_in_the_interval():
-    x = torch.logspace(-4, 0, 10_000, dtype=torch.float64)
-    for a, b, c in polynomials(1e-4, 2.0**-52):
-        x = x * (a + b * x**2 + c * x**4)
-    assert float((x - 1).abs().max()) <= 4 * 2.0**-52
-    assert len(polynomials(1e-4, 2.0**-52)) <= 12
-
-
-@pytest.mark.parametrize("h", [16, 100, 150, 190])
-@pytest.mark.parametrize("kind", ["marchenko-pastur", "power law"])
-def test_projector_is_exact_where_the_gap_at_the_cut_is_not_tiny(h, kind):
-    k = 200
-    if kind == "power law":
-        W = planted(k, k, SPECTRA[kind](k))
-    else:
-        generator = torch.Generator().manual_seed(0)
-        W = torch.randn(k, 2 * k, generator=generator, dtype=torch.float64)
-    S = W @ W.T
-    values, vectors = torch.linalg.eigh(S)
-    values, U = values.flip(0), vectors.flip(1)[:, :h]
-    gap = float((values[h - 1] - values[h]) / values[0])
-    Q, residual = leading_eigenvectors(S, h, seed=0)
-    assert float((Q.T @ Q - torch.eye(h, dtype=S.dtype)).abs().max()) <= 1e-13
-    error = float(torch.linalg.norm(Q - U @ (U.T @ Q)))
-    if residual <= 1e-10:
-        # Davis-Kahan: the residual over the gap bounds the angle.
-        assert (
-            error <= 2 * max(1e-10, float(residual)) * float(torch.linalg.norm(S) / values[0]) / gap
-        )
-    if gap >= 1e-4:
-        assert error <= 1e-5
-        assert residual <= 1e-10
-
-
-def test_spectral_split_falls_back_where_the_cut_divides_equal_values():
-    S = torch.where(torch.arange(256) < 131, 1.0, 0.1)
-    found = split(planted(256, 256, S), rank=192, method="spectral")
-    assert found.method == "gram"
-    assert found.energy == pytest.approx((131 + 61 * 0.01) / (131 + 125 * 0.01))
-
-
-def test_spectral_split_by_energy_keeps_at_least_that_share():
-    W = torch.randn(128, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = split(W, energy=0.9, part="high", method="spectral")
-    exact = split(W, energy=0.9, part="high", method="svd")
-    assert found.method == "spectral"
-    assert found.energy >= 0.9
-    assert exact.rank <= found.rank <= exact.rank + 0.1 * 128
-
-
-def test_spectral_works_on_a_batch():
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(2, 96, 128, generator=generator, dtype=torch.float64)
-    both = split(W, rank=60, method="spectral")
-    assert both.method == "spectral"
-    for index in range(2):
-        exact = split(W[index], rank=60, method="svd").U
-        outside = both.U[index] - exact @ (exact.T @ both.U[index])
-        assert float(outside.norm()) <= 1e-6
 
 
 def test_squares_neither_overflow_nor_vanish():

@@ -57,6 +57,29 @@ def test_float32_gram_turns_to_float64_where_float32_does_not_resolve_the_cut(pa
         assert float(1 - cosines) <= 1e-4
 
 
+@pytest.mark.parametrize("part", ["high", "low"])
+def test_a_ritz_step_separates_what_float32_mixes_at_the_cut(part, monkeypatch):
+    """A gap that float32 does not resolve, but few values nearby: no second decomposition."""
+    S = torch.linspace(2, 1, 200).double()
+    S[150] = S[149] * (1 - 1e-6)
+    W = planted(200, 260, S).float()
+    monkeypatch.setattr(torch.Tensor, "double", lambda X: count(X))
+    whole = []
+    real = torch.Tensor.to
+
+    def count(X):
+        whole.append(tuple(X.shape))
+        return real(X, torch.float64)
+
+    found = split(W, rank=150, part=part, method="gram")
+    # The long side once, with the vectors of the window; no Gram matrix of its own.
+    assert set(whole) == {(200, 64), (260, 200)}
+    monkeypatch.undo()
+    U, V = reference.split(W.double(), 150, part)
+    for B, exact in ((found.U, U), (found.V, V)):
+        assert float((B.double() - exact @ (exact.T @ B.double())).norm()) <= 1e-3
+
+
 @pytest.mark.parametrize("method", ["gram", "svd", "spectral"])
 @pytest.mark.parametrize("nonzero", [0, 3, 10, 40])
 def test_columns_that_are_exactly_zero(nonzero, method):
