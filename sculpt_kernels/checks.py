@@ -65,7 +65,7 @@ def finite(name: str, X: Tensor) -> None:
     if X.device.type == "meta" or X.numel() == 0:
         return
     # The extremes are NaN or infinite if any element is, and need no temporary.
-    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(X)):
+    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(X.detach())):
         return
     bad = int((~torch.isfinite(X)).sum())
     raise ValueError(
