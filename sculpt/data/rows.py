@@ -57,11 +57,14 @@ def read_rows(path: Path, bad: BadRows) -> Iterator[Row]:
             raise DataError(f"{path}: the file is empty")
         read = {".json": _json_list, ".csv": _csv}.get(path.suffix, _json_lines)
         rows = read(path, text, bad)
+    row = None
     for row in rows:
         if _is_text(row.values):
             yield row
         else:
             bad.add(row.where, "not UTF-8 text")
+    if row is None and not bad.found:
+        raise DataError(f"{path}: no rows")
 
 
 def _json_lines(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
@@ -112,7 +115,7 @@ def _csv(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
             else:
                 yield Row(where, values)
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+        raise DataError(f"{path}:{line + 1}: not CSV: {error}") from None
 
 
 def _saved_dataset(path: Path) -> Iterator[Row]:

@@ -103,7 +103,7 @@ def _problem(item: ErrorDetails, values: Any, places: dict[Place, str], source: 
     if item["type"] == "value_error" and isinstance(item.get("input"), dict):
         # A check of a whole section says in its message which field it is about.
         named = [key for key in item["input"] if key in item["msg"]]
-        place = (*place, *named[:1])
+        place = (*place, *sorted(named, key=item["msg"].find)[:1])
     field = ".".join(str(part) for part in place)
     where = next(
         (places[place[:end]] for end in range(len(place), 0, -1) if place[:end] in places), source

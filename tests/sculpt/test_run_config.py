@@ -1,0 +1,161 @@
+"""Every mistake in a YAML file is named by field and line, with the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sculpt.config import SculptConfig
+from sculpt.runs.config import RunConfig
+from sculpt.runs.yaml_file import ConfigError, read_config
+
+GOOD = """\
+model: some/model
+out: runs/one
+method: sculpt
+seed: 3
+data:
+  tasks:
+    - name: first
+      train: a.jsonl
+      labels: [good, bad]
+    - name: second
+      train: b.csv
+      fields: {text: review, label: stars}
+training:
+  steps: 10
+  lr: 1e-5
+  betas: [0.9, 0.95]
+sculpt:
+  unfreeze_rank_ratio: 0.5
+  target_modules: [q_proj, v_proj]
+evaluation:
+  batch_size: 4
+checkpoint:
+  keep: 1
+"""
+
+
+def read(folder: Path, text: str, *overrides: str) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_config(path, overrides)
+
+
+def test_a_file_becomes_a_typed_object_and_json_and_back(tmp_path: Path) -> None:
+    config = read(tmp_path, GOOD)
+    assert config.model == Path("some/model")
+    assert config.training.lr == 1e-5
+    assert config.training.betas == (0.9, 0.95)
+    assert config.data.tasks[0].labels == ("good", "bad")
+    assert config.data.tasks[1].fields == {"text": "review", "label": "stars"}
+    expected = SculptConfig(unfreeze_rank_ratio=0.5, target_modules=["q_proj", "v_proj"])
+    assert config.sculpt == expected
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_arguments_override_the_file(tmp_path: Path) -> None:
+    config = read(
+        tmp_path, GOOD, "training.lr=2e-4", "data.tasks=[]", "data.folder=x", "data.order=[a, b]"
+    )
+    assert config.training.lr == 2e-4
+    assert config.training.steps == 10
+    assert config.data.order == ("a", "b")
+
+
+def fields_of(text: str) -> list[tuple[int, str]]:
+    """Line number and name of every field in the file."""
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        name = line.strip().removeprefix("- ").partition(":")[0]
+        if name not in ("{text",):
+            found.append((number, name))
+    return found
+
+
+@pytest.mark.parametrize(("line", "name"), fields_of(GOOD))
+def test_a_typo_in_any_field_is_named_with_its_line(tmp_path: Path, line: int, name: str) -> None:
+    lines = GOOD.splitlines()
+    typo = name[:-1] + name[-1] * 2 if len(name) > 2 else name + "x"
+    lines[line - 1] = lines[line - 1].replace(name + ":", typo + ":", 1)
+    with pytest.raises(ConfigError) as raised:
+        read(tmp_path, "\n".join(lines))
+    said = [
+        part
+        for part in str(raised.value).splitlines()
+        if f"run.yaml:{line}: " in part and typo in part
+    ]
+    assert said, raised.value
+    assert f"did you mean {name!r}" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps: 10", "steps: ten", r"run\.yaml:14: training\.steps='ten': input should be"),
+        ("steps: 10", "steps: 0", r":14: training\.steps=0: input should be greater than or equal"),
+        ("steps: 10", "steps: 1.5", r":14: training\.steps=1\.5: input should be a valid integer"),
+        ("steps: 10", "steps: true", r":14: training\.steps=True: input should be a valid integer"),
+        ("lr: 1e-5", "lr: .nan", r":15: training\.lr=nan: input should be"),
+        ("lr: 1e-5", "epochs: 2", r":14: training\.steps: steps=10 and epochs=2\.0 exclude"),
+        ("method: sculpt", "method: sculp", r":3: method='sculp', expected one of plain, sculpt; "
+         "did you mean 'sculpt'"),
+        ("ratio: 0.5", "ratio: 1.0", r":18: sculpt\.unfreeze_rank_ratio: .*preserves nothing"),
+        ("ratio: 0.5", "ratio: 1", r":18: sculpt\.unfreeze_rank_ratio: .*must be a float"),
+        ("model: some/model\n", "", r"run\.yaml: the field 'model' is missing"),
+        ("train: b.csv", "test: b.csv", r":10: the field 'data\.tasks\.1\.train' is missing"),
+        ("name: second", "name: first", r"run\.yaml:\d+: data\.tasks.*two have the same name"),
+        ("seed: 3", "seed: 3\nseed: 4", r"run\.yaml:5: found duplicate key"),
+        ("seed: 3", "seed: [", r"run\.yaml:\d+: "),
+        ("review,", "review, star: x,", r":12: data\.tasks\.1\.fields"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_its_line(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in GOOD
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, GOOD.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("training.lrr=1", r"argument 'training\.lrr=1': unknown field .*did you mean 'lr'"),
+        ("training.lr=fast", r"argument 'training\.lr=fast': training\.lr='fast'"),
+        ("training.lr", "expected key=value"),
+        ("seed.x=1", r"'seed\.x=1': seed holds 3, no fields"),
+        ("seed=[", r"argument 'seed=\[':1: "),
+    ],
+)
+def test_a_wrong_argument_is_named(tmp_path: Path, argument: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, GOOD, argument)
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- b"])
+def test_a_file_without_fields_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="expected fields such as"):
+        read(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+        read_config(tmp_path / "none.yaml")
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("steps: 10", "stepss: 10").replace("keep: 1", "keep: -1")
+    with pytest.raises(ConfigError) as raised:
+        read(tmp_path, text)
+    assert len(str(raised.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"builtin": "demo", "folder": "x"}, {"builtin": "demo", "order": "1"}]
+)
+def test_data_come_from_one_place(data: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"exactly one of tasks|order needs folder"):
+        RunConfig.model_validate({"model": "m", "out": "o", "data": data})
