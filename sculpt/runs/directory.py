@@ -1,6 +1,6 @@
 """The directory of one run: one owner at a time, and everything in it written whole.
 
-config.json     all settings, versions, and a digest of the data
+config.json     all settings, versions, a digest of the data, and the rows left out
 status.json     "running", "finished", "failed" or "interrupted", and where
 checkpoints/    while the run goes on; see `sculpt.runs.checkpoint`
 results.json    everything measured
@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,13 +41,14 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def describe(self, config: RunConfig, digest: str) -> None:
-        """Write `config.json`."""
+    def describe(self, config: RunConfig, digest: str, left_out: Sequence[str]) -> None:
+        """Write `config.json`; `left_out` are the rows that could not be used."""
         values = {
             "format": FORMAT,
             "config": config.model_dump(mode="json"),
             "versions": versions(),
             "data_digest": digest,
+            "rows_left_out": list(left_out),
         }
         write_json(self.path / "config.json", values)
 

@@ -27,7 +27,7 @@ from sculpt.runs.flatten import flatten, random_states, set_random_states, unfla
 from sculpt.runs.lm_eval import general_ability
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.state import NAN, MethodResult, Progress, Report, RunState
-from sculpt.runs.strategies import STRATEGIES, Advance, Begun
+from sculpt.runs.strategies import Advance, Begun
 
 
 class TrainingError(RunError):
@@ -44,7 +44,7 @@ class Run:
         self.directory = directory
         kept = self.config.checkpoint.keep
         self.checkpoints = Checkpoints(directory.path / "checkpoints", kept)
-        self.strategy = STRATEGIES[self.config.method](self.learner, self.config)
+        self.strategy = prepared.strategy
         self.state = RunState(MethodResult(self.config.method))
         self.begun: Begun | None = None
         self._report = report

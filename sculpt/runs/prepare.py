@@ -16,12 +16,14 @@ from sculpt.models.learner import Learner
 from sculpt.models.load import load_learner
 from sculpt.runs.config import RunConfig
 from sculpt.runs.lm_eval import check_lm_eval
+from sculpt.runs.strategies import STRATEGIES
 
 
 class Prepared:
     """Everything that `config` names, read and checked; nothing is written.
 
     tasks: without the rows that were left out. rows: the training rows of each task, as tokens.
+    learner, strategy: the model, and the method on it.
     bad: the rows that were left out. cut: how many rows of each task lost a part of their passage.
 
     Raises `DataError` or `ValueError` for data or a model that cannot be used.
@@ -46,6 +48,7 @@ class Prepared:
             max_new_tokens=config.evaluation.max_new_tokens,
         )
         self.learner.model.to(device_of(config))
+        self.strategy = STRATEGIES[config.method](self.learner, config)
         self.tasks: list[Task] = []
         self.rows: list[list[Encoded]] = []
         self.cut: list[int] = []

@@ -27,7 +27,13 @@ def run(config: RunConfig, report: Report = ignore) -> Results:
     prepared = Prepared(config)
     with locked(config.out) as directory:
         check_out(config.out)  # nobody else was quicker
-        directory.describe(config, prepared.digest())
+        directory.describe(config, prepared.digest(), prepared.bad.found)
+        if prepared.bad.found:
+            warnings.warn(
+                f"{len(prepared.bad.found)} rows left out, listed in {config.out / 'config.json'}; "
+                f"the first: {prepared.bad.found[0]}",
+                stacklevel=2,
+            )
         return Run(prepared, directory, report).finish()
 
 

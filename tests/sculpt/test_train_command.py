@@ -1,0 +1,95 @@
+"""`sculpt train` and `sculpt resume` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+from tiny_runs import run_values
+from typer.testing import CliRunner, Result
+
+from sculpt.cli import app
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    with path.open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump(run_values(tmp_path), file)
+    return path
+
+
+def test_train_then_nothing_left_to_resume(run_file: Path) -> None:
+    done = invoke("train", str(run_file), "training.steps=2", "seed=1")
+    assert done.exit_code == 0, done.output
+    assert "very: step 2/2  loss" in done.output
+    assert "short: tested: very" in done.output
+    assert "average accuracy" in done.output
+    out = run_file.parent / "run"
+    assert str(out) in done.output.replace("\n", "")
+    config = json.loads((out / "config.json").read_text())["config"]
+    assert (config["seed"], config["training"]["steps"]) == (1, 2)
+    again = invoke("resume", str(out))
+    assert again.exit_code == 0
+    assert "is finished; nothing is left to do" in again.output
+    refused = invoke("train", str(run_file))
+    assert refused.exit_code == 1
+    assert "is not empty" in refused.output
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
+    done = invoke("train", str(run_file), "--dry-run")
+    assert done.exit_code == 0, done.output
+    for words in ("very", "question, answer", "q_proj", "32 x 32", "weights", "one step of 2 rows"):
+        assert words in done.output, words
+    assert not (run_file.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training.stepss=3"], "unknown field 'training.stepss'; did you mean 'steps'?"),
+        (["model=nowhere"], "model=nowhere: no config.json there"),
+        (["sculpt.target_modules=[nothing]"], "target_modules=['nothing'] matches nothing"),
+        (["training.max_tokens=4"], "do not fit into max_tokens=4"),
+        (["device=tpu9"], "device='tpu9' cannot be used"),
+        (["evaluation.lm_eval=[piqa]"], "lm-eval is not installed"),
+        (["model_kind=seq2seq"], "AutoModelForSeq2SeqLM cannot read it"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_written(
+    run_file: Path, arguments: list[str], message: str
+) -> None:
+    done = invoke("train", str(run_file), *arguments)
+    assert done.exit_code == 1
+    assert message in done.output
+    assert "Traceback" not in done.output
+    assert not (run_file.parent / "run").exists()
+
+
+def test_bad_rows_stop_or_are_counted_and_listed(run_file: Path) -> None:
+    data = run_file.parent / "very-train.jsonl"
+    data.write_text(data.read_text() + '{"text": "no label"}\n')
+    stopped = invoke("train", str(run_file))
+    assert stopped.exit_code == 1
+    assert "very-train.jsonl:5: no 'label'" in stopped.output
+    assert "--skip-bad-rows" in stopped.output
+    done = invoke("train", str(run_file), "--skip-bad-rows")
+    assert done.exit_code == 0, done.output
+    assert "1 rows left out" in done.output
+    described: dict[str, Any] = json.loads((run_file.parent / "run" / "config.json").read_text())
+    assert len(described["rows_left_out"]) == 1
+    assert "very-train.jsonl:5" in described["rows_left_out"][0]
+
+
+def test_resume_says_what_is_no_run(tmp_path: Path) -> None:
+    done = invoke("resume", str(tmp_path))
+    assert done.exit_code == 1
+    assert "is no run directory" in done.output
