@@ -26,6 +26,7 @@ class LeakRow:
         change: `‖ΔW‖ / ‖W‖`.
         rounding: for bfloat16 and float16, distance of the weights from the float32 truth
             `W₀ + U C Vᵀ` over `‖ΔW‖`; 0 otherwise, where the weights themselves are judged.
+        constraint: which one is judged.
     """
 
     name: str
@@ -35,11 +36,12 @@ class LeakRow:
     floor: float
     change: float
     rounding: float
+    constraint: str = "strict"
 
     @property
     def leak(self) -> float:
-        """The larger of the two sides, what `strict` forbids."""
-        return max(self.left, self.right)
+        """What the constraint forbids: the larger of the two sides, or the core."""
+        return self.core if self.constraint == "core" else max(self.left, self.right)
 
     @property
     def limit(self) -> float:
@@ -60,11 +62,13 @@ class Certificate:
         task: name of the task, if it has one.
         protected: what was taken for the protected subspace: "complement" (all outside the
             trainable one) or "recomputed" (a fresh decomposition of the weights before the task).
+        unprotected: parameters that were trained outside of the guarantee.
     """
 
     rows: list[LeakRow]
     task: str | None
     protected: str
+    unprotected: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -74,13 +78,14 @@ class Certificate:
     @property
     def worst(self) -> LeakRow:
         """The matrix that is nearest to, or furthest beyond, its limit."""
-        return max(self.rows, key=lambda row: _or_infinite(row.leak / row.limit))
+        return max(self.rows, key=severity)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "task": self.task,
             "protected": self.protected,
             "ok": self.ok,
+            "unprotected": list(self.unprotected),
             "worst": _row_dict(self.worst),
             "rows": [_row_dict(row) for row in self.rows],
         }
@@ -88,12 +93,12 @@ class Certificate:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Certificate:
         """The inverse of `to_dict`; what was infinite is null there."""
-        numbers = [item.name for item in fields(LeakRow)][1:]
-        rows = [
-            LeakRow(row["name"], *(math.inf if row[n] is None else row[n] for n in numbers))
-            for row in values["rows"]
-        ]
-        return cls(rows, values["task"], values["protected"])
+        names = [item.name for item in fields(LeakRow)]
+        rows = []
+        for row in values["rows"]:
+            found: list[Any] = [math.inf if row[name] is None else row[name] for name in names]
+            rows.append(LeakRow(*found))
+        return cls(rows, values["task"], values["protected"], tuple(values["unprotected"]))
 
     def __str__(self) -> str:
         worst = self.worst
@@ -104,11 +109,17 @@ class Certificate:
             + f". Worst leak {worst.leak:.2e} (limit {worst.limit:.2e}, rounding floor "
             f"{worst.floor:.2e}) in {worst.name}."
         )
+        if self.unprotected:
+            header += (
+                f"\n{len(self.unprotected)} other parameters were trained and are outside of this "
+                f"guarantee: {', '.join(self.unprotected[:3])}"
+                + (", ..." if len(self.unprotected) > 3 else "")
+            )
         return f"{header}\n{self.table()}"
 
     def table(self, most: int = 5) -> str:
         """The `most` worst matrices as a table."""
-        ranked = sorted(self.rows, key=lambda row: -_or_infinite(row.leak / row.limit))
+        ranked = sorted(self.rows, key=severity, reverse=True)
         return text_table(
             ("matrix", "‖ΔW‖/‖W‖", "left", "right", "core", "floor", "ok"),
             [
@@ -133,6 +144,7 @@ def measure(
     right: tuple[Tensor, bool],
     *,
     stored: Tensor | None = None,
+    constraint: str = "strict",
 ) -> LeakRow:
     """Leak of `after - before` `(m, n)` in float64.
 
@@ -145,7 +157,7 @@ def measure(
     norm = float(torch.linalg.matrix_norm(delta))
     weight = float(torch.linalg.matrix_norm(W0))
     if norm == 0:
-        return LeakRow(name, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0)
+        return LeakRow(name, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0, constraint)
     in_left = _component(delta, *left)
     in_right = _component(delta.mT, *right).mT
     in_both = _component(in_right, *left)
@@ -164,6 +176,7 @@ def measure(
         floor=unit * weight / norm,
         change=norm / weight,
         rounding=rounding,
+        constraint=constraint,
     )
 
 
@@ -181,5 +194,7 @@ def _row_dict(row: LeakRow) -> dict[str, Any]:
     return {**finite, "ok": row.ok}
 
 
-def _or_infinite(value: float) -> float:
+def severity(row: LeakRow) -> float:
+    """How near a matrix is to its limit, 1 at the limit; infinite where nothing was measured."""
+    value = row.leak / row.limit
     return math.inf if math.isnan(value) else value

@@ -20,17 +20,31 @@ class SculptConfig:
             directions, in (0, 1). The default, where no rank is chosen otherwise, is 0.25.
         effective_rank: instead: the *preserved* rank `h`, PEFT's meaning: an int counts directions,
             a float in (0, 1) is a fraction of `k`.
-        target_modules: PEFT's rules: `"all-linear"` (every linear layer but the output embedding),
-            a regular expression that matches the full module name, or a list of name suffixes.
+        target_modules: PEFT's rules: `"all-linear"` (every linear layer and every stack of expert
+            matrices, but not the output embedding), a regular expression that matches the full
+            module name, or a list of name suffixes. Embeddings and the output embedding on request.
         rank_pattern: maps regular expressions (matched against the end of the module name, PEFT's
             rule) to a preserved rank like `effective_rank`; the first match wins.
-        constraint: `"strict"`: `U_hᵀ ΔW = 0` and `ΔW V_h = 0`.
-        engine: `"compact"` trains coordinates, `ΔW = U_l C V_lᵀ`; `"auto"` takes it.
-        coordinates: `"thin"`: `C` is `t x t`, trailing singular vectors on both sides.
-        others: `"freeze"`: parameters that are no target do not train.
+        constraint: `"strict"`: `U_hᵀ ΔW = 0` and `ΔW V_h = 0`; `"core"`: `U_hᵀ ΔW V_h = 0`.
+        engine: how the constraint is kept. `"compact"` (strict only) trains coordinates,
+            `ΔW = U_l C V_lᵀ`; `"update"` trains the weights and projects what each optimizer step
+            did to them; `"gradient"` projects gradients, as the paper does, and leaks wherever the
+            optimizer is not plain SGD. `"auto"` is compact for strict and update for core.
+        coordinates: of the compact engine. `"thin"`: `C` is `t x t`, trailing singular vectors on
+            both sides; `"full"`: the longer side of a matrix keeps its whole complement, `C` is
+            `max(m, n) x t`.
+        others: parameters that are no target: `"freeze"`, or `"train"` those that require grad,
+            outside of any guarantee.
         weight_update: how bfloat16 and float16 weights follow `C`: `"stochastic"` rounds each
-            step's change at random, unbiased; `"recompute"` rounds `W₀ + U_l C V_lᵀ` once, and
-            keeps `W₀` on the device. float32 and float64 weights are always recomputed.
+            step's change at random, unbiased; `"recompute"` rounds `W₀ + U_l C V_lᵀ` once.
+            float32 and float64 weights are always recomputed.
+        originals: where the weights before the task are kept. `"auto"`: beside the weights where
+            each step starts from them, otherwise in host memory; `"cpu"`: in host memory, pinned
+            where there is a GPU; `"disk"`: in a temporary file.
+        basis_dtype: of the bases. `"float32"`; `"weight"` keeps those of 16-bit weights in 16 bits:
+            half the memory, and a span that is tilted by the rounding, about 2e-3.
+        skip_nonfinite: leave out steps whose gradients are not finite, with a warning; nothing is
+            changed by them, the optimizer's state included.
         subspace_cache: directory where subspaces are kept, by hash of the weight, so that a model
             is decomposed once; `None` keeps none.
         seed: seed of the stochastic rounding.
@@ -48,6 +62,9 @@ class SculptConfig:
     coordinates: str = "thin"
     others: str = "freeze"
     weight_update: str = "stochastic"
+    originals: str = "auto"
+    basis_dtype: str = "float32"
+    skip_nonfinite: bool = True
     subspace_cache: str | os.PathLike[str] | None = None
     seed: int = 0
 
@@ -83,15 +100,40 @@ class SculptConfig:
         for pattern, rank in self.rank_pattern.items():
             check_preserved(f"rank_pattern[{pattern!r}]", rank)
         _check_targets(self.target_modules)
-        _check_choice("constraint", self.constraint, ("strict",))
-        _check_choice("engine", self.engine, ("auto", "compact"))
-        _check_choice("coordinates", self.coordinates, ("thin",))
-        _check_choice("others", self.others, ("freeze",))
+        _check_choice("constraint", self.constraint, ("strict", "core"))
+        _check_choice("engine", self.engine, ("auto", "compact", "update", "gradient"))
+        _check_choice("coordinates", self.coordinates, ("thin", "full"))
+        _check_choice("others", self.others, ("freeze", "train"))
         _check_choice("weight_update", self.weight_update, ("stochastic", "recompute"))
+        _check_choice("originals", self.originals, ("auto", "cpu", "disk"))
+        _check_choice("basis_dtype", self.basis_dtype, ("float32", "weight"))
+        if not isinstance(self.skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite must be True or False; got {self.skip_nonfinite!r}")
+        self._check_engine()
         if not isinstance(self.subspace_cache, str | os.PathLike | None):
             raise TypeError(f"subspace_cache must be a path or None; got {self.subspace_cache!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an int; got {self.seed!r}")
+
+    @property
+    def chosen_engine(self) -> str:
+        """`engine`, with `"auto"` resolved."""
+        if self.engine != "auto":
+            return self.engine
+        return "compact" if self.constraint == "strict" else "update"
+
+    def _check_engine(self) -> None:
+        if self.chosen_engine == "compact":
+            if self.constraint == "core":
+                raise ValueError(
+                    "engine='compact' keeps constraint='strict' only, its coordinates have no "
+                    "others; for constraint='core' use engine='update'"
+                )
+        elif self.coordinates != "thin":
+            raise ValueError(
+                f"coordinates={self.coordinates!r} is for engine='compact'; "
+                f"engine={self.chosen_engine!r} moves in the whole allowed set already"
+            )
 
 
 def _check_ratio(ratio: Any) -> None:
@@ -144,4 +186,4 @@ def _check_targets(targets: Any) -> None:
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
-        raise ValueError(f"{name} must be one of {options} in this version; got {value!r}")
+        raise ValueError(f"{name} must be one of {options}; got {value!r}")

@@ -1,26 +1,35 @@
-"""The life cycle of a task: choose subspaces, train coordinates, prove, fold, go on."""
+"""The life cycle of a task: choose subspaces, train in them, prove, fold, go on."""
 
 from __future__ import annotations
 
-import math
+import os
+import tempfile
 import time
+import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from sculpt.certificate import Certificate, measure
+from sculpt import state
+from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
-from sculpt.linear import make_compact, make_plain
+from sculpt.engines import drop_nonfinite_gradients, make_matrix, place_of_original, reserve
+from sculpt.matrices import Matrix
+from sculpt.originals import Original
+from sculpt.proof import certify
+from sculpt.subspaces import Bases, find_bases, splitter
 from sculpt.targets import Target, find_targets
-from sculpt.task import Sculpted, TaskRow, TaskTable
-from sculpt_kernels import Subspace, SubspaceCache, expand_add_, split
+from sculpt.task import TaskRow, TaskTable
+from sculpt_kernels import Subspace
 
 Progress = Callable[[int, int, str], None]
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+FilePath = str | os.PathLike[str]
 
 
 class Sculptor:
@@ -36,11 +45,14 @@ class Sculptor:
 
     Each target `W` keeps its leading singular subspaces `U_h`, `V_h`. The task trains coordinates
     `C` `(t, t)`, float32, and the weight is `W₀ + U_l C V_lᵀ` with the trailing bases: whatever the
-    optimizer does to `C`, `U_hᵀ ΔW = 0` and `ΔW V_h = 0`.
+    optimizer does to `C`, `U_hᵀ ΔW = 0` and `ΔW V_h = 0`. `SculptConfig.engine` has other ways.
 
     Args:
-        model: any `nn.Module` on one device; its targets are plain `nn.Linear` layers.
+        model: any `nn.Module` on one device.
         config: what to sculpt and how much of it.
+
+    Attributes:
+        skipped_steps: steps of this task that were left out, their gradients not being finite.
 
     Raises:
         ValueError: nothing in the model fits the configuration.
@@ -54,14 +66,16 @@ class Sculptor:
         find_targets(model, config)
         self.model = model
         self.config = config
-        self._task: dict[str, Sculpted] | None = None
+        self.skipped_steps = 0
+        self._left_out = False
+        self._task: dict[str, Matrix] | None = None
         self._task_name: str | None = None
+        self._task_id = ""
         self._requires_grad: dict[nn.Parameter, bool] = {}
-        self._optimizer: Optimizer | None = None
-        self._handle: Any = None
-        self._updates = 0
-        cache = config.subspace_cache
-        self._split = split if cache is None else SubspaceCache(cache).split
+        self._others: dict[str, nn.Parameter] = {}
+        self._attached: list[Any] = []
+        self._seeds: Tensor | None = None
+        self._files: tempfile.TemporaryDirectory[str] | None = None
 
     def begin_task(
         self,
@@ -98,100 +112,148 @@ class Sculptor:
         unknown = sorted(set(given) - {target.name for target in targets.chosen})
         if unknown:
             raise ValueError(f"subspaces names {unknown[0]!r}, which is no target of this model")
-        found: list[Subspace] = []
+        found: list[Bases] = []
+        split = splitter(self.config)
         for done, target in enumerate(targets.chosen, start=1):
-            found.append(self._subspace(target, given.get(target.name)))
+            found.append(find_bases(target, self.config, split, given.get(target.name)))
             if progress is not None:
                 progress(done, len(targets.chosen), target.name)
+        self._start(targets.chosen, found, name)
+        rows = [TaskRow.of(matrix) for matrix in self._running().values()]
+        seconds = time.perf_counter() - start
+        return TaskTable(name, rows, targets.left_out, seconds, list(self._others))
 
-        originals = [self._original(target.module.weight) for target in targets.chosen]
+    def _start(
+        self,
+        targets: list[Target],
+        found: list[Bases],
+        name: str | None,
+        originals: Mapping[str, Original] | None = None,
+    ) -> None:
+        """Freeze the rest and give every target what its engine needs."""
+        if originals is None:
+            originals = {
+                target.name: self._original(target, target.parameter) for target in targets
+            }
+        chosen = {id(target.parameter) for target in targets}
         self._requires_grad = {p: p.requires_grad for p in self.model.parameters()}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        self._task = {}
-        self._task_name = name
-        self._updates = 0
-        rows = []
-        for target, low, original in zip(targets.chosen, found, originals, strict=True):
-            module = make_compact(target.module, low.U, low.V)
-            folded = None if self._recomputes(module.weight) else module.sculpt_C.detach().clone()
-            self._task[target.name] = Sculpted(
-                target.name, module, target.preserved, original, folded
+        self._others = {}
+        for full, parameter in self.model.named_parameters():
+            if self.config.others == "train" and parameter.requires_grad:
+                if id(parameter) not in chosen:
+                    self._others[full] = parameter
+            else:
+                parameter.requires_grad_(False)
+        if self.config.chosen_engine == "gradient":
+            warnings.warn(
+                "engine='gradient' projects gradients, not updates: AdamW was measured to leave "
+                "12 to 22 % of its update in the protected subspaces; end_task() says how much it "
+                "was here. engine='update' and engine='compact' are exact",
+                stacklevel=3,
             )
-            rows.append(
-                TaskRow(
-                    target.name,
-                    target.shape,
-                    target.preserved,
-                    target.trainable_rank,
-                    low.energy,
-                    low.method,
-                )
-            )
-        return TaskTable(name, rows, targets.left_out, time.perf_counter() - start)
+        self._task_name, self._task_id = name, uuid.uuid4().hex
+        self.skipped_steps = 0
+        task: dict[str, Matrix] = {}
+        for target, bases in zip(targets, found, strict=True):
+            task[target.name] = make_matrix(target, bases, originals[target.name], self.config)
+        self._task = task
+        device = targets[0].parameter.device
+        # A seed is used once: by one matrix in one update of one task.
+        self._seeds = self.config.seed + torch.arange(len(task), device=device) * 2**20
+
+    def _original(self, target: Target, weight: Tensor) -> Original:
+        keep = place_of_original(self.config, target)
+        if keep == "disk" and self._files is None:
+            self._files = tempfile.TemporaryDirectory(prefix="sculpt-")
+        directory = None if self._files is None else Path(self._files.name)
+        return Original(weight.to(target.parameter.device), keep, directory)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Module names and trainable coordinates `C` `(t, t)`."""
+        """Names and what trains: coordinates by module name, then other parameters by theirs."""
         for name, matrix in self._running().items():
-            yield name, matrix.module.sculpt_C
+            yield name, matrix.trained
+        yield from self._others.items()
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable coordinates, for any torch optimizer."""
+        """All that trains, for any torch optimizer."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Optimizer groups whose steps move the weights as far as AdamW at `lr` would move them.
 
         A step of an elementwise-normalised optimizer (AdamW, Lion) has about unit entries: it moves
-        a dense `m x n` weight by `lr √(mn)` in Frobenius norm, and one trained through `C` by
-        `lr t`. Each group's rate is `lr √(mn) / t`.
+        a dense `m x n` weight by `lr √(mn)` in Frobenius norm, and one trained through `r x s`
+        coordinates by `lr √(rs)`. Each group's rate is `lr √(mn / rs)`.
 
         Raises:
             RuntimeError: no task is running.
         """
         groups: dict[float, list[nn.Parameter]] = {}
         for matrix in self._running().values():
-            m, n = matrix.module.weight.shape
-            factor = math.sqrt(m * n) / matrix.module.sculpt_C.shape[0]
-            groups.setdefault(factor, []).append(matrix.module.sculpt_C)
+            groups.setdefault(matrix.rate_factor, []).append(matrix.trained)
+        if self._others:
+            groups.setdefault(1.0, []).extend(self._others.values())
         return [{"params": params, "lr": lr * factor} for factor, params in groups.items()]
 
     def attach(self, optimizer: Optimizer) -> None:
         """Keep the weights current: from now on each `optimizer.step()` ends by updating them.
+
+        Steps whose gradients are not finite are left out (`SculptConfig.skip_nonfinite`).
 
         Raises:
             RuntimeError: no task is running, or an optimizer is attached already.
             ValueError: the optimizer does not hold all coordinates of this task.
         """
         matrices = self._running()
-        if self._optimizer is not None:
+        if self._attached:
             raise RuntimeError("an optimizer is attached already; one task takes one optimizer")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, m in matrices.items() if id(m.module.sculpt_C) not in held]
+        missing = [name for name, matrix in matrices.items() if id(matrix.trained) not in held]
         if missing:
             raise ValueError(
                 f"optimizer holds {len(matrices) - len(missing)} of the {len(matrices)} trainable "
                 f"coordinates of this task (first missing: {missing[0]!r}); make it from "
                 "sculptor.parameters() or sculptor.param_groups(lr), after begin_task()"
             )
-        self._optimizer = optimizer
-        self._handle = optimizer.register_step_post_hook(lambda *_: self.update_weights())
+        self._attached = [optimizer.register_step_post_hook(self._after_step)]
+        if self.config.skip_nonfinite:
+            self._attached.append(optimizer.register_step_pre_hook(self._before_step))
+
+    def _after_step(self, *_: Any) -> None:
+        if not self._left_out:
+            self.update_weights()
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._left_out = drop_nonfinite_gradients(optimizer)
+        if self._left_out:
+            self.skipped_steps += 1
+            warnings.warn(
+                f"a step was left out: its gradients were not finite ({self.skipped_steps} so far)",
+                stacklevel=3,
+            )
 
     @torch.no_grad()
     def update_weights(self) -> None:
-        """Bring every weight up to date with its coordinates, as each step does once attached."""
-        matrices = self._running()
-        for index, matrix in enumerate(matrices.values()):
-            module = matrix.module
-            C, U, V, W = module.sculpt_C, module.sculpt_U, module.sculpt_V, module.weight
-            if matrix.folded is None:
-                expand_add_(W, C, U, V, base=matrix.original)
-            else:
-                # A seed is used once: by one matrix in one update of one task.
-                seed = self.config.seed + (self._updates * len(matrices) + index) * 2**20
-                expand_add_(W, C - matrix.folded, U, V, rounding="stochastic", seed=seed)
-                matrix.folded.copy_(C)
-        self._updates += 1
+        """Bring every weight up to date with its coordinates, as each step does once attached.
+
+        Where that fails, for want of memory for instance, coordinates and weights go back to before
+        the step.
+        """
+        matrices = list(self._running().values())
+        assert self._seeds is not None
+        followed = 0
+        try:
+            reserve(matrices)
+            for matrix, seed in zip(matrices, self._seeds, strict=True):
+                matrix.follow(seed)
+                followed += 1
+        except BaseException:
+            for index, matrix in enumerate(matrices):
+                matrix.undo(index < followed)
+            raise
+        for matrix in matrices:
+            matrix.commit()
+        self._seeds += len(matrices) * 2**20
 
     @torch.no_grad()
     def verify(self, *, independent: bool = False, progress: Progress | None = None) -> Certificate:
@@ -202,89 +264,130 @@ class Sculptor:
 
         Args:
             independent: decompose the weights before the task afresh in float64 and take their
-                leading singular vectors for the protected subspaces. Otherwise everything outside
-                the span of the trainable bases counts as protected, which is stricter on the longer
-                side of a matrix and needs no decomposition.
+                leading singular vectors for the protected subspaces. Otherwise the bases of the
+                task are trusted: what is outside the span of the trainable ones counts as
+                protected, which is stricter on the longer side of a matrix.
             progress: called as `progress(done, total, module_name)`.
 
         Raises:
             RuntimeError: no task is running.
         """
-        matrices = self._running()
-        rows = []
-        for done, matrix in enumerate(matrices.values(), start=1):
-            module = matrix.module
-            before = matrix.original.to(module.weight.device)
-            if independent:
-                high = split(before.double(), rank=matrix.preserved, part="high")
-                left, right = (high.U, True), (high.V, True)
-            else:
-                bases = (module.sculpt_U, module.sculpt_V)
-                left, right = ((torch.linalg.qr(B.double()).Q, False) for B in bases)
-            low_precision = module.weight.dtype in LOW_PRECISION
-            after = matrix.truth() if low_precision else module.weight
-            stored = module.weight if low_precision else None
-            rows.append(measure(matrix.name, before, after, left, right, stored=stored))
-            if progress is not None:
-                progress(done, len(matrices), matrix.name)
-        return Certificate(rows, self._task_name, "recomputed" if independent else "complement")
+        return certify(
+            list(self._running().values()),
+            self.config.constraint,
+            self._task_name,
+            tuple(self._others),
+            independent=independent,
+            progress=progress,
+        )
 
     @torch.no_grad()
     def end_task(self) -> None:
-        """Fold `W₀ + U_l C V_lᵀ`, rounded once, into the weights; the model is a plain one again.
+        """Round what was learned into the weights, once; the model is a plain one again.
 
         Keys, shapes, dtypes and `requires_grad` flags are those from before the task.
 
         Raises:
             RuntimeError: no task is running.
         """
-        for matrix in self._running().values():
-            module = matrix.module
-            base = matrix.original.to(module.weight.device)
-            U, V, C = module.sculpt_U, module.sculpt_V, module.sculpt_C
-            expand_add_(module.weight, C, U, V, base=base)
-            make_plain(module)
-        if self._handle is not None:
-            self._handle.remove()
+        matrices = self._running()
+        if self.config.chosen_engine == "gradient":
+            worst = max(self.verify().rows, key=lambda row: row.leak)
+            warnings.warn(
+                f"engine='gradient': {worst.leak:.1%} of the update of {worst.name!r} went into "
+                "its protected subspaces in this task",
+                stacklevel=2,
+            )
+        for matrix in matrices.values():
+            matrix.end()
+        for handle in self._attached:
+            handle.remove()
         for parameter, flag in self._requires_grad.items():
             parameter.requires_grad_(flag)
-        self._requires_grad = {}
-        self._task = self._task_name = self._optimizer = self._handle = None
+        if self._files is not None:
+            self._files.cleanup()
+        self._requires_grad, self._others, self._attached = {}, {}, []
+        self._task = self._task_name = self._seeds = self._files = None
 
-    def _running(self) -> dict[str, Sculpted]:
+    def save(
+        self, path: str | os.PathLike[str], *, previous: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Write the running task to a directory: safetensors and JSON, atomically, never pickle.
+
+        The model's weights and the optimizer are the caller's to save. float32 weights, and
+        recomputed ones, follow from what is written here; others are known by their checksum.
+
+        Args:
+            path: made where it does not exist; files of an earlier save in it are replaced.
+            previous: directory of an earlier save. Where that is of the same task, bases and
+                original weights, which do not change during a task, are linked, not written again.
+
+        Raises:
+            RuntimeError: no task is running.
+        """
+        matrices = list(self._running().values())
+        assert self._seeds is not None
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        flags = {names[id(p)]: flag for p, flag in self._requires_grad.items()}
+        about = {
+            "config": state.config_to_json(self.config),
+            "id": self._task_id,
+            "task": self._task_name,
+            "skipped_steps": self.skipped_steps,
+            "seed": int(self._seeds[0]),
+            "requires_grad": flags,
+            "matrices": {matrix.name: state.describe(matrix) for matrix in matrices},
+        }
+        state.write(
+            Path(path),
+            about,
+            lambda: {k: t for m in matrices for k, t in state.fixed_tensors(m).items()},
+            {k: t for m in matrices for k, t in state.moving_tensors(m).items()},
+            None if previous is None else Path(previous),
+        )
+
+    @classmethod
+    def load(cls, model: nn.Module, path: FilePath) -> Sculptor:
+        """The sculptor that `save` wrote, its task running; nothing is decomposed again.
+
+        Make an optimizer from `parameters()` or `param_groups(lr)`, give it its saved state, and
+        `attach` it.
+
+        Args:
+            model: a plain model with the weights of the moment of saving.
+            path: directory written by `save`.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such save, it is damaged, or the model does
+                not fit it. The model has not been changed then, except for an error in its weights.
+        """
+        about, fixed, moving = state.read(Path(path))
+        sculptor = cls(model, SculptConfig(**about["config"]))
+        known = about["matrices"]
+        targets = [
+            replace(target, preserved=known[target.name]["preserved"])
+            for target in find_targets(model, sculptor.config).chosen
+            if target.name in known
+        ]
+        missing = sorted(set(known) - {target.name for target in targets})
+        if missing:
+            raise ValueError(f"model does not fit: it has no {missing[0]!r}, which {path} has")
+        found = [state.bases_of(target, known[target.name], fixed) for target in targets]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(about["requires_grad"].get(name, parameter.requires_grad))
+        originals = {
+            target.name: sculptor._original(target, fixed[f"{target.name}/original"])
+            for target in targets
+        }
+        sculptor._start(targets, found, about["task"], originals)
+        sculptor._task_id, sculptor.skipped_steps = about["id"], about["skipped_steps"]
+        assert sculptor._seeds is not None
+        sculptor._seeds += about["seed"] - int(sculptor._seeds[0])
+        for name, matrix in sculptor._running().items():
+            state.resume(matrix, known[name], moving)
+        return sculptor
+
+    def _running(self) -> dict[str, Matrix]:
         if self._task is None:
             raise RuntimeError("no task is running; call begin_task() first")
         return self._task
-
-    def _recomputes(self, weight: Tensor) -> bool:
-        return weight.dtype not in LOW_PRECISION or self.config.weight_update == "recompute"
-
-    def _original(self, weight: Tensor) -> Tensor:
-        """`W₀`: beside the weight where each step starts from it, else in host memory."""
-        device = weight.device if self._recomputes(weight) else torch.device("cpu")
-        return weight.detach().to(device, copy=True)
-
-    def _subspace(self, target: Target, given: Subspace | None) -> Subspace:
-        weight = target.module.weight.detach()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        if given is None:
-            try:
-                # In float64, so that the span is exact; the bases are rounded once, to float32.
-                low = self._split(weight.double(), rank=target.preserved, part="low")
-            except ValueError as error:
-                raise ValueError(f"{target.name}.weight cannot be split: {error}") from error
-            return replace(low, U=low.U.to(dtype), V=low.V.to(dtype))
-        if given.part != "low":
-            raise ValueError(f"subspaces[{target.name!r}] must have part 'low'; got {given.part!r}")
-        for side, basis, size in zip("UV", (given.U, given.V), weight.shape, strict=True):
-            expected = (size, target.trainable_rank)
-            if (
-                tuple(basis.shape) != expected
-                or basis.dtype != dtype
-                or basis.device != weight.device
-            ):
-                raise ValueError(
-                    f"subspaces[{target.name!r}].{side} must be {expected}, {dtype}, on "
-                    f"{weight.device}; got {tuple(basis.shape)}, {basis.dtype}, on {basis.device}"
-                )
-        return given

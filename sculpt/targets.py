@@ -4,30 +4,74 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sculpt.config import SculptConfig
 from sculpt.ranks import preserved_rank
 
+# Layers of other packages that keep their weights in a quantised form of their own.
+QUANTISED = ("bitsandbytes", "hqq", "gptqmodel", "awq", "auto_gptq", "optimum.quanto", "torchao")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight is used: a module and the name of one of its parameters.
+
+    `transposed`: the module stores it as `in x out`, as GPT-2's `Conv1D` does.
+    """
+
+    path: str
+    module: nn.Module
+    parameter: str
+    transposed: bool
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight = self.module._parameters[self.parameter]
+        assert weight is not None
+        return weight
+
+    @property
+    def name(self) -> str:
+        """The module, and the parameter where a module may have several matrices."""
+        return self.path if self.parameter == "weight" else f"{self.path}.{self.parameter}"
+
 
 @dataclass(frozen=True)
 class Target:
-    """One linear layer to sculpt, and the preserved rank `h` of its `m x n` weight."""
+    """One weight to sculpt: an `m x n` matrix, or a stack of them, and its preserved rank `h`.
 
-    name: str
-    module: nn.Linear
+    Attributes:
+        places: the modules that use it; several where it is tied.
+    """
+
+    places: tuple[Place, ...]
     preserved: int
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.module.out_features, self.module.in_features
+    def name(self) -> str:
+        return self.places[0].name
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.places[0].weight
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """A tensor laid out as the weight, seen as `(..., out, in)`."""
+        return stored.mT if self.places[0].transposed else stored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(m, n)`, out x in; `(count, m, n)` for a stack."""
+        return tuple(self.oriented(self.parameter).shape)
 
     @property
     def trainable_rank(self) -> int:
-        return min(self.shape) - self.preserved
+        return min(self.shape[-2:]) - self.preserved
 
 
 @dataclass(frozen=True)
@@ -45,20 +89,22 @@ def find_targets(model: nn.Module, config: SculptConfig) -> Targets:
         ValueError: nothing matches, a named module is of a kind that cannot be sculpted, or a rank
             does not fit its matrix.
     """
-    chosen: dict[str, Target] = {}
-    refused: dict[str, str] = {}
-    head = _output_embedding(model)
-    owners = _owners(model)
-    for name, module in model.named_modules():
-        if not _is_wanted(name, module, config.target_modules, head):
+    _refuse_quantised(model)
+    wanted, refused = _wanted(model, config.target_modules)
+    users = _users(model)
+    chosen: dict[int, Target] = {}
+    for place in wanted:
+        weight = place.weight
+        if id(weight) in chosen:
             continue
-        reason = _refusal(name, module, owners)
+        places = (place, *(other for other in users[id(weight)] if other.name != place.name))
+        reason = next(filter(None, (_refusal(other) for other in places)), None)
         if reason is not None:
-            refused[name] = reason
-        else:
-            assert isinstance(module, nn.Linear)
-            shape = (module.out_features, module.in_features)
-            chosen[name] = Target(name, module, preserved_rank(name, shape, config))
+            refused[place.name] = reason
+            continue
+        shape = place.weight.shape[-2:]
+        preserved = preserved_rank(place.name, (shape[0], shape[1]), config)
+        chosen[id(weight)] = Target(places, preserved)
     if refused and (not chosen or config.target_modules != "all-linear"):
         name, reason = next(iter(refused.items()))
         raise ValueError(
@@ -70,67 +116,148 @@ def find_targets(model: nn.Module, config: SculptConfig) -> Targets:
             f"target_modules={config.target_modules!r} matches nothing; "
             f"the model's linear layers end in {_linear_suffixes(model)}"
         )
-    left_out = {}
-    for full, _ in model.named_parameters(remove_duplicate=False):
-        name, _, parameter = full.rpartition(".")
-        if name in chosen and parameter == "weight":
-            continue
-        module = model.get_submodule(name)
-        left_out[full] = refused.get(name) or _why_not(module, parameter, head)
-    return Targets(list(chosen.values()), left_out)
+    taken = {place.name for target in chosen.values() for place in target.places}
+    return Targets(list(chosen.values()), _left_out(model, taken, refused))
 
 
-def _is_wanted(name: str, module: nn.Module, targets: object, head: nn.Module | None) -> bool:
-    if targets == "all-linear":
-        linear_like = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        return linear_like and module is not head
+def _wanted(model: nn.Module, targets: str | Sequence[str]) -> tuple[list[Place], dict[str, str]]:
+    """Weights that the request names, in the model's order; names without one, with the reason."""
+    found: list[Place] = []
+    refused: dict[str, str] = {}
+    head = _output_embedding(model)
+    for path, module in model.named_modules():
+        matrices = list(_matrices(path, module))
+        if targets == "all-linear":
+            found += [place for place in matrices if _is_linear(place) and module is not head]
+        elif _matches(path, targets):
+            found += matrices
+            if not matrices:
+                kind = type(module).__name__
+                refused[path] = f"{kind} has no weight that is a matrix or a stack of matrices"
+        else:
+            found += [place for place in matrices if _matches(place.name, targets)]
+    return found, refused
+
+
+def _matches(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    assert isinstance(targets, list | tuple)
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in targets)
 
 
-def _refusal(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str | None:
-    """Why the module cannot be sculpted, or None if it can."""
+def _matrices(path: str, module: nn.Module) -> Iterator[Place]:
+    """The module's own parameters that may be a target: its weight, or a stack of matrices."""
+    for parameter, value in module.named_parameters(recurse=False, remove_duplicate=False):
+        if (parameter == "weight" and value.ndim >= 2) or (
+            value.ndim == 3 and min(value.shape[-2:]) > 1
+        ):
+            yield _place(path, module, parameter)
+
+
+def _place(path: str, module: nn.Module, parameter: str) -> Place:
+    return Place(path, module, parameter, transposed=_is_conv1d(module))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """By name: the class is in transformers, which need not be imported for this."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _is_linear(place: Place) -> bool:
+    """What `"all-linear"` takes: linear layers, and the matrices of a mixture of experts."""
+    if place.parameter == "weight":
+        return isinstance(place.module, nn.Linear) or _is_conv1d(place.module)
+    return type(place.module).__name__.endswith("Experts")
+
+
+def _users(model: nn.Module) -> dict[int, list[Place]]:
+    """Every use of each weight."""
+    users: dict[int, list[Place]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for parameter, value in module.named_parameters(recurse=False, remove_duplicate=False):
+            users[id(value)].append(_place(path, module, parameter))
+    return users
+
+
+def _refusal(place: Place) -> str | None:
+    """Why the weight cannot be sculpted where it is used, or None if it can."""
+    weight, module = place.weight, place.module
     kind = type(module).__name__
-    if type(module) is not nn.Linear:
-        return f"{kind} is not a plain torch.nn.Linear"
-    weight = module.weight
+    if isinstance(module, nn.modules.conv._ConvNd) or weight.ndim > 3:
+        return f"{kind} has a weight of shape {tuple(weight.shape)}, which is not a matrix"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if not torch.is_floating_point(weight):
         return f"its weight is {weight.dtype}, not a floating dtype"
     if weight.device.type == "meta":
         return "its weight is on the meta device and has no values"
-    if min(weight.shape) < 2:
+    if min(weight.shape[-2:]) < 2:
         return f"its weight {tuple(weight.shape)} has too few directions to preserve and train"
-    shared = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
-    if shared:
-        return f"its weight is shared with {shared[0]}"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        for option in ("max_norm", "sparse", "scale_grad_by_freq"):
+            if getattr(module, option):
+                return f"{kind} with {option}={getattr(module, option)} is not supported"
     return None
 
 
+def _refuse_quantised(model: nn.Module) -> None:
+    way_out = (
+        "load the model unquantised, or dequantise it (model.dequantize() for bitsandbytes), copy "
+        "its state into a fresh model of the same configuration, and sculpt that"
+    )
+    for path, module in model.named_modules():
+        package = type(module).__module__
+        if package.startswith(tuple(f"{name}." for name in QUANTISED)):
+            raise ValueError(
+                f"{path!r} is a {type(module).__name__} of {package.split('.')[0]}: quantised "
+                f"weights cannot take an exact update; {way_out}"
+            )
+        config = getattr(module, "config", None)
+        quantised = getattr(config, "quantization_config", None)
+        if quantised is not None:
+            about = quantised if isinstance(quantised, dict) else vars(quantised)
+            method = about.get("quant_method", "unknown method")
+            method = getattr(method, "value", method)
+            raise ValueError(
+                f"the model was loaded with a quantization_config ({method}) and would be saved as "
+                f"a quantised one: {way_out}"
+            )
+
+
+def _left_out(model: nn.Module, taken: set[str], refused: dict[str, str]) -> dict[str, str]:
+    head = _output_embedding(model)
+    reasons = {}
+    for full, _ in model.named_parameters(remove_duplicate=False):
+        path, _, parameter = full.rpartition(".")
+        name = path if parameter == "weight" else full
+        if name not in taken:
+            module = model.get_submodule(path)
+            reasons[full] = refused.get(name) or _why_not(module, parameter, head)
+    return reasons
+
+
 def _why_not(module: nn.Module, parameter: str, head: nn.Module | None) -> str:
-    if module is head:
+    if module is head and parameter == "weight":
         return "output embedding"
-    if not isinstance(module, nn.Linear):
-        return f"{type(module).__name__}: only linear layers are sculpted"
-    if parameter == "bias":
+    if parameter.endswith("bias"):
         return "bias: only matrices are sculpted"
-    return "not in target_modules"
+    if isinstance(module, nn.Linear) or _is_conv1d(module):
+        return "not in target_modules"
+    return f"{type(module).__name__}: not in target_modules"
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
-    return owners
+    """Of the model, or of the one inside a wrapper."""
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        if callable(getter):
+            head = getter()
+            return head if isinstance(head, nn.Module) else None
+    return None
 
 
 def _linear_suffixes(model: nn.Module) -> str:
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "nothing"
+    places = (place for path, module in model.named_modules() for place in _matrices(path, module))
+    return ", ".join(sorted({p.name.rpartition(".")[2] for p in places if _is_linear(p)})) or (
+        "nothing"
+    )

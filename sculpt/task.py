@@ -1,38 +1,12 @@
-"""What a task holds while it runs: one record per matrix, and the table shown at its start."""
+"""The table shown at the start of a task: every matrix, and every parameter left out."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from sculpt.linear import CompactLinear
+from sculpt.matrices import Matrix
 from sculpt.tables import text_table
-
-
-@dataclass
-class Sculpted:
-    """One matrix during a task.
-
-    Attributes:
-        module: the layer; its weight is current, its coordinates train.
-        original: `W₀` `(m, n)`, the weight before the task, in its own dtype.
-        folded: for weights that follow by increments: the coordinates already in the weight.
-    """
-
-    name: str
-    module: CompactLinear
-    preserved: int
-    original: Tensor
-    folded: Tensor | None
-
-    def truth(self) -> Tensor:
-        """`W₀ + U C Vᵀ` rounded once, to float32 or the wider dtype of the weight."""
-        module = self.module
-        U, V, C = module.sculpt_U, module.sculpt_V, module.sculpt_C.detach()
-        base = self.original.to(U.device, U.dtype)
-        return torch.addmm(base, U @ C, V.mT)
 
 
 @dataclass(frozen=True)
@@ -40,32 +14,47 @@ class TaskRow:
     """One target.
 
     Attributes:
-        shape: `(m, n)`.
+        shape: `(m, n)`, or `(count, m, n)` for a stack.
         preserved, trainable_rank: `h` and `t = min(m, n) - h`.
-        energy: share of `‖W‖²_F` in the preserved directions.
+        trainable_elements: numbers that the optimizer moves.
+        energy: share of `‖W‖²_F` in the preserved directions; the least of a stack.
         method: how its subspaces were found.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     preserved: int
     trainable_rank: int
+    trainable_elements: int
     energy: float
     method: str
 
-    @property
-    def trainable_elements(self) -> int:
-        return self.trainable_rank**2
+    @classmethod
+    def of(cls, matrix: Matrix) -> TaskRow:
+        target, bases = matrix.target, matrix.bases
+        return cls(
+            target.name,
+            target.shape,
+            target.preserved,
+            target.trainable_rank,
+            matrix.trained.numel(),
+            bases.energy,
+            bases.method,
+        )
 
 
 @dataclass(frozen=True)
 class TaskTable:
-    """What `begin_task` chose: a row per matrix, and each parameter left out with the reason."""
+    """What `begin_task` chose: a row per matrix, and each parameter left out with the reason.
+
+    `others` are those left-out parameters that train all the same, outside of any guarantee.
+    """
 
     task: str | None
     rows: list[TaskRow]
     left_out: dict[str, str]
     seconds: float
+    others: list[str]
 
     @property
     def trainable_elements(self) -> int:
@@ -74,13 +63,13 @@ class TaskTable:
     @property
     def dense_elements(self) -> int:
         """Elements of the sculpted matrices."""
-        return sum(row.shape[0] * row.shape[1] for row in self.rows)
+        return sum(math.prod(row.shape) for row in self.rows)
 
     def __str__(self) -> str:
         title = f"Task {self.task!r}: " if self.task else ""
         share = self.trainable_elements / self.dense_elements
         header = (
-            f"{title}{len(self.rows)} matrices, {self.trainable_elements:,} trainable coordinates "
+            f"{title}{len(self.rows)} matrices, {self.trainable_elements:,} trainable elements "
             f"({share:.1%} of {self.dense_elements:,} weights), subspaces in {self.seconds:.1f} s"
         )
         table = text_table(
@@ -88,7 +77,7 @@ class TaskTable:
             [
                 (
                     row.name,
-                    f"{row.shape[0]} x {row.shape[1]}",
+                    " x ".join(map(str, row.shape)),
                     str(row.preserved),
                     str(row.trainable_rank),
                     f"{row.trainable_elements:,}",
@@ -98,5 +87,8 @@ class TaskTable:
                 for row in self.rows
             ],
         )
-        left_out = "\n".join(f"  {name}: {reason}" for name, reason in self.left_out.items())
+        left_out = "\n".join(
+            f"  {name}: {'trains unprotected, ' if name in self.others else ''}{reason}"
+            for name, reason in self.left_out.items()
+        )
         return f"{header}\n{table}\nLeft out ({len(self.left_out)}):\n{left_out or '  nothing'}"

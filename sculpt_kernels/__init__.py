@@ -16,6 +16,7 @@ from sculpt_kernels.plan import Plan, plan
 from sculpt_kernels.project import project, project_, project_many_
 from sculpt_kernels.randomized import range_finder, rsvd
 from sculpt_kernels.subspace import Subspace, split
+from sculpt_kernels.weight import compact_embedding, compact_weight
 
 __all__ = [
     "Leak",
@@ -23,7 +24,9 @@ __all__ = [
     "Subspace",
     "SubspaceCache",
     "backends",
+    "compact_embedding",
     "compact_linear",
+    "compact_weight",
     "compress",
     "expand_add_",
     "leak",

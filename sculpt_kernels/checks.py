@@ -249,21 +249,32 @@ def free_of_nan(name: str, B: Tensor) -> None:
         finite(name, B)
 
 
-def coordinates(
-    name: str, C: Any, U: Tensor, V: Tensor, X: Tensor, *, like: str = "(..., r, s)"
-) -> None:
-    """Coordinates `C` of shape `(..., r, s)` for bases with `r` and `s` columns."""
-    matrix(name, C, like=like)
-    r, s = U.shape[-1], V.shape[-1]
+def bases_and_coordinates(W: Tensor, U: Any, V: Any, C: Any) -> None:
+    """Coordinates of `W` in bases of its two sides; a basis of `None` is the identity."""
+    for name, B, side in (("U", U, "left"), ("V", V, "right")):
+        if B is not None:
+            basis(name, B, "W", W, side)
+    matrix("C", C, like="(..., r, s)")
+    r = W.shape[-2] if U is None else U.shape[-1]
+    s = W.shape[-1] if V is None else V.shape[-1]
     if C.shape[-2:] != (r, s):
         raise ValueError(
-            f"{name} must have shape {like} with r = {r} columns of U and s = {s} of V; "
+            f"C must have shape (..., r, s) with r = {r} columns of U and s = {s} of V; "
             f"got {describe(C)}"
         )
-    if C.ndim != 2 and C.shape[:-2] != X.shape[:-2]:
+    if C.ndim != 2 and C.shape[:-2] != W.shape[:-2]:
         raise ValueError(
-            f"{name} must be two-dimensional or have the batch dimensions "
-            f"{tuple(X.shape[:-2])}; got {describe(C)}"
+            f"C must be two-dimensional or have the batch dimensions "
+            f"{tuple(W.shape[:-2])}; got {describe(C)}"
+        )
+
+
+def moves_through_coordinates(name: str, W: Tensor) -> None:
+    """The weight of a compact layer takes no gradient of its own."""
+    if W.requires_grad:
+        raise ValueError(
+            f"{name} requires grad but would never receive one: it moves through C; "
+            f"call {name}.requires_grad_(False)"
         )
 
 

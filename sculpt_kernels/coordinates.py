@@ -80,8 +80,8 @@ def _gather(G: Tensor, U: Tensor, V: Tensor, wide: torch.dtype) -> Tensor:
 def expand_add_(
     W: Tensor,
     C: Tensor,
-    U: Tensor,
-    V: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
     *,
     alpha: float | Tensor = 1.0,
     rounding: str = "nearest",
@@ -97,7 +97,8 @@ def expand_add_(
     Args:
         W: `(..., m, n)`, any strides; written in place.
         C: `(..., r, s)`, any floating dtype.
-        U: `(..., m, r)`; V: `(..., n, s)`; the dtype of `W` or float32, both alike.
+        U: `(..., m, r)`; V: `(..., n, s)`; the dtype of `W` or float32, both alike. One of them
+            may be `None`, the identity: `r = m`, or `s = n`.
         alpha: a number or a 0-d tensor.
         rounding: `"nearest"`, or `"stochastic"` for bfloat16 and float16 `W`.
         seed: 64-bit int or 0-d int64 tensor; required by and only for `"stochastic"`.
@@ -114,12 +115,15 @@ def expand_add_(
         )  # fmt: skip
         return W
     checks.matrix("W", W)
-    checks.basis("U", U, "W", W, "left")
-    checks.basis("V", V, "W", W, "right")
-    checks.coordinates("C", C, U, V, W)
+    checks.bases_and_coordinates(W, U, V, C)
+    if U is None and V is None:
+        raise ValueError("U and V must not both be None; for W += alpha C use W.add_(C, alpha=...)")
     checks.same_device(W=W, C=C, U=U, V=V, base=base)
-    checks.same_dtype(U=U, V=V)
-    _check_source("U and V", U, W)
+    if U is not None and V is not None:
+        checks.same_dtype(U=U, V=V)
+    for name, B in (("U", U), ("V", V)):
+        if B is not None:
+            _check_source(name, B, W)
     if base is not None:
         checks.matrix("base", base)
         _check_source("base", base, W)
@@ -144,17 +148,15 @@ def expand_add_(
         for index, (X, core, A, B, start) in enumerate(matrices(W, scaled, U, V, base)):
             assert X is not None
             assert core is not None
-            assert A is not None
-            assert B is not None
-            _expand_add_matrix(X, core, A, B.to(wide), start, key, index * W.shape[-2])
+            _expand_add_matrix(X, core, A, B, start, key, index * W.shape[-2])
     return W
 
 
 def _expand_add_matrix(
     W: Tensor,
     C: Tensor,
-    U: Tensor,
-    V: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
     base: Tensor | None,
     seed: int | Tensor | None,
     row0: int,
@@ -162,23 +164,36 @@ def _expand_add_matrix(
     m, n = W.shape
     wide = C.dtype
     empty = C.numel() == 0
+    V = None if V is None else V.to(wide)
     if W.dtype == wide:
+        # Products come first: where they find no memory, `W` is still as it was.
+        factors = None if empty else _factors(m, n, C, None if U is None else U.to(wide), V)
         if base is not None:
             W.copy_(base)
-        if empty:
-            return
-        U = U.to(wide)
-        if arrange("core", "none", m, n, U.shape[1], V.shape[1], False).transposed:
-            W.addmm_(U, torch.mm(C, V.t()))
-        else:
-            W.addmm_(torch.mm(U, C), V.t())
+        if factors is not None:
+            W.addmm_(*factors)
         return
     source = W if base is None else base
     for rows in row_panels(m, n):
         total = source[rows].to(wide, copy=True)
         if not empty:
-            total.addmm_(torch.mm(U[rows].to(wide), C), V.t())
+            A = C[rows] if U is None else torch.mm(U[rows].to(wide), C)
+            total.add_(A) if V is None else total.addmm_(A, V.t())
         store(W[rows], total, seed, at=(row0 + rows.start, 0))
+
+
+def _factors(
+    m: int, n: int, C: Tensor, U: Tensor | None, V: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is `U C Vᵀ`, by the cheaper order."""
+    if U is None:
+        assert V is not None
+        return C, V.t()
+    if V is None:
+        return U, C
+    if arrange("core", "none", m, n, U.shape[1], V.shape[1], False).transposed:
+        return U, torch.mm(C, V.t())
+    return torch.mm(U, C), V.t()
 
 
 def _check_source(name: str, X: Tensor, W: Tensor) -> None:

@@ -12,7 +12,7 @@ from sculpt_kernels import checks
 
 
 def compact_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, C: Tensor
+    x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor | None, V: Tensor | None, C: Tensor
 ) -> Tensor:
     """`y = x Wᵀ + bias`, differentiable in the coordinates `C` of `W = W₀ + U C Vᵀ`.
 
@@ -25,9 +25,10 @@ def compact_linear(
 
     Args:
         x: `(..., n)`, the dtype of `W` (under autocast everything follows autocast).
-        W: `(m, n)`, must not require grad: it moves through `C` alone.
+        W: `(m, n)`, any strides, must not require grad: it moves through `C` alone.
         bias: `(m,)` or `None`; may require grad.
         U: `(m, r)`; V: `(n, s)`; constants, cast to the dtype of the computation where needed.
+            `None` is the identity: `r = m`, or `s = n` (then `x` itself is saved).
         C: `(r, s)`, any floating dtype; its gradient has that dtype.
 
     Returns:
@@ -37,11 +38,7 @@ def compact_linear(
         TypeError, ValueError: an argument does not fit.
     """
     checks.matrix("W", W, like="(m, n)")
-    if W.requires_grad:
-        raise ValueError(
-            "W requires grad but would never receive one: it moves through C; "
-            "call W.requires_grad_(False)"
-        )
+    checks.moves_through_coordinates("W", W)
     if x.shape[-1:] != W.shape[-1:]:
         raise ValueError(
             f"x must have shape (..., {W.shape[-1]}) to fit W {tuple(W.shape)}; "
@@ -49,9 +46,7 @@ def compact_linear(
         )
     if bias is not None and bias.shape != W.shape[:1]:
         raise ValueError(f"bias must have shape ({W.shape[0]},); got {checks.describe(bias)}")
-    checks.basis("U", U, "W", W, "left")
-    checks.basis("V", V, "W", W, "right")
-    checks.coordinates("C", C, U, V, W)
+    checks.bases_and_coordinates(W, U, V, C)
     out: Tensor = _CompactLinear.apply(x, W, bias, U, V, C)  # type: ignore[no-untyped-call]
     return out
 
@@ -59,7 +54,13 @@ def compact_linear(
 class _CompactLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, C: Tensor
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        U: Tensor | None,
+        V: Tensor | None,
+        C: Tensor,
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -68,11 +69,10 @@ class _CompactLinear(torch.autograd.Function):
             y = torch.nn.functional.linear(x, W.to(dtype), None if bias is None else bias.to(dtype))
             wants_C = ctx.needs_input_grad[5]
             wants_x = ctx.needs_input_grad[0]
-            ctx.save_for_backward(
-                x.flatten(0, -2) @ V.to(dtype) if wants_C else None,
-                U if wants_C else None,
-                W if wants_x else None,
-            )
+            xV = None
+            if wants_C:
+                xV = x if V is None else x.flatten(0, -2) @ V.to(dtype)
+            ctx.save_for_backward(xV, U if wants_C else None, W if wants_x else None)
         ctx.C_dtype = C.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -82,9 +82,13 @@ class _CompactLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         xV, U, W = ctx.saved_tensors
         wants_x, _, wants_bias, _, _, wants_C = ctx.needs_input_grad
+        dbias = dC = None
         with torch.autocast(dy.device.type, enabled=False):
             flat = dy.flatten(0, -2)
             dx = dy @ W.to(dy.dtype) if wants_x else None
-            dbias = flat.sum(0).to(ctx.bias_dtype) if wants_bias else None
-            dC = ((flat @ U.to(dy.dtype)).mT @ xV).to(ctx.C_dtype) if wants_C else None
+            if wants_bias:
+                dbias = flat.sum(0).to(ctx.bias_dtype)
+            if wants_C:
+                dyU = flat if U is None else flat @ U.to(dy.dtype)
+                dC = (dyU.mT @ xV.flatten(0, -2)).to(ctx.C_dtype)
         return dx, None, dbias, None, None, dC

@@ -95,8 +95,8 @@ def _compress(G: Tensor, U: Tensor, V: Tensor, out_dtype: torch.dtype, backend: 
 def _expand_add_(
     W: Tensor,
     C: Tensor,
-    U: Tensor,
-    V: Tensor,
+    U: Maybe,
+    V: Maybe,
     alpha: float,
     alpha_tensor: Maybe,
     rounding: str,

@@ -101,7 +101,7 @@ def compress(G: Tensor, U: Tensor, V: Tensor, out: Tensor) -> None:
 
 
 def expand_add_reason(
-    W: Tensor, C: Tensor, U: Tensor, V: Tensor, base: Tensor | None
+    W: Tensor, C: Tensor, U: Tensor | None, V: Tensor | None, base: Tensor | None
 ) -> str | None:
     from sculpt_kernels.kernels import expand_add
 
@@ -111,8 +111,8 @@ def expand_add_reason(
 def expand_add_(
     W: Tensor,
     C: Tensor,
-    U: Tensor,
-    V: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
     alpha: float | Tensor,
     rounding: str,
     seed: int | Tensor | None,

@@ -6,6 +6,7 @@ and backward, for the time.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from sculpt.data.examples import Example
+from sculpt.engines import trained_elements
 from sculpt.runs.config import RunConfig
 from sculpt.runs.prepare import Prepared
 from sculpt.tables import text_table
@@ -43,13 +45,11 @@ class Memory:
 def memory_of(targets: list[Target], weights: int, config: RunConfig) -> Memory:
     """An estimate from shapes and ranks alone."""
     if config.method == "plain":
-        size = sum(t.module.weight.numel() * t.module.weight.element_size() for t in targets)
-        return Memory(weights, 0, (1 + STATES) * size)
-    bases = sum(4 * sum(t.shape) * t.trainable_rank for t in targets)
-    before = sum(t.module.weight.numel() * t.module.weight.element_size() for t in targets)
-    return Memory(
-        weights, before + bases, (2 + STATES) * sum(4 * t.trainable_rank**2 for t in targets)
-    )
+        return Memory(weights, 0, (1 + STATES) * sum(t.parameter.nbytes for t in targets))
+    bases = sum(4 * math.prod(t.shape[:-2]) * sum(t.shape[-2:]) * t.trainable_rank for t in targets)
+    before = sum(t.parameter.nbytes for t in targets)
+    trained = sum(trained_elements(t, config.sculpt) for t in targets)
+    return Memory(weights, before + bases, (2 + STATES) * 4 * trained)
 
 
 def preview(prepared: Prepared) -> str:
@@ -97,21 +97,27 @@ def _kind(example: Example) -> str:
 
 
 def _ranks(targets: list[Target], config: RunConfig) -> str:
+    sculpted = config.method == "sculpt"
     kinds = Counter(
-        (target.name.rpartition(".")[2], target.shape, target.preserved, target.trainable_rank)
+        (
+            target.name.rpartition(".")[2],
+            target.shape,
+            target.preserved if sculpted else 0,
+            target.trainable_rank if sculpted else min(target.shape[-2:]),
+            trained_elements(target, config.sculpt) if sculpted else target.parameter.numel(),
+        )
         for target in targets
     )
-    sculpted = config.method == "sculpt"
     rows = [
         (
             name,
             str(count),
-            f"{shape[0]} x {shape[1]}",
-            str(preserved) if sculpted else "0",
-            str(trainable) if sculpted else str(min(shape)),
-            f"{count * (trainable**2 if sculpted else shape[0] * shape[1]):,}",
+            " x ".join(map(str, shape)),
+            str(preserved),
+            str(trainable),
+            f"{count * elements:,}",
         )
-        for (name, shape, preserved, trainable), count in kinds.items()
+        for (name, shape, preserved, trainable, elements), count in kinds.items()
     ]
     header = ("matrices", "count", "shape", "preserved", "trainable", "values that train")
     return f"Ranks, method {config.method}\n" + text_table(header, rows)
@@ -137,7 +143,7 @@ def _time(prepared: Prepared, targets: list[Target]) -> str:
     batch = prepared.rows[0][: training.batch_size]
     learner.model.requires_grad_(False)
     for target in targets:
-        target.module.weight.requires_grad_(True)
+        target.parameter.requires_grad_(True)
     start = time.perf_counter()
     loss, tokens = learner.loss(batch)
     forward = time.perf_counter() - start

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from sculpt.certificate import Certificate
 from sculpt.models.learner import Learner
 from sculpt.runs.config import RunConfig
 from sculpt.sculptor import Sculptor
 from sculpt.targets import find_targets
-from sculpt_kernels import Subspace
 
 Advance = Callable[[int, int], None]
 """Told how many of how many matrices are done."""
@@ -58,7 +56,7 @@ class PlainStrategy:
         self._config = config
         self._free = learner.free_parameters()
         chosen = find_targets(learner.model, config.sculpt).chosen
-        self._weights = [target.module.weight for target in chosen]
+        self._weights = [target.parameter for target in chosen]
         learner.model.requires_grad_(False)
 
     def begin_task(self, name: str, advance: Advance) -> Begun:
@@ -113,38 +111,10 @@ class SculptStrategy:
 
     def save(self, folder: Path, previous: Path | None) -> None:
         """Bases and coordinates: subspaces are not searched again."""
-        folder.mkdir()
-        tensors: dict[str, torch.Tensor] = {}
-        for name, matrix in self._sculptor._running().items():
-            module = matrix.module
-            tensors |= {
-                f"{name}:U": module.sculpt_U,
-                f"{name}:V": module.sculpt_V,
-                f"{name}:C": module.sculpt_C.detach(),
-                f"{name}:original": matrix.original,
-                f"{name}:weight": module.weight.detach(),
-            }
-        save_file(tensors, folder / "task.safetensors", {"updates": str(self._sculptor._updates)})
+        self._sculptor.save(folder, previous=previous)
 
     def resume_task(self, name: str, folder: Path) -> Begun:
-        from safetensors import safe_open
-
-        tensors = load_file(folder / "task.safetensors")
-        with safe_open(folder / "task.safetensors", "pt") as file:
-            updates = int(file.metadata()["updates"])
-        subspaces = {}
-        for target in find_targets(self._model, self._config.sculpt).chosen:
-            key = target.name
-            target.module.weight.data.copy_(tensors[f"{key}:original"])
-            U, V = tensors[f"{key}:U"], tensors[f"{key}:V"]
-            subspaces[key] = Subspace(U, V, target.preserved, "low", 0.0, "saved")
-        self._sculptor.begin_task(name=name, subspaces=subspaces)
-        for key, matrix in self._sculptor._running().items():
-            matrix.module.sculpt_C.data.copy_(tensors[f"{key}:C"])
-            matrix.module.weight.data.copy_(tensors[f"{key}:weight"])
-            if matrix.folded is not None:
-                matrix.folded.copy_(tensors[f"{key}:C"])
-        self._sculptor._updates = updates
+        self._sculptor = Sculptor.load(self._model, folder)
         return self._begun()
 
     def certify(self, advance: Advance) -> Certificate | None:

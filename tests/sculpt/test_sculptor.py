@@ -151,9 +151,8 @@ def test_final_weights_are_the_fold_rounded_once():
     optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
     sculptor.attach(optimizer)
     train(model, optimizer, 200)
-    U, V, C = (
-        t.detach().double() for t in (model[2].sculpt_U, model[2].sculpt_V, model[2].sculpt_C)
-    )
+    state = model[2].sculpt["weight"]
+    U, V, C = (t.detach().double() for t in (state.U, state.V, state.C))
     sculptor.end_task()
     truth = W0.double() + U @ C @ V.T
     # One float32 product and sum, however many steps there were.
@@ -209,7 +208,7 @@ def test_given_subspaces_are_used_and_checked():
     low = split(model[2].weight, rank=24)
     turned = Subspace(low.U, low.V, 24, "low", low.energy, "given")
     assert sculptor.begin_task(subspaces={"2": turned}).rows[0].method == "given"
-    assert model[2].sculpt_U is low.U
+    assert model[2].sculpt["weight"].U is low.U
     sculptor.end_task()
     wrong = {
         "shape": (low.U[:, :-1], low.V),
@@ -315,6 +314,6 @@ def test_subspaces_are_kept_and_reused(tmp_path):
     for _ in range(2):
         model = small_model()
         Sculptor(model, config).begin_task()
-        bases.append(model[2].sculpt_U)
+        bases.append(model[2].sculpt["weight"].U)
         assert len(list(tmp_path.iterdir())) == 3
     assert torch.equal(*bases)

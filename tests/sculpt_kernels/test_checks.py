@@ -249,7 +249,7 @@ BAD_EXPAND = {
     "bases of another dtype": (
         {"U": U.half(), "V": V.half()},
         TypeError,
-        "U and V must have the dtype",
+        "U must have the dtype",
     ),
     "requires grad": ({"W": G.clone().requires_grad_()}, ValueError, "W requires grad"),
     "W is base": ({"W": SHARED[: M * N].view(M, N), "base": SHARED[8:].view(M, N)}, ValueError,

@@ -1,0 +1,76 @@
+"""What engines share: the kind of matrix they make of a target, and the care around a step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sculpt.config import SculptConfig
+from sculpt.matrices import LOW_PRECISION, CompactMatrix, GradientMatrix, Matrix, UpdateMatrix
+from sculpt.originals import Original
+from sculpt.subspaces import Bases
+from sculpt.targets import Target
+
+
+def make_matrix(target: Target, bases: Bases, original: Original, config: SculptConfig) -> Matrix:
+    """Give the weight what it needs to train; the module changes from here on."""
+    if config.chosen_engine == "compact":
+        return CompactMatrix(target, bases, original, recomputes(config, target))
+    kind = UpdateMatrix if config.chosen_engine == "update" else GradientMatrix
+    return kind(target, bases, original, config.constraint)
+
+
+def recomputes(config: SculptConfig, target: Target) -> bool:
+    """Whether each step rounds the weight afresh from the original, not its change."""
+    return target.parameter.dtype not in LOW_PRECISION or config.weight_update == "recompute"
+
+
+def trained_elements(target: Target, config: SculptConfig) -> int:
+    """How many numbers the optimizer moves for this target."""
+    m, n = target.shape[-2:]
+    t = target.trainable_rank
+    if config.chosen_engine != "compact":
+        return target.parameter.numel()
+    return math.prod(target.shape[:-2]) * t * (max(m, n) if _is_full(config, m, n) else t)
+
+
+def _is_full(config: SculptConfig, m: int, n: int) -> bool:
+    return config.coordinates == "full" and m != n
+
+
+def place_of_original(config: SculptConfig, target: Target) -> str:
+    """`"device"` where each step starts from it and nothing else was asked for."""
+    if config.originals != "auto":
+        return config.originals
+    if config.chosen_engine == "compact":
+        return "device" if recomputes(config, target) else "cpu"
+    return "device" if config.chosen_engine == "update" else "cpu"
+
+
+def reserve(matrices: list[Matrix]) -> None:
+    """Fail for want of memory before any weight has moved: ask for the largest workspace."""
+    compact = [matrix for matrix in matrices if isinstance(matrix, CompactMatrix)]
+    if compact and compact[0].weight.is_cuda:
+        largest = max(
+            max(matrix.weight.shape[-2:]) * max(matrix.trained.shape[-2:]) for matrix in compact
+        )
+        # The small product, its two 16-bit parts, and the change of the coordinates.
+        torch.empty(4 * largest, device=compact[0].weight.device)
+
+
+def drop_nonfinite_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Take all gradients away where one is not finite: nothing is changed by a step without them.
+
+    Returns:
+        Whether that was so. While a CUDA graph is captured nothing is looked at.
+    """
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in held if p.grad is not None]
+    if not grads or (grads[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm(grads, norm_type=float("inf")))):
+        return False
+    for parameter in held:
+        parameter.grad = None
+    return True

@@ -1,0 +1,234 @@
+"""One weight during a task: what trains, how the weight follows, what it was, and how it ends.
+
+Three kinds, one for each engine; all see the weight as `(..., out, in)`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from sculpt.layers import Coordinates, away_from, install, remove
+from sculpt.originals import Original
+from sculpt.subspaces import Bases
+from sculpt.targets import Target
+from sculpt_kernels import expand_add_, project_
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+Side = tuple[Tensor, bool]
+"""A basis, and whether it spans what is protected (else what is free)."""
+
+
+class Matrix(ABC):
+    """A weight `W` `(..., m, n)` while it is sculpted.
+
+    Attributes:
+        target: where it is in the model, and its preserved rank.
+        bases: of its subspaces.
+        original: `W₀`, the weight before the task.
+    """
+
+    def __init__(self, target: Target, bases: Bases, original: Original) -> None:
+        self.target = target
+        self.bases = bases
+        self.original = original
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    @property
+    def weight(self) -> Tensor:
+        """`W` `(..., m, n)` as it is now, without its autograd history."""
+        return self.target.oriented(self.target.parameter.detach())
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """What the optimizer holds."""
+        return self.target.parameter
+
+    @property
+    def rate_factor(self) -> float:
+        """How much larger a learning rate must be to move `W` as far as a dense step would."""
+        return math.sqrt(self.target.parameter.numel() / self.trained.numel())
+
+    def before(self) -> Tensor:
+        """`W₀` `(..., m, n)`, on the device of `W`."""
+        return self.target.oriented(self.original.get(self.target.parameter.device))
+
+    @abstractmethod
+    def follow(self, seed: Tensor | None) -> None:
+        """Bring the weight up to date with an optimizer step; `commit` or `undo` comes next."""
+
+    def commit(self) -> None:  # noqa: B027  (nothing to note for engines that train the weight)
+        """The step stands."""
+
+    def undo(self, followed: bool) -> None:  # noqa: B027  (the optimizer has moved the weight)
+        """Go back to before the step, as far as the weight can; `followed` says if it moved."""
+
+    def truth(self) -> Tensor:
+        """What the weight stands for, in float32 or the wider dtype of the weight."""
+        return self.weight
+
+    @abstractmethod
+    def protected(self) -> tuple[Side, Side]:
+        """The left and the right side that must not be touched."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Round the truth into the weight, once; the module is a plain one again."""
+
+
+class CompactMatrix(Matrix):
+    """`W = W₀ + U C Vᵀ`: coordinates train, the weight follows."""
+
+    def __init__(self, target: Target, bases: Bases, original: Original, recompute: bool) -> None:
+        super().__init__(target, bases, original)
+        self.recompute = recompute
+        weight = self.weight
+        U, V = bases.U, bases.V
+        rows = weight.shape[-2] if U is None else U.shape[-1]
+        columns = weight.shape[-1] if V is None else V.shape[-1]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        C = torch.zeros(*weight.shape[:-2], rows, columns, dtype=dtype, device=weight.device)
+        self.state = Coordinates(nn.Parameter(C), U, V, bases.removed, torch.zeros_like(C))
+        target.parameter.requires_grad_(False)
+        for place in target.places:
+            install(place, self.state)
+
+    @property
+    def trained(self) -> nn.Parameter:
+        return self.state.C
+
+    def follow(self, seed: Tensor | None) -> None:
+        state, C = self.state, self.state.C.detach()
+        if state.removed is not None:
+            C.copy_(away_from(C, state.removed, state.U is None))
+        if self.recompute:
+            self.write(C)
+        else:
+            expand_add_(
+                self.weight, C - state.folded, state.U, state.V, rounding="stochastic", seed=seed
+            )
+
+    def write(self, C: Tensor) -> None:
+        """`W ← W₀ + U C Vᵀ`, rounded once."""
+        expand_add_(self.weight, C, self.state.U, self.state.V, base=self.before())
+
+    def commit(self) -> None:
+        self.state.folded.copy_(self.state.C.detach())
+        self.state.note_current()
+
+    def undo(self, followed: bool) -> None:
+        state = self.state
+        if followed and not self.recompute:
+            # Random roundings cannot be taken back: this weight and its coordinates go on together.
+            self.commit()
+            return
+        state.C.detach().copy_(state.folded)
+        state.note_current()
+        if followed:
+            self.write(state.folded)
+
+    def truth(self) -> Tensor:
+        state = self.state
+        dtype = state.C.dtype
+        total = self.before().to(dtype, copy=True)
+        bases = (None if B is None else B.to(dtype) for B in (state.U, state.V))
+        return expand_add_(total, state.C.detach(), *bases)
+
+    def protected(self) -> tuple[Side, Side]:
+        state = self.state
+        sides = []
+        for free in (state.U, state.V):
+            if free is None:
+                assert state.removed is not None
+                sides.append((state.removed, True))
+            else:
+                sides.append((free, False))
+        return sides[0], sides[1]
+
+    def end(self) -> None:
+        self.write(self.state.C.detach())
+        for place in self.target.places:
+            remove(place)
+
+
+class UpdateMatrix(Matrix):
+    """`W = W₀ + P(ΔW)`: the weight trains, and what steps did to it is projected.
+
+    Always from `W₀`, so that the roundings of many steps do not add up. For 16-bit weights the sum
+    of the projected steps is kept in float32 beside them.
+    """
+
+    def __init__(self, target: Target, bases: Bases, original: Original, form: str) -> None:
+        super().__init__(target, bases, original)
+        self.form = form
+        target.parameter.requires_grad_(True)
+        weight = self.weight
+        self.delta: Tensor | None = None
+        if weight.dtype in LOW_PRECISION:
+            self.delta = torch.zeros_like(weight, dtype=torch.float32)
+
+    def _project_(self, X: Tensor) -> None:
+        U, V = (None if B is None else B.to(X.dtype) for B in (self.bases.U, self.bases.V))
+        project_(X, U, V, form=self.form, complement=self.bases.complement)
+
+    def follow(self, seed: Tensor | None) -> None:
+        W, W0 = self.weight, self.before()
+        if self.delta is None:
+            W.sub_(W0)
+            try:
+                self._project_(W)
+            finally:
+                W.add_(W0)
+            return
+        step = W.float() - (W0.float() + self.delta).to(W.dtype).float()
+        self._project_(step)
+        self.delta.add_(step)
+        W.copy_(W0.float() + self.delta)
+
+    def truth(self) -> Tensor:
+        W0 = self.before()
+        if self.delta is not None:
+            return W0.float() + self.delta
+        delta = self.weight - W0
+        self._project_(delta)
+        return W0 + delta
+
+    def protected(self) -> tuple[Side, Side]:
+        assert self.bases.U is not None
+        assert self.bases.V is not None
+        removed = self.bases.complement == "none"
+        return (self.bases.U, removed), (self.bases.V, removed)
+
+    def end(self) -> None:
+        self.weight.copy_(self.truth())
+
+
+class GradientMatrix(UpdateMatrix):
+    """The paper's engine: gradients are projected as they arrive, and the optimizer leaks."""
+
+    def __init__(self, target: Target, bases: Bases, original: Original, form: str) -> None:
+        super().__init__(target, bases, original, form)
+        self.delta = None
+        self._handle = target.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            self._project_gradient
+        )
+
+    def _project_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        with torch.no_grad():
+            self._project_(self.target.oriented(parameter.grad))
+
+    def follow(self, seed: Tensor | None) -> None:
+        """Nothing to do: what the optimizer did stands."""
+
+    def truth(self) -> Tensor:
+        return self.weight
+
+    def end(self) -> None:
+        self._handle.remove()
