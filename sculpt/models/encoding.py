@@ -6,6 +6,7 @@ makes of the whole; the offsets of the tokens tell which of them are answer, and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from sculpt.data.examples import DataError, Example
 
 IGNORED = -100
+LONGEST_QUESTION = 200
+"""Characters: a longer part of a prompt is taken for a passage."""
 
 Span = tuple[int, int]
 
@@ -44,18 +47,18 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A whole row as text, with the character ranges of its answers and of its passage."""
+    """A whole row as text, with the character ranges of its answers and of its passages."""
 
     text: str
     answers: tuple[Span, ...]
-    passage: Span
+    passages: tuple[Span, ...]
 
 
 class Encoder:
     """Turns examples into tokens.
 
-    max_tokens: of a whole row; max_text_tokens: of its passage, the longest line of the text.
-    What is too long loses the tail of its passage, and nothing else.
+    max_tokens: of a whole row; max_text_tokens: of its passage, the longest part of the text; see
+        `passages_of`. What is too long loses the tail of its passage.
 
     Raises `ValueError` for a tokenizer that cannot tell where its tokens come from.
     """
@@ -84,7 +87,7 @@ class Encoder:
         leading = () if example.messages else self.leading
         rendered = self._render(example)
         room = self._room(len(leading) + len(ends))
-        ids, spans, cut = self._tokens(rendered.text, rendered.passage, room, example)
+        ids, spans, cut = self._tokens(rendered.text, rendered.passages, room, example)
         learned = [
             any(a <= start and end <= b for a, b in rendered.answers) for start, end in spans
         ]
@@ -108,9 +111,8 @@ class Encoder:
         if example.messages:
             raise DataError(f"{example.where or 'a row'}: a chat needs a causal language model")
         after = self.trailing if trailing else ()
-        passage = _longest_line(example.text)
         room = self._room(len(self.leading) + len(after))
-        ids, _, cut = self._tokens(example.prompt, passage, room, example)
+        ids, _, cut = self._tokens(example.prompt, passages_of(example.text), room, example)
         return Encoded((*self.leading, *ids, *after), (), cut)
 
     def answer(self, example: Example, label: str) -> tuple[int, ...]:
@@ -141,30 +143,31 @@ class Encoder:
         return None if self.max_tokens is None else self.max_tokens - around
 
     def _tokens(
-        self, text: str, passage: Span, room: int | None, example: Example
+        self, text: str, passages: Sequence[Span], room: int | None, example: Example
     ) -> tuple[list[int], list[Span], int]:
-        """Tokens and their character ranges, after the passage has lost what is too much."""
+        """Tokens and their character ranges, after the passages have lost what is too much."""
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, spans = (
             list(found["input_ids"]),
             [(int(a), int(b)) for a, b in found["offset_mapping"]],
         )
-        inside = [i for i, (a, b) in enumerate(spans) if passage[0] <= a and b <= passage[1]]
-        too_many = 0
-        if self.max_text_tokens is not None:
-            too_many = max(0, len(inside) - self.max_text_tokens)
-        if room is not None:
-            too_many = max(too_many, len(ids) - room)
-        if too_many == 0:
-            return ids, spans, 0
-        if too_many >= len(inside):
+        inside = [
+            [i for i, (a, b) in enumerate(spans) if first <= a and b <= last]
+            for first, last in passages
+        ]
+        too_many = 0 if room is None else max(0, len(ids) - room)
+        if self.max_text_tokens is not None and inside:
+            too_many = max(too_many, len(inside[0]) - self.max_text_tokens)
+        dropped: set[int] = set()
+        for passage in inside:
+            dropped.update(passage[max(0, len(passage) - (too_many - len(dropped))) :])
+        if len(dropped) < too_many:
             raise DataError(
-                f"{example.where or 'a row'}: {len(ids)} tokens, of which only the {len(inside)} "
-                f"of the passage may be cut, do not fit into max_tokens={self.max_tokens}"
+                f"{example.where or 'a row'}: {len(ids)} tokens, of which only {len(dropped)} may "
+                f"be cut, do not fit into max_tokens={self.max_tokens}"
             )
-        dropped = set(inside[len(inside) - too_many :])
         kept = [place for place in range(len(ids)) if place not in dropped]
-        return [ids[i] for i in kept], [spans[i] for i in kept], too_many
+        return [ids[i] for i in kept], [spans[i] for i in kept], len(dropped)
 
     def _render(self, example: Example) -> _Rendered:
         if example.messages:
@@ -173,8 +176,8 @@ class Encoder:
         # The blank belongs to the answer: most tokenizers make one token of it and the word.
         between = " " if prompt and not prompt[-1:].isspace() else ""
         text = prompt + between + example.answer
-        passage = (0, len(text)) if example.is_document else _longest_line(example.text)
-        return _Rendered(text, ((len(prompt), len(text)),), passage)
+        passages = ((0, len(text)),) if example.is_document else passages_of(example.text)
+        return _Rendered(text, ((len(prompt), len(text)),), passages)
 
     def _render_chat(self, example: Example) -> _Rendered:
         turns = [{"role": m.role, "content": m.content} for m in example.messages]
@@ -195,10 +198,9 @@ class Encoder:
             answers.append((len(before), len(after.rstrip())))
         asked = [turn["content"] for turn in turns if turn["role"] != "assistant"]
         longest = max(asked, key=len, default="")
-        start = whole.find(longest) if longest else 0
-        first, last = _longest_line(longest)
-        passage = (start + first, start + last) if start >= 0 else (0, 0)
-        return _Rendered(whole[: answers[-1][1]], tuple(answers), passage)
+        start = whole.find(longest)
+        passages = [(start + a, start + b) for a, b in passages_of(longest)] if start >= 0 else []
+        return _Rendered(whole[: answers[-1][1]], tuple(answers), tuple(passages))
 
     def _template(self, turns: list[dict[str, str]], example: Example, *, question: bool) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -223,17 +225,21 @@ class Encoder:
         return (), ()
 
 
-def cut_rows(rows: Sequence[Encoded]) -> int:
-    """How many rows lost a part of their passage."""
-    return sum(row.cut > 0 for row in rows)
+def passages_of(text: str) -> tuple[Span, ...]:
+    """Character ranges that may lose their tails, in the order in which they do, longest first.
 
-
-def _longest_line(text: str) -> Span:
-    """Character range of the longest line."""
-    best = start = 0
-    length = -1
-    for line in text.split("\n"):
-        if len(line) > length:
-            best, length = start, len(line)
-        start += len(line) + 1
-    return best, best + max(length, 0)
+    A part of a prompt is a line and what follows it, up to the next line that begins with a name
+    and a colon, such as "question:". The longest part is the passage, and so are others that are
+    longer than any question. A first line that is shorter than what follows it stays: it says what
+    to do.
+    """
+    names = re.finditer(r"\n(?=[^\W\d][\w \-]{0,30}:)", text)
+    breaks = [found.start() for found in names]
+    starts, ends = [0, *(place + 1 for place in breaks)], [*breaks, len(text)]
+    parts = []
+    for start, end in zip(starts, ends, strict=True):
+        first, *others = text[start:end].split("\n")
+        stays = len(first) if others and len(first) < max(map(len, others)) else 0
+        parts.append((start + stays, end))
+    parts.sort(key=lambda span: span[0] - span[1])
+    return tuple(parts[:1] + [(a, b) for a, b in parts[1:] if b - a > LONGEST_QUESTION])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tiny_language import END, tiny_tokenizer
 
 from sculpt.data.examples import DataError, Example, Message
-from sculpt.models.encoding import IGNORED, Encoded, Encoder
+from sculpt.models.encoding import IGNORED, Encoded, Encoder, passages_of
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' <end>\n' }}{% endfor %}"
@@ -99,28 +100,46 @@ def test_a_chat_without_a_template_says_so() -> None:
 
 
 LONG = Example(
-    "is this good or bad ?\nthe film is very good and long and they say that it is\nthis is it",
+    "is this good or bad ?\nfilm: the film is very good and long and\nthey say that it is\n"
+    "Topic: this is it",
     "very good",
     "\nVerdict :",
 )
 
 
-@pytest.mark.parametrize("limit", [{"max_tokens": 17}, {"max_text_tokens": 3}])
+@pytest.mark.parametrize("limit", [{"max_tokens": 22}, {"max_text_tokens": 6}])
 def test_a_long_row_loses_the_tail_of_its_passage(limit: dict[str, int]) -> None:
     tokenizer = tiny_tokenizer()
-    encoder = Encoder(tokenizer, **limit)
-    row = encoder.causal(LONG)
-    text = tokenizer.decode(row.ids)
-    start = "is this good <unk> bad <unk> the film is"
-    assert text == f"{start} this is it Verdict : very good {END}"
-    assert row.cut == 10
-    asked = Encoder(tokenizer, max_text_tokens=3).question(LONG)
-    assert tokenizer.decode(asked.ids) == f"{start} this is it Verdict :"
+    row = Encoder(tokenizer, **limit).causal(LONG)
+    start = "is this good <unk> bad <unk> film : the film is very"
+    end = "Topic : this is it Verdict :"
+    assert tokenizer.decode(row.ids) == f"{start} {end} very good {END}"
+    assert row.cut == 9
+    asked = Encoder(tokenizer, **limit).question(LONG)
+    assert tokenizer.decode(asked.ids).startswith(start)
+    assert tokenizer.decode(asked.ids).endswith(end)
 
 
-def test_the_first_words_of_a_passage_stay_or_it_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"only the 13 of the passage may be cut.*max_tokens=14"):
-        Encoder(tiny_tokenizer(), max_tokens=14).causal(LONG)
+@pytest.mark.parametrize(
+    ("text", "passages"),
+    [
+        ("one line", ["one line"]),
+        ("two\nparagraphs of text", ["\nparagraphs of text"]),
+        ("Which?\nOption: a \na first line\n\nand the last", ["\na first line\n\nand the last"]),
+        ("Do it.\nparagraph: a long one\nquestion: what", ["paragraph: a long one"]),
+        (
+            "a: " + 300 * "x" + "\nb: " + 250 * "y" + "\nc: z",
+            ["a: " + 300 * "x", "b: " + 250 * "y"],
+        ),
+    ],
+)
+def test_passages_are_what_is_long_and_never_the_question(text: str, passages: list[str]) -> None:
+    assert [text[a:b] for a, b in passages_of(text)] == passages
+
+
+def test_what_cannot_be_cut_must_fit() -> None:
+    with pytest.raises(DataError, match=r"f:7: 30 tokens, of which only \d+ may.*max_tokens=14"):
+        Encoder(tiny_tokenizer(), max_tokens=14).causal(replace(LONG, where="f:7"))
 
 
 def test_a_long_chat_loses_the_tail_of_what_is_asked() -> None:
