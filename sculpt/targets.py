@@ -124,11 +124,11 @@ def _wanted(model: nn.Module, targets: str | Sequence[str]) -> tuple[list[Place]
     """Weights that the request names, in the model's order; names without one, with the reason."""
     found: list[Place] = []
     refused: dict[str, str] = {}
-    head = _output_embedding(model)
+    heads = _heads(model)
     for path, module in model.named_modules():
         matrices = list(_matrices(path, module))
         if targets == "all-linear":
-            found += [place for place in matrices if _is_linear(place) and module is not head]
+            found += [place for place in matrices if _is_linear(place) and module not in heads]
         elif _matches(path, targets):
             found += matrices
             if not matrices:
@@ -225,20 +225,20 @@ def _refuse_quantised(model: nn.Module) -> None:
 
 
 def _left_out(model: nn.Module, taken: set[str], refused: dict[str, str]) -> dict[str, str]:
-    head = _output_embedding(model)
+    heads = _heads(model)
     reasons = {}
     for full, _ in model.named_parameters(remove_duplicate=False):
         path, _, parameter = full.rpartition(".")
         name = path if parameter == "weight" else full
         if name not in taken:
             module = model.get_submodule(path)
-            reasons[full] = refused.get(name) or _why_not(module, parameter, head)
+            reasons[full] = refused.get(name) or _why_not(module, parameter, heads)
     return reasons
 
 
-def _why_not(module: nn.Module, parameter: str, head: nn.Module | None) -> str:
-    if module is head and parameter == "weight":
-        return "output embedding"
+def _why_not(module: nn.Module, parameter: str, heads: dict[nn.Module, str]) -> str:
+    if module in heads and parameter == "weight":
+        return heads[module]
     if parameter.endswith("bias"):
         return "bias: only matrices are sculpted"
     if isinstance(module, nn.Linear) or _is_conv1d(module):
@@ -246,14 +246,19 @@ def _why_not(module: nn.Module, parameter: str, head: nn.Module | None) -> str:
     return f"{type(module).__name__}: not in target_modules"
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    """Of the model, or of the one inside a wrapper."""
+def _heads(model: nn.Module) -> dict[nn.Module, str]:
+    """What the model, or the one in a wrapper, answers through, by its kind."""
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
-        if callable(getter):
-            head = getter()
-            return head if isinstance(head, nn.Module) else None
-    return None
+        if not callable(getter):
+            continue
+        head = getter()
+        if isinstance(head, nn.Module):
+            return {head: "output embedding"}
+        # A classification head is what a model has beside its base model.
+        inside = {module, *getattr(module, "base_model", module).modules()}
+        return {part: "classification head" for part in module.modules() if part not in inside}
+    return {}
 
 
 def _linear_suffixes(model: nn.Module) -> str:

@@ -108,8 +108,9 @@ class Encoder:
 
     def prompt(self, example: Example, *, trailing: bool = True) -> Encoded:
         """Only what is asked, with the tokenizer's own tokens around it."""
-        if example.messages:
-            raise DataError(f"{example.where or 'a row'}: a chat needs a causal language model")
+        if example.messages or example.is_document:
+            kind = "chat" if example.messages else "document"
+            raise DataError(f"{example.where or 'a row'}: a {kind} needs a causal language model")
         after = self.trailing if trailing else ()
         room = self._room(len(self.leading) + len(after))
         ids, _, cut = self._tokens(example.prompt, passages_of(example.text), room, example)

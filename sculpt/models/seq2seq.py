@@ -53,7 +53,7 @@ class Seq2SeqLearner(Answering):
         return cls(*load_pretrained("AutoModelForSeq2SeqLM", path, dtype), **options)
 
     def encode(self, example: Example) -> Encoded:
-        asked = self._read(example)
+        asked = self.encoder.prompt(example)
         return Encoded(asked.ids, self._answer(example, example.answer), asked.cut)
 
     def loss(self, rows: Sequence[Encoded]) -> tuple[Tensor, int]:
@@ -64,16 +64,8 @@ class Seq2SeqLearner(Answering):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         return loss, sum(len(row.ids) + len(row.labels) for row in rows)
 
-    def _read(self, example: Example) -> Encoded:
-        if example.is_document:
-            raise DataError(
-                f"{example.where or 'a row'}: a document asks nothing, so an encoder-decoder has "
-                "nothing to read; use a causal language model"
-            )
-        return self.encoder.prompt(example)
-
     def _question(self, example: Example) -> tuple[int, ...]:
-        return self._read(example).ids
+        return self.encoder.prompt(example).ids
 
     def _answer(self, example: Example, label: str) -> tuple[int, ...]:
         if label not in self._answers:

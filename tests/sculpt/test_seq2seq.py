@@ -123,7 +123,7 @@ def test_labels_are_ranked_and_written(learner: Seq2SeqLearner, batch_size: int)
 
 
 def test_documents_and_chats_are_refused(learner: Seq2SeqLearner) -> None:
-    with pytest.raises(DataError, match="f:1: a document asks nothing"):
+    with pytest.raises(DataError, match="f:1: a document needs a causal language model"):
         learner.encode(Example(answer="the film", where="f:1"))
     messages = (Message("user", "good"), Message("assistant", "quite"))
     with pytest.raises(DataError, match="f:2: a chat needs a causal language model"):
