@@ -346,6 +346,11 @@ class Sculptor:
             None if previous is None else Path(previous),
         )
 
+    @property
+    def weights_follow(self) -> bool:
+        """Whether all weights of the running task follow from what `save` writes."""
+        return all(state.derives_weight(matrix) for matrix in self._running().values())
+
     @classmethod
     def load(cls, model: nn.Module, path: FilePath) -> Sculptor:
         """The sculptor that `save` wrote, its task running; nothing is decomposed again.

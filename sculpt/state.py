@@ -106,7 +106,7 @@ def describe(matrix: Matrix) -> dict[str, Any]:
         "complement": bases.complement,
         "energy": bases.energy,
         "method": bases.method,
-        "weight": None if _derives_weight(matrix) else _weight_checksum(matrix.target),
+        "weight": None if derives_weight(matrix) else _weight_checksum(matrix.target),
     }
 
 
@@ -167,7 +167,8 @@ def resume(matrix: Matrix, about: Mapping[str, Any], moving: Mapping[str, Tensor
         )
 
 
-def _derives_weight(matrix: Matrix) -> bool:
+def derives_weight(matrix: Matrix) -> bool:
+    """Whether the weight follows from what is saved here."""
     return isinstance(matrix, CompactMatrix) and matrix.recompute
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sculpt.models.learner import Learner
 from sculpt.runs.directory import RunError
+from sculpt.runs.flatten import random_states, set_random_states
 
 
 def check_lm_eval(tasks: Sequence[str]) -> None:
@@ -23,7 +24,7 @@ def general_ability(learner: Learner, tasks: Sequence[str], limit: int | None) -
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    was_training = learner.model.training
+    was_training, states = learner.model.training, random_states()
     learner.model.eval()
     found = lm_eval.simple_evaluate(
         model=HFLM(pretrained=learner.model, tokenizer=learner.tokenizer),
@@ -31,9 +32,10 @@ def general_ability(learner: Learner, tasks: Sequence[str], limit: int | None) -
         limit=limit,
     )
     learner.model.train(was_training)
+    set_random_states(states)  # it sets seeds of its own
     return {
         f"{task} {measure.split(',')[0]}": float(value)
         for task, scores in found["results"].items()
         for measure, value in scores.items()
-        if isinstance(value, int | float) and "stderr" not in measure
+        if isinstance(value, int | float) and "stderr" not in measure and measure != "sample_len"
     }

@@ -253,10 +253,11 @@ class Run:
             self.directory.write_status("running", self._where, self.config.method)
 
     def _weights_version(self) -> str | None:
-        """The weights are the same from the end of a task to the first step of the next one."""
+        """The weights are the same from the end of a task to the first step of the next one, and
+        need not be written again where those in between follow from other parts."""
         state = self.state
-        if state.phase in ("train", "certify"):
-            return None if state.step else f"after {state.task} tasks"
+        if self.begun is not None and state.step and not self.strategy.weights_follow():
+            return None
         return f"after {state.task + (state.phase == 'evaluate')} tasks"
 
     def restore(self) -> None:

@@ -39,8 +39,12 @@ class Strategy(Protocol):
         previous: folder of the save before, where there is one.
         """
 
+    def weights_follow(self) -> bool:
+        """Whether the weights follow from those before the task and from what `save` writes."""
+
     def resume_task(self, name: str, folder: Path) -> Begun:
-        """Take up a task on a model that has the weights of the moment of `save`."""
+        """Take up a task on a model that has the weights of the moment of `save`, or, where the
+        weights follow, those before the task."""
 
     def certify(self, advance: Advance) -> Certificate | None:
         """Measure what moved since `begin_task`; None where nothing was promised."""
@@ -64,6 +68,9 @@ class PlainStrategy:
 
     def save(self, folder: Path, previous: Path | None) -> None:
         """Weights and optimizer are all there is."""
+
+    def weights_follow(self) -> bool:
+        return False
 
     def resume_task(self, name: str, folder: Path) -> Begun:
         return self._begun()
@@ -112,6 +119,10 @@ class SculptStrategy:
     def save(self, folder: Path, previous: Path | None) -> None:
         """Bases and coordinates: subspaces are not searched again."""
         self._sculptor.save(folder, previous=previous)
+
+    def weights_follow(self) -> bool:
+        frozen = self._config.sculpt.others == "freeze" and not self._free
+        return frozen and self._sculptor.weights_follow
 
     def resume_task(self, name: str, folder: Path) -> Begun:
         self._sculptor = Sculptor.load(self._model, folder)

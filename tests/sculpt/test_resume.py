@@ -110,6 +110,24 @@ def test_only_the_newest_checkpoints_are_kept_and_none_in_the_end(tmp_path: Path
     assert not (config.out / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "linked"),
+    [({}, True), ({"dtype": "bfloat16"}, False), ({"method": "plain"}, False)],
+    ids=["float32", "bfloat16", "plain"],
+)
+def test_weights_that_follow_are_written_once_for_a_task(
+    tmp_path: Path, changes: dict[str, Any], linked: bool
+) -> None:
+    config = run_config(tmp_path, checkpoint={"every_steps": 1, "keep": 2}, **changes)
+    with pytest.raises(Stopped):
+        run(config, lambda now: stop_at(1)(now) if (now.phase, now.done) == ("train", 3) else None)
+    one, two = sorted((config.out / "checkpoints").iterdir())
+    assert one.joinpath("model.safetensors").samefile(two / "model.safetensors") == linked
+    assert not one.joinpath("random.safetensors").samefile(two / "random.safetensors")
+    if linked:
+        assert one.joinpath("method/task.safetensors").samefile(two / "method/task.safetensors")
+
+
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     config = run_config(tmp_path)
     run(config)
