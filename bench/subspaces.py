@@ -1,12 +1,14 @@
 """Subspace methods side by side: seconds, captured energy, angles, orthonormality.
 
-    python -m bench.subspaces --out bench/results/subspaces-cpu.json
+    python -m bench.subspaces --real --out bench/results/subspaces-cpu.json
+    python -m bench.subspaces --model --out bench/results/subspaces-cpu-model.json
     python -m bench.subspaces --sizes 4096x4096 4096x11008 --device cuda
 
-Every method is timed on the same matrix in turn, `--repeat` times, and the median is kept. The
-truth is an SVD in float64. `energy` is what the preserved bases capture over the optimum, `cosine`
-the mean squared cosine between the preserved span and the true one, `defect` the largest entry of
-`QᵀQ - I`.
+Methods take turns on the same matrix, `--repeat` times: the median counts, and the median over
+rounds of the ratio to `torch.linalg.svd`. The truth is an SVD in float64. `energy` is what the
+preserved part captures over the optimum, `cosine` the mean squared cosine between the span that was
+asked for and the true one, `defect` the largest entry of `QᵀQ - I`; for ours `Q` is the leading
+basis beside the trailing one. `--model` splits all matrices of SmolLM2 instead, end to end.
 """
 
 from __future__ import annotations
@@ -72,142 +74,215 @@ def matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
         for name, values in spectra(min(m, n)).items():
             yield f"{size} {name}", planted(m, n, values, arguments.device)
     if arguments.real:
-        from safetensors import safe_open
-
         from sculpt.demo.models import minilm, smollm2
 
-        picks = {
-            "SmolLM2": (
-                smollm2(),
-                "model.layers.14.self_attn.q_proj",
-                "model.layers.14.mlp.up_proj",
-            ),
-            "MiniLM": (
-                minilm(),
-                "encoder.layer.3.attention.self.query",
-                "encoder.layer.3.output.dense",
-            ),
-        }
-        for model, (folder, *names) in picks.items():
-            with safe_open(str(Path(folder) / "model.safetensors"), framework="pt") as file:
-                for name in names:
-                    yield f"{model} {name}", file.get_tensor(f"{name}.weight").to(arguments.device)
+        layer = "model.layers.14"
+        yield from weights(smollm2(), [f"{layer}.self_attn.q_proj", f"{layer}.mlp.up_proj"])
+        layer = "encoder.layer.3"
+        yield from weights(minilm(), [f"{layer}.attention.self.query", f"{layer}.output.dense"])
 
 
-def methods(rank: int) -> dict[str, Callable[[Tensor], Bases]]:
-    """Leading bases of `rank` columns, by each method."""
+def weights(folder: Path, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Matrices of a model by name, or all of its layers, in float32."""
+    from safetensors import safe_open
 
-    def ours(method: str, double: bool = False) -> Callable[[Tensor], Bases]:
+    with safe_open(str(Path(folder) / "model.safetensors"), framework="pt") as file:
+        layers = [key[: -len(".weight")] for key in sorted(file.keys()) if "proj.weight" in key]
+        for name in layers if names is None else names:
+            yield name, file.get_tensor(f"{name}.weight").float()
+
+
+def methods(rank: int) -> dict[str, tuple[str, Callable[[Tensor], Bases]]]:
+    """Which part each method finds, and how; the baseline first."""
+
+    def ours(part: str, method: str, dtype: torch.dtype = torch.float32) -> Any:
         def run(W: Tensor) -> Bases:
-            found = split(W.double() if double else W, rank=rank, part="high", method=method)
+            found = split(W.to(dtype), rank=rank, part=part, method=method)
             return found.U, found.V
 
-        return run
+        return part, run
 
     def library_svd(W: Tensor) -> Bases:
         U, _, Vh = torch.linalg.svd(W, full_matrices=False)
         return U[:, :rank], Vh[:rank].T
+
+    def library_eigh(W: Tensor) -> Bases:
+        A = W if W.shape[0] <= W.shape[1] else W.T
+        U = torch.linalg.eigh(A @ A.T).eigenvectors[:, -rank:]
+        V = torch.linalg.qr(A.T @ U).Q
+        return (U, V) if A is W else (V, U)
 
     def lowrank(W: Tensor) -> Bases:
         U, _, V = torch.svd_lowrank(W, q=rank, niter=2)
         return U, V
 
     return {
-        "torch.linalg.svd": library_svd,
-        "torch.svd_lowrank": lowrank,
-        "auto": ours("auto"),
-        "gram, float64": ours("gram", double=True),
-        "spectral, float64": ours("spectral", double=True),
-        "range": ours("range"),
+        "torch.linalg.svd": ("high", library_svd),
+        "torch.linalg.eigh": ("high", library_eigh),
+        "torch.svd_lowrank": ("high", lowrank),
+        "auto, low": ours("low", "auto"),
+        "auto, high": ours("high", "auto"),
+        "gram, float64, low": ours("low", "gram", torch.float64),
+        "spectral, low": ours("low", "spectral"),
+        "range, high": ours("high", "range"),
     }
 
 
-def quality(W: Tensor, bases: Bases, truth: tuple[Tensor, Tensor, Tensor], rank: int) -> dict:
+def quality(
+    W: Tensor,
+    part: str,
+    bases: Bases,
+    truth: tuple[Tensor, Tensor, Tensor],
+    rank: int,
+    other: Bases | None = None,
+) -> dict[str, float]:
+    """What the file says; `other` are the bases of the other part."""
     U, V = (B.double() for B in bases)
     exact_U, S, exact_V = truth
-    captured = float((U.T @ W.double() @ V).square().sum() / S[:rank].square().sum())
-    cosines = [
-        float((B.T @ E[:, :rank]).square().sum() / rank) for B, E in ((U, exact_U), (V, exact_V))
-    ]
-    eye = torch.eye(rank, dtype=torch.float64, device=W.device)
-    defect = max(float((B.T @ B - eye).abs().max()) for B in (U, V))
-    return {"energy": captured, "cosine": min(cosines), "defect": defect}
+    wide = W.double()
+    best = S[:rank].square().sum()
+    if part == "high":
+        captured = (U.T @ wide @ V).square().sum()
+    else:
+        # A trailing basis is judged by what it leaves, on the worse of its sides.
+        taken = ((U.T @ wide).square().sum(), (wide @ V).square().sum())
+        captured = wide.square().sum() - torch.stack(taken).max()
+    columns = slice(None, rank) if part == "high" else slice(rank, None)
+    cosines, defects = [], []
+    for B, E, C in zip((U, V), (exact_U, exact_V), other or (None, None), strict=True):
+        cosines.append(float((B.T @ E[:, columns]).square().sum() / B.shape[1]))
+        both = B if C is None else torch.cat([B, C.double()], -1)
+        eye = torch.eye(both.shape[1], dtype=both.dtype, device=both.device)
+        defects.append(float((both.T @ both - eye).abs().max()))
+    return {"energy": float(captured / best), "cosine": min(cosines), "defect": max(defects)}
 
 
-def seconds(run: Callable[[], Any], device: str, repeat: int) -> float:
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    start = time.perf_counter()
+    found = run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, found
 
 
-def main() -> None:
+LIBRARY = ("torch.linalg.svd", "torch.linalg.eigh", "torch.svd_lowrank")
+
+
+def compare(name: str, W: Tensor, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row per method and rank."""
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    for share in arguments.trainable:
+        rank = min(W.shape) - int(share * min(W.shape))
+        listed = methods(rank)
+        spent: dict[str, list[float]] = {method: [] for method in listed}
+        found: dict[str, Bases] = {}
+        for _ in range(arguments.repeat):
+            for method, (_, run) in listed.items():
+                seconds, found[method] = timed(lambda: run(W), arguments.device)  # noqa: B023
+                spent[method].append(seconds)
+        for method, (part, _) in listed.items():
+            ratios = [a / b for a, b in zip(spent[LIBRARY[0]], spent[method], strict=True)]
+            beside = {"auto, low": "auto, high", "auto, high": "auto, low"}.get(method)
+            other = found[beside] if beside else None
+            yield {
+                "matrix": name,
+                "trainable": share,
+                "method": method,
+                "seconds": statistics.median(spent[method]),
+                "speedup": statistics.median(ratios),
+                **quality(W, part, found[method], (U, S, Vh.T), rank, other),
+            }
+
+
+def whole_model(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All matrices of SmolLM2 at t/k = 1/4, each by every way in turn; the worst qualities."""
+    from sculpt.demo.models import smollm2
+
+    def ours(dtype: torch.dtype) -> Callable[[Tensor, int], Bases]:
+        def run(W: Tensor, rank: int) -> Bases:
+            low = split(W.to(dtype), rank=rank)
+            return low.U, low.V
+
+        return run
+
+    ways = {"auto": ours(torch.float32), "auto, float64": ours(torch.float64)}
+    spent = dict.fromkeys((LIBRARY[0], f"{LIBRARY[0]}, float64", *ways), 0.0)
+    worst: dict[str, dict[str, float]] = {name: {} for name in spent}
+    count = 0
+    for _, W in weights(smollm2()):
+        count += 1
+        rank = min(W.shape) - int(0.25 * min(W.shape))
+        truth = None
+        for name in list(spent)[:2]:
+            A = W.double() if "float64" in name else W
+            seconds, truth = timed(
+                lambda: torch.linalg.svd(A, full_matrices=False),  # noqa: B023
+                arguments.device,
+            )
+            spent[name] += seconds
+        assert truth is not None
+        U, S, Vh = truth
+        for name, run in ways.items():
+            seconds, bases = timed(lambda: run(W, rank), arguments.device)  # noqa: B023
+            spent[name] += seconds
+            for key, value in quality(W, "low", bases, (U, S, Vh.T), rank).items():
+                pick = max if key == "defect" else min
+                worst[name][key] = pick(worst[name].get(key, value), value)
+    for name, seconds in spent.items():
+        yield {
+            "matrix": f"SmolLM2, all {count} matrices",
+            "trainable": 0.25,
+            "method": name,
+            "seconds": seconds,
+            "speedup": spent[LIBRARY[0]] / seconds,
+            **worst[name],
+        }
+
+
+def about(device: str) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="*", default=["256x256", "576x1536", "1024x2752"])
     parser.add_argument("--trainable", nargs="+", type=float, default=[0.125, 0.25, 0.5])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--real", action="store_true", help="weights of SmolLM2 and MiniLM too")
+    parser.add_argument("--model", action="store_true", help="all of SmolLM2 instead")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
 
-    rows = []
-    for name, W in matrices(arguments):
-        U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-        for share in arguments.trainable:
-            rank = min(W.shape) - int(share * min(W.shape))
-            baseline = None
-            for method, run in methods(rank).items():
-                spent = seconds(lambda: run(W), arguments.device, arguments.repeat)  # noqa: B023
-                baseline = baseline or spent
-                found = quality(W, run(W), (U, S, Vh.T), rank)
-                rows.append(
-                    {
-                        "matrix": name,
-                        "trainable": share,
-                        "method": method,
-                        "seconds": spent,
-                        "speedup": baseline / spent,
-                        **found,
-                    }
-                )
+    if arguments.model:
+        rows = list(whole_model(arguments))
+    else:
+        rows = [row for name, W in matrices(arguments) for row in compare(name, W, arguments)]
     table = Table(title="against torch.linalg.svd of the same matrix")
-    for title in (
-        "matrix",
-        "t/k",
-        "method",
-        "seconds",
-        "speed-up",
-        "1 - energy",
-        "1 - cosine",
-        "defect",
-    ):
+    for title in ("matrix", "t/k", "method", "seconds", "speed-up", "1 - energy", "1 - cosine",
+                  "defect"):  # fmt: skip
         table.add_column(title, justify="left" if title in ("matrix", "method") else "right")
     for row in rows:
+        losses = (1 - row.get("energy", 1), 1 - row.get("cosine", 1), row.get("defect", 0))
         table.add_row(
             row["matrix"],
             f"{row['trainable']:g}",
             row["method"],
             f"{row['seconds']:.3f}",
             f"{row['speedup']:.2f}x",
-            *(f"{x:.0e}" for x in (1 - row["energy"], 1 - row["cosine"], row["defect"])),
+            *(f"{x:.0e}" for x in losses),
         )
     Console(width=150).print(table)
     if arguments.out:
-        where = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
-        about = {
-            "device": where,
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         partial = arguments.out.with_suffix(".partial")
-        partial.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+        partial.write_text(json.dumps({"about": about(arguments.device), "rows": rows}, indent=1))
         partial.replace(arguments.out)
 
 

@@ -69,24 +69,22 @@ def gram(A: Tensor, request: Request) -> Parts:
 
     In the dtype of `A`. Forming the Gram matrix leaves an error of about `eps λ₁` in each
     eigenvalue: where float32 does not resolve the gap at the cut, the vectors next to it are
-    separated in float64 by a Rayleigh-Ritz step, and where that is not enough because too many are
-    close, all is done again in float64.
+    separated in float64 by a Rayleigh-Ritz step; and where that is not enough, because too many are
+    close, all is done again in float64, unless the values at the cut are so close that the rounding
+    of a float32 matrix alone decides between them.
     """
     values, vectors = torch.linalg.eigh(symmetric_product(A, lower=True))
     squares, U = values.flip(-1).clamp_min(0), vectors.flip(-1)
     share = _shares(squares)
     h = request.choose(share)
-    k = A.shape[-2]
-    if A.dtype == torch.float32 and 0 < h < k:
+    if A.dtype == torch.float32 and 0 < h < A.shape[-2]:
         noise = 32 * torch.finfo(A.dtype).eps * squares[..., 0]
         if bool((squares[..., h - 1] - squares[..., h] < noise).any()):
-            near = slice(max(0, h - WINDOW), min(k, h + WINDOW))
-            if not _resolved(squares, h, near, noise):
+            resolved = _resolved(squares, h, noise)
+            squares, U = _separated(A, squares, U, h)
+            if not resolved and _determined(squares, h):
                 exact = gram(A.double(), request)
                 return replace(exact, U=exact.U.to(A.dtype), V=exact.V.to(A.dtype))
-            inside, turned = _ritz(A, U[..., near])
-            squares = torch.cat([squares[..., : near.start], inside, squares[..., near.stop :]], -1)
-            U = torch.cat([U[..., : near.start], turned, U[..., near.stop :]], -1)
     V = _long_side(A, U, squares, h, request)
     return Parts(U[..., request.columns(h)], V, h, _kept(share, h), "gram")
 
@@ -95,17 +93,35 @@ def gram(A: Tensor, request: Request) -> Parts:
 WINDOW = 32
 
 
-def _resolved(squares: Tensor, h: int, near: slice, noise: Tensor) -> bool:
+def _resolved(squares: Tensor, h: int, noise: Tensor) -> bool:
     """Whether what a step inside the window leaves mixed is far enough apart.
 
     That is what lies above the window with what lies below the cut, and what lies below the window
     with what lies above the cut.
     """
-    above = near.start == 0 or bool((squares[..., near.start - 1] - squares[..., h] >= noise).all())
-    below = near.stop == squares.shape[-1] or bool(
-        (squares[..., h - 1] - squares[..., near.stop] >= noise).all()
+    above = h <= WINDOW or bool((squares[..., h - WINDOW - 1] - squares[..., h] >= noise).all())
+    below = h + WINDOW >= squares.shape[-1] or bool(
+        (squares[..., h - 1] - squares[..., h + WINDOW] >= noise).all()
     )
     return above and below
+
+
+def _determined(squares: Tensor, h: int) -> bool:
+    """Whether some matrix of the batch tells its singular values at the cut apart."""
+    values = squares.sqrt()
+    eps = torch.finfo(squares.dtype).eps
+    return bool((values[..., h - 1] - values[..., h] > eps * values[..., 0]).any())
+
+
+def _separated(A: Tensor, squares: Tensor, U: Tensor, h: int) -> tuple[Tensor, Tensor]:
+    """`squares` and `U` with those in the window replaced by what is best within their span."""
+    near = slice(max(0, h - WINDOW), h + WINDOW)
+    inside, turned = _ritz(A, U[..., near])
+
+    def placed(X: Tensor, part: Tensor) -> Tensor:
+        return torch.cat([X[..., : near.start], part, X[..., near.stop :]], -1)
+
+    return placed(squares, inside), placed(U, turned)
 
 
 def _ritz(A: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,18 @@ def test_a_ritz_step_separates_what_float32_mixes_at_the_cut(part, monkeypatch):
         assert float((B.double() - exact @ (exact.T @ B.double())).norm()) <= 1e-3
 
 
+def test_gram_is_not_done_twice_for_a_cut_that_rounding_decides(monkeypatch):
+    calls = []
+    real = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda S: calls.append(S.dtype) or real(S))
+    equal = planted(150, 200, torch.where(torch.arange(150) < 50, 1.0, 0.2)).float()
+    split(equal, rank=100, method="gram")
+    assert calls == [torch.float32, torch.float64]  # the second one within the window
+    calls.clear()
+    split(planted(150, 200, torch.logspace(0, -6, 150)).float(), rank=100, method="gram")
+    assert calls == [torch.float32, torch.float64, torch.float64]
+
+
 @pytest.mark.parametrize("method", ["gram", "svd", "spectral"])
 @pytest.mark.parametrize("nonzero", [0, 3, 10, 40])
 def test_columns_that_are_exactly_zero(nonzero, method):
