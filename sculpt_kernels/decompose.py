@@ -296,16 +296,6 @@ def _cleaned(A: Tensor, S: Tensor, U: Tensor, image: Tensor) -> Tensor:
 ALGORITHMS = {"svd": svd, "gram": gram, "range": range_, "spectral": spectral}
 
 
-def choose_method(shape: tuple[int, ...], device: torch.device) -> str:
-    """The algorithm of `method="auto"`.
-
-    On CPU `gram` won every measured shape from 64 to 2752. On GPU an eigendecomposition is a chain
-    of small kernels and a loop over the batch, products are what the device is made for: from 1024
-    on `spectral` is predicted to win.
-    """
-    return "spectral" if device.type == "cuda" and min(shape[-2:]) >= 1024 else "gram"
-
-
 def _shares(squares: Tensor) -> Tensor:
     """Share of energy in the leading 1, 2, ... directions; a zero matrix has none to lose."""
     total = squares.sum(-1, keepdim=True)

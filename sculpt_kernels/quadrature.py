@@ -9,8 +9,12 @@ from torch import Tensor
 
 from sculpt_kernels.sketch import sketch
 
-PROBES = 10
 STEPS = 60
+
+
+def probes(k: int) -> int:
+    """Random probes: the standard error of a count is at most `k^½ / (2 probes)^½`."""
+    return min(10, max(4, 6000 // k))
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Density:
         return ranks.mean(-1), ranks.std(-1) / ranks.shape[-1] ** 0.5
 
 
-def density(S: Tensor, seed: int, *, probes: int = PROBES, steps: int = STEPS) -> Density:
+def density(S: Tensor, seed: int) -> Density:
     """Lanczos on random probes, re-orthogonalised in full; blocked, no host synchronisation.
 
     Ubaru, Chen, Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J.
@@ -54,8 +58,9 @@ def density(S: Tensor, seed: int, *, probes: int = PROBES, steps: int = STEPS) -
     first components of their vectors the weights.
     """
     k = S.shape[-1]
-    steps = min(steps, k)
-    q = sketch(k, probes, seed, dtype=S.dtype, device=S.device).expand(*S.shape[:-2], k, probes)
+    steps = min(STEPS, k)
+    q = sketch(k, probes(k), seed, dtype=S.dtype, device=S.device)
+    q = q.expand(*S.shape[:-2], k, q.shape[-1])
     q = q / torch.linalg.vector_norm(q, dim=-2, keepdim=True)
     basis = [q]
     alphas: list[Tensor] = []

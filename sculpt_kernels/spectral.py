@@ -17,6 +17,7 @@ result, on small matrices.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -38,7 +39,7 @@ REMNANT = 1e-2
 # Applications of the projector, each of which takes the wrong side down by 2 REMNANT.
 APPLICATIONS = 9
 # Largest matrix that goes to the library's eigensolver.
-DIRECT = 256
+DIRECT = 640
 
 
 def invariant_subspace(
@@ -62,12 +63,12 @@ def invariant_subspace(
     if 2 * count > k or (2 * count == k and not leading):
         other, above, below = invariant_subspace(S, k - count, not leading, seed)
         return complement(other, seed), above, below
-    margin = max(MARGIN * k, 8.0)
+    margin = margin_of(k)
     spectrum = density(S, seed)
     beyond = count + margin if leading else k - count - margin
     shift = spectrum.threshold(torch.full_like(S[..., 0, 0], beyond))
     sign = _sign(S, shift, spectrum.nodes[..., -1].amax(-1))
-    width = int(np.ceil(count + 2 * margin))
+    width = width_of(count, margin)
     C = _range(sign if leading else -sign, width, seed + 1)
     inside = symmetric_product(C.mT, S @ C)
     if width > DIRECT:
@@ -77,6 +78,16 @@ def invariant_subspace(
     at = width - count if leading else count
     columns = slice(at, None) if leading else slice(None, at)
     return C @ vectors[..., columns], values[..., at], values[..., at - 1]
+
+
+def margin_of(k: int) -> float:
+    """Eigenvalues between the cut and the shift, of `k`."""
+    return max(MARGIN * k, 8.0)
+
+
+def width_of(count: int, margin: float) -> int:
+    """Columns that hold `count` vectors, the margin, and as much again for the error."""
+    return math.ceil(count + 2 * margin)
 
 
 def complement(Q: Tensor, seed: int) -> Tensor:
@@ -105,10 +116,10 @@ def _range(sign: Tensor, width: int, seed: int) -> Tensor:
     P = sign / 2 + (0.5 + REMNANT) * eye
     C = sketch(k, width, seed, dtype=sign.dtype, device=sign.device)
     for step in range(APPLICATIONS):
-        C = P @ C
-        # Two applications between passes keep the condition far from what Cholesky cannot take.
-        if step % 2:
+        # Three applications between passes keep the condition far from what Cholesky cannot take.
+        if step in (3, 6):
             C = cholesky_pass(C, symmetric_product(C.mT))
+        C = P @ C
     return _orthonormal(C)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from sculpt_kernels import checks, decompose
 from sculpt_kernels.panels import compute_dtype
 from sculpt_kernels.sketch import seed_from
+from sculpt_kernels.split_plan import choose_method
 
 METHODS = ("auto", *decompose.ALGORITHMS)
 
@@ -101,7 +102,9 @@ def split(
     largest = A.abs().amax((-2, -1), keepdim=True)
     A = A / torch.where(largest > 0, largest, 1)
     tall = A.shape[-2] > A.shape[-1]
-    used = decompose.choose_method(tuple(A.shape), A.device) if method == "auto" else method
+    used = method
+    if method == "auto":
+        used = choose_method(tuple(A.shape), rank, part, A.dtype, A.device)
     request = decompose.Request(rank, energy, part, seed_from(generator), A.dtype)
     found = decompose.ALGORITHMS[used](A.mT if tall else A, request)
     U, V = (found.V, found.U) if tall else (found.U, found.V)

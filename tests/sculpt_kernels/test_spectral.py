@@ -7,7 +7,7 @@ import torch
 from spectra import SPECTRA, planted
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sculpt_kernels import decompose, split, symmetric
+from sculpt_kernels import decompose, spectral, split, symmetric
 from sculpt_kernels.spectral import invariant_subspace, polynomials
 from sculpt_kernels.symmetric import symmetric_product
 
@@ -15,7 +15,7 @@ from sculpt_kernels.symmetric import symmetric_product
 @pytest.mark.parametrize("shape", [(50, 70), (70, 50), (2, 3, 33, 20), (5, 4), (16, 0)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_of_one_triangle(monkeypatch, shape, transposed):
-    monkeypatch.setattr(symmetric, "BLOCK_ROWS", {"cpu": 16})
+    monkeypatch.setattr(symmetric, "BLOCK_ROWS", {"cpu": 16, "cuda": 16})
     A = torch.randn(shape, dtype=torch.float64)
     A = A.mT if transposed else A
     full = symmetric_product(A)
@@ -25,7 +25,7 @@ def test_products_of_one_triangle(monkeypatch, shape, transposed):
 
 
 def test_symmetric_products_multiply_one_triangle(monkeypatch):
-    monkeypatch.setattr(symmetric, "BLOCK_ROWS", {"cpu": 16})
+    monkeypatch.setattr(symmetric, "BLOCK_ROWS", {"cpu": 16, "cuda": 16})
     elements = []
     real = torch.matmul
 
@@ -65,9 +65,11 @@ MATRICES = {
 }
 
 
+@pytest.mark.parametrize("direct", [640, 64])
 @pytest.mark.parametrize("h", [16, 150, 225, 290])
 @pytest.mark.parametrize("kind", MATRICES)
-def test_span_is_exact_to_what_rounding_and_the_gap_allow(kind, h):
+def test_span_is_exact_to_what_rounding_and_the_gap_allow(monkeypatch, kind, h, direct):
+    monkeypatch.setattr(spectral, "DIRECT", direct)
     W = MATRICES[kind]()
     S = W @ W.T
     k = S.shape[0]
