@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from sculpt_kernels import split
@@ -264,6 +262,18 @@ def main(given: list[str] | None = None) -> None:
         rows = list(whole_model(arguments))
     else:
         rows = [row for name, W in matrices(arguments) for row in compare(name, W, arguments)]
+    show(rows)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        partial = arguments.out.with_suffix(".partial")
+        partial.write_text(json.dumps({"about": about(arguments.device), "rows": rows}, indent=1))
+        partial.replace(arguments.out)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title="against torch.linalg.svd of the same matrix")
     for title in ("matrix", "t/k", "method", "seconds", "speed-up", "1 - energy", "1 - cosine",
                   "defect"):  # fmt: skip
@@ -279,11 +289,6 @@ def main(given: list[str] | None = None) -> None:
             *(f"{x:.0e}" for x in losses),
         )
     Console(width=150).print(table)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.out.with_suffix(".partial")
-        partial.write_text(json.dumps({"about": about(arguments.device), "rows": rows}, indent=1))
-        partial.replace(arguments.out)
 
 
 if __name__ == "__main__":

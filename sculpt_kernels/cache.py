@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sculpt_kernels.subspace import Subspace, split
@@ -50,6 +48,8 @@ class SubspaceCache:
             TypeError, ValueError: an argument does not fit.
             OSError: the directory cannot be written.
         """
+        from safetensors import SafetensorError
+
         request = {"rank": rank, "energy": energy, "part": part, "method": method}
         path = self.path(W, request)
         if path.exists():
@@ -72,6 +72,8 @@ class SubspaceCache:
         return self.directory / f"{digest.hexdigest()}.safetensors"
 
     def _store(self, path: Path, request: dict[str, Any], found: Subspace) -> None:
+        from safetensors.torch import save_file
+
         self.directory.mkdir(parents=True, exist_ok=True)
         tensors = {"U": found.U.cpu(), "V": found.V.cpu()}
         about = {
@@ -94,6 +96,8 @@ class SubspaceCache:
 
 
 def _load(path: Path, request: dict[str, Any], W: Tensor) -> Subspace:
+    from safetensors import safe_open
+
     with safe_open(str(path), framework="pt") as file:
         about = json.loads((file.metadata() or {})["subspace"])
         tensors = {name: file.get_tensor(name) for name in ("U", "V")}

@@ -25,6 +25,12 @@ def test_gpu_script_rehearses_on_the_cpu(tmp_path, capsys):
     assert all(check["ok"] for check in results["checks"])
     operations = {row["case"].split()[0] for row in results["rows"]}
     assert operations == {"adamw", "core", "strict", "left", "many", "compress", "expand_add"}
+    subspaces = {row["method"]: row for row in results["subspaces"]}
+    assert {"spectral", "gram float64", "eigh float64", "svd", "auto float64"} <= set(subspaces)
+    assert subspaces["auto float64"]["measured_matrices"] == 4
+    for row in results["subspaces"]:
+        assert row["seconds"] > 0
+        assert abs(row.get("of_optimum", 1) - 1) < 1e-5
     for row in results["rows"]:
         assert all(v["us"] > 0 and v["p20"] <= v["p80"] for v in row["variants"].values())
     table = capsys.readouterr().out.strip().splitlines()

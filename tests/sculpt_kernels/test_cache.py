@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sculpt_kernels.cache as module
@@ -72,7 +73,7 @@ def test_strides_do_not_matter_and_low_precision_works(cache, computed):
 def edit(path):
     tensors = load_file(path)
     tensors["U"][0, 0] += 1
-    with module.safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(tensors, path, metadata=metadata)
 
@@ -103,7 +104,7 @@ def test_a_failed_write_leaves_nothing_behind(cache, W, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         cache.split(W, rank=5)
     assert list(cache.directory.iterdir()) == []
