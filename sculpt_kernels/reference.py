@@ -111,6 +111,12 @@ def linear_gradients(
     return dy @ W, dy.sum(0), U.mT @ dW @ V
 
 
+def embedding_gradient(ids: Tensor, dy: Tensor, W: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """`dC` of `y = (W + U C Vᵀ)[ids]` for `ids` `(T,)` and `dy` `(T, n)`."""
+    dW = torch.zeros_like(W).index_add(0, ids, dy)
+    return U.mT @ dW @ V
+
+
 def split(W: Tensor, rank: int, part: str) -> tuple[Tensor, Tensor]:
     """Leading (`high`) or trailing (`low`) singular vectors of `W`, as columns."""
     U, _, Vh = torch.linalg.svd(W, full_matrices=False)

@@ -83,6 +83,44 @@ def test_expand_add(dtype, base_kind):
                 assert error(X, want) <= limit
 
 
+@pytest.mark.parametrize("missing", ["U", "V"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_missing_basis_is_the_identity(dtype, missing):
+    """The same as with the identity written out, whatever the layout, the base and the batch."""
+    for m, n, r, _ in SHAPES:
+        W = gaussian(2, m, n, dtype=dtype)
+        size, other = (m, n) if missing == "U" else (n, m)
+        B = basis(other, min(r, other), dtype=wide(dtype))
+        C = gaussian(2, size, B.shape[1], dtype=torch.float32, seed=3)
+        eye = torch.eye(size, dtype=B.dtype)
+        U, V, core = (None, B, C) if missing == "U" else (B, None, C.mT)
+        want = reference.expand_add(
+            W.double(),
+            core.double(),
+            (eye if U is None else U).double(),
+            (eye if V is None else V).double(),
+            0.5,
+        )
+        limit = EPS[dtype] + 16 * math.sqrt(B.shape[1]) * EPS[wide(dtype)]
+        for X in views(W):
+            X.copy_(W)
+            assert error(expand_add_(X, core, U, V, alpha=0.5), want) <= limit
+        poisoned = torch.full_like(W, math.nan)
+        assert error(expand_add_(poisoned, core, U, V, alpha=0.5, base=W), want) <= limit
+        if dtype in LOW:
+            drawn = [
+                expand_add_(W.clone(), core, *bases, rounding="stochastic", seed=7)
+                for bases in ((U, V), (eye if U is None else U, eye if V is None else V))
+            ]
+            assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match="U and V must not both be None"):
+        expand_add_(W, torch.zeros(m, n), None, None)
+    with pytest.raises(
+        ValueError, match=rf"C must have shape .*{'r' if missing == 'U' else 's'} ="
+    ):
+        expand_add_(W, core[..., :-1, :] if missing == "U" else core[..., :-1], U, V)
+
+
 @pytest.mark.parametrize("dtype", LOW)
 def test_expand_add_with_float32_bases_rounds_once(dtype):
     W = gaussian(31, 45, dtype=dtype)

@@ -127,3 +127,23 @@ def test_no_coordinates_leave_the_weight(r: int, s: int) -> None:
     base = torch.randn(20, 30)
     expand_add_(W, torch.zeros(r, s), torch.zeros(20, r), torch.zeros(30, s), base=base)
     assert torch.equal(W, base)
+
+
+@pytest.mark.parametrize("missing", ["U", "V"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_update_without_a_basis_on_one_side(dtype: torch.dtype, missing: str) -> None:
+    m, n, r = 37, 26, 9
+    B = orthonormal(n if missing == "U" else m, r).to(dtype)
+    C = torch.randn((m, r) if missing == "U" else (r, n))
+    U, V = (None, B) if missing == "U" else (B, None)
+    W = Framed(torch.randn(m, n).to(dtype))
+    eyes = (torch.eye(m).double(), torch.eye(n).double())
+    want = reference.expand_add(
+        W.tensor.double(),
+        C.double(),
+        eyes[0] if U is None else U.double(),
+        eyes[1] if V is None else V.double(),
+    )
+    expand_add_(W.tensor, C, U, V, config=TILE)
+    assert error(W.tensor, want) < BOUNDS[dtype]
+    W.check_frame()
