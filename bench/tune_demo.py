@@ -24,15 +24,17 @@ from sculpt.runs.start import run
 from sculpt.runs.strategies import STRATEGIES
 
 
-def measure(method: str, settings: DemoSettings) -> dict[str, Any]:
+def measure(method: str, settings: DemoSettings, way: dict[str, str]) -> dict[str, Any]:
     """Train the sequence once in this process."""
     with tempfile.TemporaryDirectory() as out:
         settings = replace(settings, out=Path(out))
         config = settings.run_config(method, minilm() if settings.quick else smollm2())
+        config = config.model_copy(update={"sculpt": replace(config.sculpt, **way)})
         result = run(config).methods[method]
     generated, among = summary(result.generated), summary(result.among_labels)
     return {
         "method": method,
+        **(way if method == "sculpt" else {}),
         "ratio": settings.ratio if method == "sculpt" else None,
         "lr": settings.lr,
         "steps": settings.steps,
@@ -53,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--method", choices=list(STRATEGIES), nargs="+", default=["sculpt"])
+    parser.add_argument("--engine", nargs="+", default=["compact"])
+    parser.add_argument("--coordinates", nargs="+", default=["thin"])
     parser.add_argument("--ratio", type=float, nargs="+")
     parser.add_argument("--lr", type=float, nargs="+")
     parser.add_argument("--steps", type=int, nargs="+")
@@ -64,8 +68,10 @@ def main() -> None:
     if choices.threads:
         torch.set_num_threads(choices.threads)
     preset = DemoSettings(out=Path("unused"), **(QUICK if choices.quick else {}))
-    for method, ratio, lr, steps, warmup, seed in itertools.product(
+    for method, engine, coordinates, ratio, lr, steps, warmup, seed in itertools.product(
         choices.method,
+        choices.engine,
+        choices.coordinates,
         choices.ratio or [preset.ratio],
         choices.lr or [preset.lr],
         choices.steps or [preset.steps],
@@ -82,7 +88,8 @@ def main() -> None:
             warmup_steps=warmup,
             test_per_task=choices.tests or preset.test_per_task,
         )
-        print(json.dumps(measure(method, settings)), flush=True)
+        way = {"engine": engine, "coordinates": coordinates}
+        print(json.dumps(measure(method, settings, way)), flush=True)
 
 
 if __name__ == "__main__":

@@ -73,15 +73,13 @@ def test_compact_linear_without_a_basis_on_one_side(missing):
     x, W, dy = gaussian(2, 4, n), gaussian(m, n, seed=1), gaussian(2, 4, m, seed=2)
     U = None if missing == "U" else basis(m, r)
     V = None if missing == "V" else basis(n, r)
-    C = torch.zeros(m if U is None else r, n if V is None else r, requires_grad=True)
+    C = torch.zeros(m if U is None else r, n if V is None else r, dtype=W.dtype, requires_grad=True)
     x.requires_grad_()
     compact_linear(x, W, None, U, V, C).backward(dy)
-    flat = [X.detach().double().flatten(0, 1) for X in (x, dy)]
-    want = reference.linear_gradients(
-        flat[0], W.double(), flat[1], wide_or_eye(U, m), wide_or_eye(V, n)
-    )
-    torch.testing.assert_close(x.grad.flatten(0, 1), want[0].float())
-    torch.testing.assert_close(C.grad, want[2].float(), rtol=1e-5, atol=1e-5)
+    flat = [X.detach().flatten(0, 1) for X in (x, dy)]
+    want = reference.linear_gradients(flat[0], W, flat[1], wide_or_eye(U, m), wide_or_eye(V, n))
+    torch.testing.assert_close(x.grad.flatten(0, 1), want[0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(C.grad, want[2], rtol=1e-13, atol=1e-13)
 
 
 def test_bad_input_is_named():
