@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sculpt.commands.doctor import doctor
 from sculpt.commands.verify import verify
 
 app = typer.Typer(
@@ -91,6 +92,7 @@ def demo(
 
 
 app.command()(verify)
+app.command()(doctor)
 
 
 @app.command()
