@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sculpt.commands.doctor import doctor
+from sculpt.commands.import_model import import_model
 from sculpt.commands.verify import verify
 
 app = typer.Typer(
@@ -93,6 +94,7 @@ def demo(
 
 app.command()(verify)
 app.command()(doctor)
+app.command("import")(import_model)
 
 
 @app.command()

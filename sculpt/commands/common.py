@@ -92,10 +92,12 @@ def run_fields(run: Path) -> dict[str, Any]:
         raise ValueError(f"--run {run}: {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"--run {run}: {path} is not JSON: {error}") from error
-    if isinstance(config, dict) and isinstance(config.get("sculpt"), dict):
-        return dict(config["sculpt"])
-    if isinstance(config, dict) and isinstance(config.get("ratio"), float):
-        return {"unfreeze_rank_ratio": config["ratio"]}
+    # The demo keeps one setting in a flat file, a run all of them in a section.
+    section = config.get("config", config) if isinstance(config, dict) else None
+    if isinstance(section, dict) and isinstance(section.get("sculpt"), dict):
+        return dict(section["sculpt"])
+    if isinstance(section, dict) and isinstance(section.get("ratio"), float):
+        return {"unfreeze_rank_ratio": section["ratio"]}
     raise ValueError(f"--run {run}: {path} has neither 'sculpt' settings nor a 'ratio'")
 
 

@@ -276,7 +276,9 @@ def test_the_command(trained, tmp_path):
     run.mkdir()
     (run / "config.json").write_text('{"ratio": 0.25}')
     assert CliRunner().invoke(app, [*call, "--run", str(run)]).exit_code == 0
-    (run / "config.json").write_text('{"sculpt": {"effective_rank": 0.75}}')
+    (run / "config.json").write_text(
+        '{"format": 1, "config": {"sculpt": {"effective_rank": 0.75}}}'
+    )
     patterns = ["--rank-pattern", "down_proj=31"]
     assert CliRunner().invoke(app, [*call, "--run", str(run), *patterns]).exit_code == 1
 
