@@ -213,28 +213,9 @@ def projection(
             continue
         if check:
             orthonormal(which, B)
-        elif B.device.type == "cpu":
+        else:
             free_of_nan(which, B)
     return left, right
-
-
-def plainly_fits(G: Any, B: Any, axis: int) -> bool:
-    """Whether a basis of the rows (`axis = 0`) or columns of `G` fits it beyond doubt.
-
-    Plain matrices on the CPU, contiguous, apart in memory, `G` free of autograd; decided in a
-    microsecond. `False` only means that the full checks must look. Left to the products
-    themselves: that the dtypes agree and can be multiplied, and that the basis holds no NaN.
-    """
-    if not (type(G) is type(B) is Tensor) or G.requires_grad or not (G.is_cpu and B.is_cpu):
-        return False
-    try:
-        (m, n), (size, r) = G.shape, B.shape
-    except ValueError:
-        return False
-    if not ((n if axis else m) == size >= r > 0 and G.is_contiguous() and B.is_contiguous()):
-        return False
-    start, other, width = G.data_ptr(), B.data_ptr(), G.itemsize
-    return bool(other >= start + m * n * width or other + size * r * width <= start)
 
 
 def sums_to_number(X: Tensor) -> bool:
@@ -244,8 +225,11 @@ def sums_to_number(X: Tensor) -> bool:
 
 
 def free_of_nan(name: str, B: Tensor) -> None:
-    """Refuse NaN and infinity in a basis on the CPU, where one vectorised sum tells."""
-    if not sums_to_number(B):
+    """Refuse NaN and infinity in a basis on the CPU, where one vectorised sum tells.
+
+    Elsewhere looking would wait for the device.
+    """
+    if B.is_cpu and not sums_to_number(B):
         finite(name, B)
 
 

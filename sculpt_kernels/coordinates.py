@@ -105,7 +105,8 @@ def expand_add_(
         base: `(..., m, n)`, dtype of `W` or float32: start from these values, not from `W`.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; raised before `W` is changed.
+        TypeError, ValueError: an argument does not fit, or a basis on the CPU holds NaN; raised
+            before `W` is changed.
         RuntimeError: the backend cannot run here.
     """
     if is_traced(W):
@@ -124,6 +125,7 @@ def expand_add_(
     for name, B in (("U", U), ("V", V)):
         if B is not None:
             _check_source(name, B, W)
+            checks.free_of_nan(name, B)
     if base is not None:
         checks.matrix("base", base)
         _check_source("base", base, W)

@@ -17,6 +17,10 @@ PANEL_ELEMENTS = 2**17
 VIEW_ROWS = 4096
 # Results with fewer columns than this are computed as their transpose.
 THIN = 32
+# `rows x rank x rank` up to which products with a core of bfloat16 matrices run in float32.
+SMALL_CORE = 2**18
+# Elements from which a bfloat16 matrix does not stay in a cache while the library lays it out.
+REORDERED = 2**22
 
 
 def row_panels(m: int, n: int) -> Iterator[slice]:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks, factored, split_precision, sweep, triton_backend
+from sculpt_kernels import checks, factored, quick_checks, split_precision, sweep, triton_backend
 from sculpt_kernels.backend import choose
-from sculpt_kernels.panels import VIEW_ROWS, has_fast_products, matrices, product
+from sculpt_kernels.panels import (
+    REORDERED,
+    SMALL_CORE,
+    THIN,
+    VIEW_ROWS,
+    has_fast_products,
+    matrices,
+    product,
+)
 from sculpt_kernels.plan import simplified
 from sculpt_kernels.tracing import is_traced
 
@@ -241,33 +250,22 @@ def _at_once(G: Tensor, U: Tensor | None, V: Tensor | None, form: str) -> bool:
     Whatever is out of the ordinary is left, unchanged, to the full checks. So is NaN in a product:
     from `G` it may pass, it is the caller's to see; from a basis it may not.
     """
-    if form == "core" or form == "strict":
-        if not checks.plainly_fits(G, U, 0) or not checks.plainly_fits(G, V, 1):
-            return False
-    elif form == "left":
-        if V is not None or not checks.plainly_fits(G, U, 0):
-            return False
-    elif form != "right" or U is not None or not checks.plainly_fits(G, V, 1):
+    if form == "core":
+        return _remove_core(G, U, V)
+    if (
+        form not in checks.FORMS
+        or (U is None) != (form == "right")
+        or (V is None) != (form == "left")
+    ):
         return False
-    m, n = G.shape
-    if G.dtype is torch.float32 or G.dtype is torch.float64:
-        if m > VIEW_ROWS or n > VIEW_ROWS:
-            return False
-    elif form == "strict" or not has_fast_products(G.dtype, "cpu"):
+    if not quick_checks.plainly_fit(G, U, V) or not _multiplies(G):
         return False
-    try:
-        if form == "core":
-            assert U is not None
-            assert V is not None
-            return _remove_core(G, U, V, m, n)
-        X = None if U is None else torch.mm(U.t(), G)
-        Y = None if V is None or U is not None else product(G, V)
-        if not (U is None or V is None or V.dtype is G.dtype):
-            return False
-    except RuntimeError:
+    if form == "strict" and G.dtype is torch.bfloat16:
         return False
+    X = None if U is None else torch.mm(U.t(), G)
+    Y = None if V is None or U is not None else product(G, V)
     for part in (X, Y, None if X is None else V):
-        if part is not None and not torch.equal(part, part):
+        if part is not None and quick_checks.holds_nan(part):
             return False
     if X is not None:
         assert U is not None
@@ -277,19 +275,62 @@ def _at_once(G: Tensor, U: Tensor | None, V: Tensor | None, form: str) -> bool:
     return True
 
 
-def _remove_core(G: Tensor, U: Tensor, V: Tensor, m: int, n: int) -> bool:
-    r, s = U.shape[1], V.shape[1]
-    if s * m * (n + r) <= r * n * (m + s):
-        core = torch.mm(U.t(), product(G, V))
-        if not torch.equal(core, core):
+def _remove_core(G: Any, U: Any, V: Any) -> bool:
+    """`G - U (UᵀGV) Vᵀ` in the order of `arrange`.
+
+    What does not fit is refused by the first two products, before anything is changed. Each
+    intermediate is let go before the next comes: more of them at once would grow the heap past
+    what the allocator keeps, and every call would have to fetch its pages anew.
+    """
+    if not quick_checks.plainly_apart(G, U, V) or not _multiplies(G):
+        return False
+    mm = torch.mm
+    try:
+        (m, n), (_, r), (_, s) = G.shape, U.shape, V.shape
+        if not (0 < r <= m and 0 < s <= n):
             return False
-        G.addmm_(torch.mm(U, core), V.t(), alpha=-1)
+        right_first = s * m * (n + r) <= r * n * (m + s)
+        if not right_first and G.dtype is torch.bfloat16 and m * n >= REORDERED:
+            # As the right factor, all of G is laid out anew: that costs 20 products an element.
+            right_first = s * m * (n + r) <= r * n * (m + s) + 20 * m * n
+        # A bfloat16 product costs the library longer to set up than a small one in float32.
+        small = (
+            r * s * (m if right_first else n) <= SMALL_CORE
+            and G.dtype is torch.bfloat16
+            and U.dtype is V.dtype
+        )
+        if right_first:
+            # As `product` lays it out, without looking: both factors are row-major here.
+            thin = mm(V.t(), G.t()).t() if s <= THIN and s < m else mm(G, V)
+            if small:
+                U, thin = U.float(), thin.float()
+            core = mm(U.t(), thin)
+        else:
+            thin = mm(U.t(), G)
+            B = V.float() if small else V
+            core = mm(thin.float() if small else thin, B)
+        if quick_checks.holds_nan(core):
+            return False
+    except (RuntimeError, ValueError):
+        return False
+    del thin
+    if right_first:
+        beside = mm(U, core)
+        del core
+        G.addmm_(beside.to(G.dtype) if small else beside, V.t(), alpha=-1)
     else:
-        core = torch.mm(torch.mm(U.t(), G), V)
-        if not torch.equal(core, core):
-            return False
-        G.addmm_(U, torch.mm(core, V.t()), alpha=-1)
+        below = mm(core, B.t())
+        del core
+        G.addmm_(U, below.to(G.dtype) if small else below, alpha=-1)
     return True
+
+
+def _multiplies(G: Tensor) -> bool:
+    """Whether the library multiplies with all of `G` at full speed, in its own dtype."""
+    dtype = G.dtype
+    if dtype is torch.float32 or dtype is torch.float64:
+        return max(G.shape) <= VIEW_ROWS
+    return has_fast_products(dtype, "cpu")
 
 
 def _library_layout(G: Tensor) -> bool:

@@ -94,6 +94,16 @@ BAD = {
         ValueError,
         "U must be finite",
     ),
+    "NaN in U, more ranks": (
+        lambda: (torch.zeros(80, 90), torch.full((80, 50), math.nan), torch.ones(90, 50), {}),
+        ValueError,
+        "U must be finite",
+    ),
+    "NaN in V, one-sided": (
+        lambda: (torch.zeros(80, 90), None, torch.full((90, 50), math.nan), {"form": "right"}),
+        ValueError,
+        "V must be finite",
+    ),
     "NaN in U, large matrix": (
         lambda: (torch.zeros(3000, N), torch.full((3000, 2), math.nan), V, {}),
         ValueError,
@@ -192,6 +202,16 @@ def test_a_backend_that_cannot_run_says_why(backend, monkeypatch):
     assert torch.equal(G, before)
 
 
+@pytest.mark.parametrize("form", ["core", "strict", "left", "right"])
+def test_bases_that_require_grad_leave_no_trace_in_the_matrix(form):
+    A = None if form == "right" else U.clone().requires_grad_()
+    B = None if form == "left" else V.clone().requires_grad_()
+    X = project_(G.clone(), A, B, form=form)
+    assert not X.requires_grad
+    plain = [None if Y is None else Y.detach() for Y in (A, B)]
+    torch.testing.assert_close(X, project(G, *plain, form=form))
+
+
 def test_autograd_is_refused_only_where_it_is_recording():
     X = G.clone().requires_grad_()
     with torch.no_grad():
@@ -213,6 +233,8 @@ def test_compress_refuses():
         compress(G, U.double(), V)
     with pytest.raises(ValueError, match="V must have shape"):
         compress(G, U, U)
+    with pytest.raises(ValueError, match="U must be finite"):
+        compress(G, NAN, V)
 
 
 C = gaussian(R, S, dtype=torch.float32)
@@ -251,6 +273,8 @@ BAD_EXPAND = {
         TypeError,
         "U must have the dtype",
     ),
+    "NaN in U": ({"U": NAN}, ValueError, "U must be finite; got 1 NaN"),
+    "infinity in V": ({"V": INF}, ValueError, "V must be finite"),
     "requires grad": ({"W": G.clone().requires_grad_()}, ValueError, "W requires grad"),
     "W is base": ({"W": SHARED[: M * N].view(M, N), "base": SHARED[8:].view(M, N)}, ValueError,
                   "must not share memory with base"),
