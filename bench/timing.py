@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sculpt_kernels.panels import has_fast_products
+
 Call = Callable[[], object]
 
 
@@ -55,8 +57,9 @@ def interleaved(
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - start > seconds:
             break
-        # A variant must not always follow the same one.
-        order = names[done % len(names) :] + names[: done % len(names)]
+        # A variant must not always follow the same one: back and forth, from another start.
+        start_at = done // 2 % len(names)
+        order = (names[start_at:] + names[:start_at])[:: -1 if done % 2 else 1]
         for name in order:
             spent[name].append(_once(sets, name, device, calls[name]))
     base = spent.get(against, spent[names[0]])
@@ -75,7 +78,8 @@ def interleaved(
 def _repeats(
     sets: Sequence[dict[str, Call]], name: str, device: torch.device, batch_seconds: float
 ) -> int:
-    _once(sets, name, device, len(sets))  # compiles, allocates, warms up
+    if device.type == "cuda":
+        _once(sets, name, device, len(sets))  # compiles, allocates, warms up
     single = _once(sets, name, device, len(sets))
     return max(1, min(10_000, round(batch_seconds / max(single, 1e-7))))
 
@@ -115,6 +119,8 @@ def ceilings(device: torch.device, *, size: int, elements: int) -> dict[str, flo
     if device.type == "cuda":
         kinds += [("tf32", torch.float32, True), ("bfloat16", torch.bfloat16, False)]
         kinds += [("float16", torch.float16, False)]
+    elif has_fast_products(torch.bfloat16, "cpu"):
+        kinds += [("bfloat16", torch.bfloat16, False)]
     for name, dtype, tf32 in kinds:
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = tf32

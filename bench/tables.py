@@ -1,0 +1,185 @@
+"""Write the tables of README.md from the files in results/.
+
+python -m bench.tables            # write them
+python -m bench.tables --check    # exit code 1 if they are not those of the files
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.cases import RATIOS
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+WORDS = {
+    "core": "`project_`, core",
+    "strict": "`project_`, strict",
+    "left": "`project_`, left",
+    "right": "`project_`, right",
+    "compress": "`compress`",
+    "expand_add": "`expand_add_`",
+    "adamw": "`project_adamw_`, core",
+}
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only compare")
+    options = parser.parse_args(arguments)
+    page = HERE / "README.md"
+    before = page.read_text(encoding="utf-8")
+    after = filled(before, sorted((HERE / "results").glob("*.json")))
+    if options.check:
+        return int(before != after)
+    page.write_text(after, encoding="utf-8")
+    return 0
+
+
+def filled(page: str, files: Iterable[Path]) -> str:
+    """The page with the tables of these files between its two marks."""
+    head, rest = page.split(BEGIN)
+    _, tail = rest.split(END)
+    parts = []
+    for path in files:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        write = next((w for name, w in WRITERS.items() if path.name.startswith(name)), None)
+        if write is not None and content["rows"]:
+            parts.append(write(path.name, content))
+    return head + "\n\n".join([BEGIN, *parts, END]) + tail
+
+
+def cpu(name: str, content: Row) -> str:
+    machine = content["machine"]
+    rates = content["runs"][-1]["rates"]
+    native = "with" if machine["bfloat16_instructions"] else "without"
+    if machine["bfloat16_instructions"] and machine["converts_bfloat16"]:
+        native = "as without"
+    parts = [
+        f"### {machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}",
+        f"`results/{name}`: torch {machine['torch']}, {machine['capability']}, {native} bfloat16 "
+        f"instructions; copies {rates['copy'] / 1e9:.0f} GB/s, products "
+        + ", ".join(f"{key} {rates[key] / 1e9:.0f} GFLOP/s" for key in rates if key != "copy")
+        + ". Measured by",
+        "\n".join(f"- {run['date']}, {run['seconds']} s: `{run['command']}`"
+                  for run in content["runs"]),
+    ]  # fmt: skip
+    if machine["converts_bfloat16"]:
+        parts.append("Time of bfloat16 / time of float32")
+        parts.append(_grid(content["rows"], "ours", _of_float32))
+        if machine["bfloat16_instructions"]:
+            return "\n\n".join(parts)  # the chain used them, so nothing else compares
+    call = content["runs"][-1]["call_us"]
+    figures = ", ".join(f"{key} {us:.1f} us" for key, us in call.items())
+    parts.append(f"A projection of an 8 x 12 matrix, all call and no work: {figures}.")
+    operations = dict.fromkeys(row["operation"] for row in content["rows"])
+    for operation in sorted(operations, key=list(WORDS).index):
+        rows = [row for row in content["rows"] if row["operation"] == operation]
+        parts += _operation(operation, rows)
+    return "\n\n".join(parts)
+
+
+def _operation(operation: str, rows: list[Row]) -> list[str]:
+    wrong = [row["case"] for row in rows if "error" in row]
+    rows = [row for row in rows if "error" not in row]
+    names = dict.fromkeys(name for row in rows for name in row["variants"])
+    parts = []
+    for ours in (name for name in names if name.startswith("ours")):
+        what = WORDS[operation] + ours.removeprefix("ours")
+        ratios = _values(rows, ours, "ratio")
+        parts.append(f"**{what}: time / best chain of torch**, largest {max(ratios):.2f}, "
+                     f"median {statistics.median(ratios):.2f} of {len(ratios)} points")  # fmt: skip
+        parts.append(_grid(rows, ours, lambda v, _: f"{v['ratio']:.2f}"))
+        if ours != "ours" and operation != "adamw":
+            continue
+        parts.append(_summary(rows, ours))
+        if operation == "core":
+            parts.append("Peak memory beside the arguments, as a share of the matrix: "
+                         "ours (chain)")  # fmt: skip
+            parts.append(_grid(rows, ours, _memory))
+            parts.append("Milliseconds (share of the roofline)")
+            parts.append(_grid(rows, ours, lambda v, _: f"{v['ms']:.3g} ({v['roofline']:.0%})"))
+    if wrong:
+        parts.append(f"Wrong, so not timed: {', '.join(wrong)}.")
+    return parts
+
+
+def _summary(rows: list[Row], ours: str) -> str:
+    """What the grid of ratios does not show, in ranges over all points."""
+    naive = _values(rows, "naive", "ratio")
+    text = f"The naive line takes {_span(naive)} of the chain."
+    memory = [row["variants"][ours]["peak_bytes"] / max(1, row["variants"]["chain"]["peak_bytes"])
+              for row in rows if ours in row["variants"]]  # fmt: skip
+    text += f" Peak memory beside the arguments is {_span(memory)} of the chain's."
+    slower = [row["variants"][ours]["of_float32"] for row in rows
+              if "of_float32" in row["variants"].get(ours, {})]  # fmt: skip
+    if slower:
+        text += f" Low precision takes {_span(slower)} of the time of float32."
+    return text
+
+
+def _values(rows: list[Row], variant: str, key: str) -> list[float]:
+    return [row["variants"][variant][key] for row in rows if variant in row["variants"]]
+
+
+def _span(values: list[float]) -> str:
+    return f"{min(values):.2f}x to {max(values):.2f}x"
+
+
+def _memory(variant: Row, row: Row) -> str:
+    size = row["matrix_bytes"]
+    chain = row["variants"]["chain"]
+    return f"{variant['peak_bytes'] / size:.2f} ({chain['peak_bytes'] / size:.2f})"
+
+
+def _of_float32(variant: Row, row: Row) -> str | None:
+    return f"{variant['of_float32']:.2f}" if "of_float32" in variant else None
+
+
+def _grid(rows: list[Row], variant: str, cell: Callable[[Row, Row], str | None]) -> str:
+    """Shapes and dtypes down, ratios of rank to the short side across."""
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        found = row["variants"].get(variant)
+        text = cell(found, row) if found else None
+        if text:
+            m, n = row["shape"]
+            lines.setdefault((f"{m} x {n}", row["dtype"]), {})[row["rank_ratio"]] = text
+    columns = [ratio for ratio in RATIOS if any(ratio in line for line in lines.values())]
+    table = [["shape", "dtype", *(f"r = {ratio} k" for ratio in columns)], ["---"] * 2]
+    table[1] += ["---:"] * len(columns)
+    table += [[*key, *(line.get(ratio, "") for ratio in columns)] for key, line in lines.items()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+
+
+def gpu(name: str, content: Row) -> str:
+    lines = [
+        f"### {content['device']}",
+        "",
+        f"`results/{name}`: torch {content['torch']}, triton {content['triton']}, "
+        f"{content['date']}, `python -m bench.gpu`, {content['seconds']} s",
+        "",
+        "| case | best chain, us | ours, us | ratio | roofline |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in content["rows"]:
+        ours = [v for k, v in row["variants"].items() if k.startswith(("ours", "triton"))]
+        if ours and "chain" in row["variants"]:
+            best = min(ours, key=lambda v: v["us"])
+            chain = row["variants"]["chain"]["us"]
+            lines.append(f"| {row['case']} | {chain:.0f} | {best['us']:.0f} "
+                         f"| {best['ratio']:.2f} | {best['roofline']:.0%} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+WRITERS: dict[str, Callable[[str, Row], str]] = {"cpu-": cpu, "gpu-": gpu}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
