@@ -196,3 +196,19 @@ def test_whole_matrices_as_on_an_accelerator(project):
         module._on_device(held, U, V, form, complement, project)
         for got, expected in zip((given[0], given[2], given[3]), want, strict=True):
             assert error(got, expected) <= 1e-13
+
+
+@pytest.mark.parametrize("project", ["update", "gradient"])
+def test_whole_matrices_read_no_scalar_of_the_device(project):
+    """As a captured graph demands: on meta tensors a value that is read is an error."""
+    module = importlib.import_module("sculpt_kernels.adamw")
+
+    def of(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    scalars = module.Step(of(), of(), of(), of(), of(), of(dtype=torch.int64))
+    for dtype in (torch.float32, torch.bfloat16):
+        state = [of(12, 18, dtype=dtype) for _ in range(4)]
+        copy, seed = of(12, 18, dtype=torch.bfloat16), of(dtype=torch.int64)
+        held = module._State(*state, copy, scalars, seed, 0)
+        module._on_device(held, of(12, 3), of(18, 4), "core", "none", project)

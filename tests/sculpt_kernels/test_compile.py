@@ -101,6 +101,38 @@ def test_launches_are_specialised_as_triton_does() -> None:
     assert not {"k", "stride_am", "seed", "first_matrix"} & divisible
 
 
+def test_scalars_on_the_device_are_read_by_the_kernels_alone() -> None:
+    """The host must not read them, as a captured graph demands; on meta tensors it cannot."""
+    from sculpt_kernels.kernels import adamw, expand_add, host
+
+    def of(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    U, V = of(64, 32, dtype=torch.bfloat16), of(48, 32, dtype=torch.bfloat16)
+    with host.record() as launches:
+        for project in ("update", "gradient"):
+            adamw.project_adamw_(
+                of(64, 48), of(64, 48, dtype=torch.bfloat16), of(64, 48), of(64, 48), U, V,
+                form="core", project=project, lr=of(), betas=(of(), of()), eps=of(),
+                weight_decay=of(), step=of(dtype=torch.int64), copy=of(64, 48, dtype=U.dtype),
+                rounding="stochastic", seed=of(dtype=torch.int64),
+            )  # fmt: skip
+        expand_add.expand_add_(of(64, 48, dtype=U.dtype), of(32, 32), U, V, of(), "nearest", None)
+    scalars = {
+        "direction_kernel": {"rest1", "rest2", "eps", "weight_decay", "step"},
+        "step_kernel": {"rest1", "rest2", "eps", "weight_decay", "step", "lr", "seed"},
+        "update_kernel": {"alpha"},
+    }
+    # The small product of expand_add_ comes first, with a scale that is a number.
+    *steps, _, last = launches
+    assert {launch.kernel.fn.__name__ for launch in (*steps, last)} == set(scalars)
+    for launch in (*steps, last):
+        for name in scalars[launch.kernel.fn.__name__]:
+            value = launch.arguments[name]
+            assert isinstance(value, torch.Tensor), name
+            assert value.ndim == 0, name
+
+
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--arch", "90", "--only", "project_large_ core", "--dtype", "float32"]
     assert offline.main(arguments) == 0

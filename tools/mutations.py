@@ -1,0 +1,302 @@
+"""Break the kernels on purpose, one small change at a time, and see which test notices.
+
+    python tools/mutations.py                # every change; a minute or two, needs Triton
+    python tools/mutations.py int64 sides    # changes whose name contains one of the words
+    python tools/mutations.py --table        # the table of CONTRIBUTING.md, without running
+
+Each change is made in a copy of the tree, never in the tree itself. The named test must pass there
+without the change and fail with it; the exit code is 1 if one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = "tests/sculpt_kernels/"
+INTERPRETER = TESTS + "interpreter/test_interpreted_"
+KERNELS = "sculpt_kernels/kernels/"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`before` becomes `after` in `file`, and `test` must fail."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    test: str
+
+
+MUTATIONS = [
+    Mutation(
+        "mask: one row too many in every kernel",
+        KERNELS + "common.py",
+        "return (rows < m)[:, None] &",
+        "return (rows <= m)[:, None] &",
+        INTERPRETER + "project.py::test_forms_layouts_and_dtypes",
+    ),
+    Mutation(
+        "mask: the end of a chunk of columns",
+        KERNELS + "strips.py",
+        "min(n, start + chunk), s,",
+        "n, s,",
+        INTERPRETER + "project.py::test_columns_are_divided_where_strips_are_few",
+    ),
+    Mutation(
+        "stride: a walk along contiguous rows only",
+        KERNELS + "strips.py",
+        "tl.full((), BLOCK_K, tl.int64) * stride_gn",
+        "tl.full((), BLOCK_K, tl.int64)",
+        INTERPRETER + "project.py::test_forms_layouts_and_dtypes",
+    ),
+    Mutation(
+        "stride: all operands of a step are laid out like the weights",
+        KERNELS + "adamw.py",
+        "ALIKE=all(x.stride()[1:] == w.stride()[1:] for x in (g, f, s, c)),",
+        "ALIKE=True,",
+        INTERPRETER + "adamw.py::test_layouts_and_parts_of_the_epilogue",
+    ),
+    Mutation(
+        "int64: offsets of a tile in 32 bits",
+        KERNELS + "common.py",
+        "down = rows.to(tl.int64)[:, None] * stride_row",
+        "down = rows[:, None] * stride_row",
+        INTERPRETER + "addresses.py::test_project_beyond_two_billion_elements",
+    ),
+    Mutation(
+        "int64: the corner of a tile in 32 bits",
+        KERNELS + "common.py",
+        "(row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column)",
+        "(row * stride_row + column * stride_column)",
+        INTERPRETER + "addresses.py::test_other_kernels_beyond_two_billion_elements",
+    ),
+    Mutation(
+        "int64: the step of a walk in 32 bits",
+        KERNELS + "strips.py",
+        "g_step = tl.full((), BLOCK_K, tl.int64)",
+        "g_step = tl.full((), BLOCK_K, tl.int32)",
+        INTERPRETER + "addresses.py::test_one_step_of_a_walk_may_pass_two_billion_elements",
+    ),
+    Mutation(
+        "int64: the distance between matrices in 32 bits",
+        KERNELS + "common.py",
+        "return X + tl.cast(index, tl.int64) * stride",
+        "return X + index * stride",
+        INTERPRETER + "addresses.py::test_matrices_of_a_batch_may_be_two_billion_elements_apart",
+    ),
+    Mutation(
+        "sides: the transposed matrix keeps its bases, in the kernels",
+        KERNELS + "project.py",
+        "G, U, V = G.mT, V, U\n        table",
+        "G = G.mT\n        table",
+        INTERPRETER + "project.py::test_forms_layouts_and_dtypes",
+    ),
+    Mutation(
+        "sides: the transposed matrix keeps its bases, on the CPU",
+        "sculpt_kernels/sweep.py",
+        "G, U, V = G.t(), V, U",
+        "G = G.t()",
+        TESTS + "test_project.py::test_any_strides_and_nothing_beside_the_matrix_changes",
+    ),
+    Mutation(
+        "sides: the short side is contracted first",
+        "sculpt_kernels/plan.py",
+        "return min(options, key=lambda o: (o.flops,",
+        "return max(options, key=lambda o: (o.flops,",
+        TESTS + "test_plan.py::test_contracts_the_long_side_first",
+    ),
+    Mutation(
+        "complement: the other side is taken for the one that is kept",
+        "sculpt_kernels/factored.py",
+        "if complement == near:",
+        "if complement not in (near, 'none'):",
+        TESTS + "test_project.py::test_values",
+    ),
+    Mutation(
+        "complement: not mirrored with a column-major matrix",
+        "sculpt_kernels/sweep.py",
+        "_MIRROR.get(complement, complement)",
+        "complement",
+        TESTS + "test_project.py::test_any_strides_and_nothing_beside_the_matrix_changes",
+    ),
+    Mutation(
+        "accumulation: in the dtype of the matrix, on the CPU",
+        "sculpt_kernels/panels.py",
+        "return torch.promote_types(dtype, torch.float32)",
+        "return dtype",
+        TESTS + "test_project.py::test_converted_panels_round_once",
+    ),
+    Mutation(
+        "accumulation: float16 in the kernels",
+        KERNELS + "strips.py",
+        "acc = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)",
+        "acc = tl.zeros((BLOCK_M, RANK), dtype=tl.float16)",
+        INTERPRETER + "project.py::test_coordinates",
+    ),
+    Mutation(
+        "precision: the low part of a split product is dropped",
+        KERNELS + "strips.py",
+        "        if EXACT:\n            acc = dot(low, b_v, acc, PRECISION)\n",
+        "",
+        INTERPRETER + "project.py::test_exact_finds_what_little_lies_outside",
+    ),
+    Mutation(
+        "rounding: every matrix of a batch starts at row 0, in the kernels",
+        KERNELS + "update.py",
+        "first = index.to(tl.int64) * m + row",
+        "first = row",
+        INTERPRETER + "update.py::test_stochastic_rounding_gives_the_bits_of_the_torch_backend",
+    ),
+    Mutation(
+        "rounding: every panel starts at row 0, on the CPU",
+        "sculpt_kernels/rounding.py",
+        "torch.arange(at[0], at[0] + rows, device=device)",
+        "torch.arange(0, rows, device=device)",
+        TESTS + "test_rounding.py::test_same_seed_same_bits_whatever_the_panels",
+    ),
+    Mutation(
+        "AdamW: the bias correction is one step late, in the kernels",
+        KERNELS + "adamw_step.py",
+        "count = integer(step)\n",
+        "count = integer(step) - 1\n",
+        INTERPRETER + "adamw.py::test_step",
+    ),
+    Mutation(
+        "AdamW: no bias correction of the second moment, on the CPU",
+        "sculpt_kernels/adamw.py",
+        "return 1 - self.beta2**self.step",
+        "return 1.0",
+        TESTS + "test_adamw.py::test_formulas",
+    ),
+    Mutation(
+        "graphs: a scalar on the device is read by the host",
+        KERNELS + "host.py",
+        "    if isinstance(x, Tensor) and x.device == device:\n        return x\n    x = float(x)",
+        "    x = float(x)",
+        TESTS + "test_compile.py::test_scalars_on_the_device_are_read_by_the_kernels_alone",
+    ),
+    Mutation(
+        "addresses: those of a table are not known to be aligned",
+        KERNELS + "common.py",
+        "return tl.multiple_of(address, 16)",
+        "return address",
+        TESTS + "test_compile.py::test_tables_of_addresses_cost_no_wide_loads",
+    ),
+    Mutation(
+        "operators: AdamW does not say that it writes the copy",
+        "sculpt_kernels/ops.py",
+        '{"W", "exp_avg", "exp_avg_sq", "copy"}',
+        '{"W", "exp_avg", "exp_avg_sq"}',
+        TESTS + "test_ops.py::test_adamw_operator",
+    ),
+    Mutation(
+        "checks: NaN in a large basis passes the quick way",
+        "sculpt_kernels/quick_checks.py",
+        "return largest != largest",
+        "return False",
+        TESTS + "test_checks.py::test_project_in_place_refuses",
+    ),
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only changes whose name contains one of these")
+    parser.add_argument("--table", action="store_true", help="print the table and run nothing")
+    options = parser.parse_args(arguments)
+    chosen = [
+        mutation
+        for mutation in MUTATIONS
+        if not options.words or any(word in mutation.name for word in options.words)
+    ]
+    if options.table:
+        print(table(chosen))
+        return 0
+    missed = 0
+    with copied() as tree:
+        passed: dict[str, bool] = {}
+        for mutation in chosen:
+            if mutation.test not in passed:
+                passed[mutation.test] = run(tree, mutation.test)
+            caught = passed[mutation.test] and is_caught(tree, mutation)
+            missed += not caught
+            verdict = "caught" if caught else "MISSED"
+            if not passed[mutation.test]:
+                verdict = "the test fails without the change"
+            print(f"{verdict:7} {mutation.name}  [{mutation.test}]", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return int(missed > 0)
+
+
+@contextmanager
+def copied() -> Iterator[Path]:
+    """A copy of the files of the tree, tracked or about to be."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file():
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, Path(folder) / name)
+        yield Path(folder)
+
+
+def is_caught(tree: Path, mutation: Mutation) -> bool:
+    """Whether the test fails with the change; the copy is as it was afterwards."""
+    path = tree / mutation.file
+    original = path.read_text(encoding="utf-8")
+    path.write_text(changed(original, mutation), encoding="utf-8")
+    try:
+        return not run(tree, mutation.test)
+    finally:
+        path.write_text(original, encoding="utf-8")
+
+
+def changed(text: str, mutation: Mutation) -> str:
+    """The text with the change made in every place where it applies.
+
+    Raises:
+        ValueError: the text does not hold what the change replaces.
+    """
+    if mutation.before not in text:
+        raise ValueError(f"{mutation.file} must contain {mutation.before!r} ({mutation.name})")
+    return text.replace(mutation.before, mutation.after)
+
+
+def run(tree: Path, test: str) -> bool:
+    """Whether a test passes in a copy of the tree; one that kills the process does not.
+
+    Raises:
+        RuntimeError: pytest found no such test, or could not start.
+    """
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["TRITON_INTERPRET"] = "1" if test.startswith(INTERPRETER) else "0"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode > 1:
+        raise RuntimeError(f"pytest could not run {test}:\n{done.stdout}\n{done.stderr}")
+    return done.returncode == 0
+
+
+def table(mutations: list[Mutation]) -> str:
+    """Markdown: what is broken, and the test that notices."""
+    lines = ["| what is broken | where | the test that notices |", "| --- | --- | --- |"]
+    for mutation in mutations:
+        test = mutation.test.removeprefix(TESTS).removeprefix("interpreter/")
+        lines.append(f"| {mutation.name} | `{mutation.file}` | `{test}` |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
