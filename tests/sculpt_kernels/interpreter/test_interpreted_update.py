@@ -133,7 +133,7 @@ def test_no_coordinates_leave_the_weight(r: int, s: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_update_without_a_basis_on_one_side(dtype: torch.dtype, missing: str) -> None:
     m, n, r = 37, 26, 9
-    B = orthonormal(n if missing == "U" else m, r).to(dtype)
+    B = orthonormal(n if missing == "U" else m, r, dtype=dtype)
     C = torch.randn((m, r) if missing == "U" else (r, n))
     U, V = (None, B) if missing == "U" else (B, None)
     W = Framed(torch.randn(m, n).to(dtype))
