@@ -42,15 +42,16 @@ def orthonormalize_with_method(Y: Tensor) -> tuple[Tensor, str]:
     A = Y.to(compute_dtype(Y.dtype))
     if A.numel() == 0:
         return torch.empty_like(Y, memory_format=torch.contiguous_format), "polar"
-    # Columns of one length: scaling changes no span, and the Gram matrix is as well
+    # Columns of about one length: scaling changes no span, and the Gram matrix is as well
     # conditioned as a diagonal scaling can make it, within sqrt(r) of the best.
     norms = torch.linalg.vector_norm(A, dim=-2, keepdim=True)
-    A = A / torch.where(norms > 0, norms, 1)
+    if bool(((norms < 0.5) | (norms > 2)).any()):
+        A = A / torch.where(norms > 0, norms, 1)
     first = symmetric_product(A.mT)
     for method, shifts in (
         ("polar", ()),
-        ("cholesky-qr2", (0.0, 0.0)),
-        ("shifted-cholesky-qr3", (_shift(A), 0.0, 0.0)),
+        ("cholesky-qr2", (False, False)),
+        ("shifted-cholesky-qr3", (True, False, False)),
     ):
         Q = _cholesky_qr(A, first, shifts)
         if Q is not None:
@@ -58,17 +59,18 @@ def orthonormalize_with_method(Y: Tensor) -> tuple[Tensor, str]:
     return torch.linalg.qr(A).Q.to(Y.dtype).contiguous(), "householder"
 
 
-def _shift(A: Tensor) -> float:
-    """`11 (nr + r(r+1)) eps ‖A‖²` for unit columns, where `‖A‖² <= r`; the source is above."""
+def _shift(A: Tensor, gram: Tensor) -> Tensor:
+    """`11 (nr + r(r+1)) eps ‖A‖²` `(...)`, with `‖A‖²` bounded by the trace; source as above."""
     n, r = A.shape[-2:]
-    return 11 * (n * r + r * (r + 1)) * torch.finfo(A.dtype).eps * r
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return 11 * (n * r + r * (r + 1)) * torch.finfo(A.dtype).eps * trace
 
 
-def _cholesky_qr(A: Tensor, gram: Tensor, shifts: tuple[float, ...]) -> Tensor | None:
+def _cholesky_qr(A: Tensor, gram: Tensor, shifts: tuple[bool, ...]) -> Tensor | None:
     """Up to one Cholesky pass per shift, until a polar step can finish; `None` if none can."""
     Q = _polar_step(A, gram) if not shifts else None
     for shift in shifts:
-        A = cholesky_pass(A, gram, shift)
+        A = cholesky_pass(A, gram, _shift(A, gram) if shift else None)
         gram = symmetric_product(A.mT)
         # NaN after a failed Cholesky factorization; no later pass would mend it.
         if not bool(torch.isfinite(gram).all()):
@@ -79,10 +81,11 @@ def _cholesky_qr(A: Tensor, gram: Tensor, shifts: tuple[float, ...]) -> Tensor |
     return Q
 
 
-def cholesky_pass(A: Tensor, gram: Tensor, shift: float = 0.0) -> Tensor:
+def cholesky_pass(A: Tensor, gram: Tensor, shift: Tensor | None = None) -> Tensor:
     """`A R⁻¹` with `RᵀR = AᵀA + shift I`; NaN where that is not positive definite. No host sync."""
-    if shift:
-        gram = gram + shift * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    if shift is not None:
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        gram = gram + shift[..., None, None] * eye
     L, info = torch.linalg.cholesky_ex(gram)
     L = torch.where((info == 0)[..., None, None], L, torch.nan)
     Q: Tensor = torch.linalg.solve_triangular(L.mT, A, upper=True, left=False)

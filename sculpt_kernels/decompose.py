@@ -139,28 +139,33 @@ def _long_side(A: Tensor, U: Tensor, squares: Tensor, h: int, request: Request) 
     """Right basis of the part whose left basis is in `U`, orthogonal to that of the other part.
 
     The columns of `AᵀU` are orthogonal up to rounding, which counts by `κ = λ₁ / sqrt(λ_h λ_k)`.
-    Where that is not small, one step takes the leading directions out of the trailing ones, with
-    `V_h` in the implicit form `AᵀU_h Λ_h^-½`. A column as short as the rounding of that product, or
-    that loses half of its length in the step, was noise, from a singular value of about zero: a
-    Householder QR of all columns in falling order makes such a one orthogonal to all that came
-    before it. So it does where the leading singular values themselves are not resolved.
+    Where that is more than orthonormality leaves room for, one step takes the leading directions
+    out of the trailing ones, with `V_h` in the implicit form `AᵀU_h Λ_h^-½`. A column as short as
+    the rounding of that product, or that loses half of its length in the step, was noise, from a
+    singular value of about zero: a Householder QR of all columns in falling order makes such a one
+    orthogonal to all that came before it. So it does where the leading singular values themselves
+    are not resolved.
     """
     columns = request.columns(h)
+    k = A.shape[-2]
     eps = torch.finfo(A.dtype).eps
     last = squares[..., max(h, 1) - 1]
-    if not bool((last > 8 * A.shape[-2] * eps * squares[..., 0]).all()):
+    if not bool((last > 8 * k * eps * squares[..., 0]).all()):
         return _ordered_qr(A, U)[..., columns]
-    B = A.mT @ U[..., columns]
+    # Of length one, but for columns of noise.
+    floor = 16 * eps * (k * squares[..., :1]).sqrt()
+    scaled = U[..., columns] / torch.maximum(squares[..., columns].sqrt(), floor).unsqueeze(-2)
+    B = A.mT @ scaled
     if request.part == "high" or h == 0:
         return orthonormalize(B)
     kappa = squares[..., 0] / (last * squares[..., -1]).sqrt()
-    if not bool((kappa <= eps ** (-1 / 3) / 6).all()):
+    if not bool((kappa <= 4 * k**0.5).all()):
         high = U[..., :h]
         inner = (high.mT @ (A @ B)) / squares[..., :h].unsqueeze(-1)
         cleaned = B - A.mT @ (high @ inner)
         before, after = (torch.linalg.vector_norm(X, dim=-2) for X in (B, cleaned))
-        floor = 16 * eps * (A.shape[-2] * squares[..., :1]).sqrt()
-        if not bool(((after >= before / 2) & (before > floor)).all()):
+        length = before * torch.maximum(squares[..., columns].sqrt(), floor)
+        if not bool(((after >= before / 2) & (length > floor)).all()):
             return _ordered_qr(A, U)[..., columns]
         B = cleaned
     return orthonormalize(B)

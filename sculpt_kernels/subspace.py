@@ -99,8 +99,10 @@ def split(
 
     A = W.detach().to(compute_dtype(W.dtype))
     # Squares must neither overflow nor vanish; a scale changes no subspace.
-    largest = A.abs().amax((-2, -1), keepdim=True)
-    A = A / torch.where(largest > 0, largest, 1)
+    largest = torch.maximum(A.amax((-2, -1), keepdim=True), -A.amin((-2, -1), keepdim=True))
+    scale = torch.where(largest > 0, largest, 1)
+    if bool(((scale < 1e-6) | (scale > 1e6)).any()):
+        A = A / scale
     tall = A.shape[-2] > A.shape[-1]
     used = method
     if method == "auto":

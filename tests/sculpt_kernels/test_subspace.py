@@ -103,9 +103,29 @@ def test_columns_that_are_exactly_zero(nonzero, method):
         torch.testing.assert_close(both.T @ both, torch.eye(80), rtol=0, atol=1e-5)
 
 
-def test_a_matrix_and_its_transpose_agree():
-    W = planted(30, 50, SPECTRA["power law"](30)).float()
-    one, two = split(W, rank=20), split(W.T, rank=20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smallest", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("spiked", [False, True])
+def test_right_bases_of_both_parts_are_orthogonal_at_any_condition(dtype, smallest, spiked):
+    k = 160
+    S = torch.logspace(0, torch.tensor(smallest).log10(), k).double()
+    if spiked:
+        S[:3] *= 10
+    W = planted(k, 200, S).to(dtype)
+    high, low = (split(W, rank=120, part=part, method="gram") for part in ("high", "low"))
+    bound = 50 * torch.finfo(dtype).eps * k**0.5
+    for B, D in ((high.U, low.U), (high.V, low.V)):
+        both = torch.cat([B, D], -1).double()
+        assert float((both.T @ both - torch.eye(k, dtype=torch.float64)).abs().max()) <= bound
+
+
+@pytest.mark.parametrize("method", ["gram", "svd", "spectral", "range"])
+def test_a_matrix_and_its_transpose_agree(method):
+    S = torch.cat([torch.linspace(2, 1.5, 60), torch.linspace(0.01, 0.005, 20)])
+    W = planted(80, 120, S).float()
+    one, two = (split(X, rank=60, method=method) for X in (W, W.T))
+    assert one.rank == two.rank
+    assert one.energy == pytest.approx(two.energy, abs=1e-6)
     assert float((one.U @ one.U.T - two.V @ two.V.T).abs().max()) <= 1e-5
     assert float((one.V @ one.V.T - two.U @ two.U.T).abs().max()) <= 1e-5
 
