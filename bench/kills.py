@@ -50,6 +50,7 @@ def fingerprint(out: Path) -> dict[str, str]:
         for name in MEASURED:
             method.pop(name)
     results["config"].pop("out")
+    found["left over"] = str([p.name for p in out.rglob(".*") if p.name != ".lock"])
     found["results.json"] = hashlib.sha256(json.dumps(results).encode()).hexdigest()
     return found
 

@@ -48,6 +48,17 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def flush(path: Path) -> None:
+    """Wait until the disk has the file or folder, where the system lets us ask for it."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON with NaN as null, through a temporary file."""
     with replacing_file(path) as temporary:

@@ -38,7 +38,7 @@ class Example:
     answer: str = ""
     suffix: str = ""
     messages: tuple[Message, ...] = ()
-    where: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)
 
     @property
     def prompt(self) -> str:

@@ -23,6 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sculpt.files import flush
+
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 
@@ -101,7 +103,7 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             self._fill(temporary, state, parts, names[-1:])
             os.replace(temporary, self.folder / f"{number:06d}")
-            _flush(self.folder)
+            flush(self.folder)
         except Exception as error:  # safetensors reports a full disk by an exception of its own
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
@@ -167,8 +169,8 @@ class Checkpoints:
         files[STATE] = _seal(folder / STATE)
         manifest = {"format": FORMAT, "files": files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _flush(folder / MANIFEST)
-        _flush(folder)
+        flush(folder / MANIFEST)
+        flush(folder)
 
     def _remove_old(self) -> None:
         for name in self.names()[: -self.keep]:
@@ -190,7 +192,7 @@ def sha256(path: Path) -> str:
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    _flush(path)
+    flush(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -212,17 +214,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
-
-
-def _flush(path: Path) -> None:
-    """Wait until the disk has the file or folder, where the system lets us ask for it."""
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_json(file: Path, path: Path) -> dict[str, Any]:

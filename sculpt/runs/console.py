@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sculpt.report import Results, tables
 from sculpt.runs.checkpoint import CheckpointError
-from sculpt.runs.directory import RunError
+from sculpt.runs.directory import RunError, RunWarning
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.preview import preview
 from sculpt.runs.start import resume, run
@@ -100,12 +100,13 @@ def _report(
     """Call `start`; show its results, or in one place what went wrong."""
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
-        with warnings.catch_warnings(record=True) as noted:
-            warnings.simplefilter("always", UserWarning)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", RunWarning)
+            warnings.showwarning = lambda message, *_: errors.print(
+                f"note: {message}", style="yellow"
+            )
             results = start()
-        for warning in noted:
-            if issubclass(warning.category, UserWarning):
-                errors.print(f"note: {warning.message}", style="yellow")
     except (CheckpointError, RunError, ValueError, TypeError, OSError) as error:
         errors.print(f"error: {error}", style="red")
         raise typer.Exit(1) from None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from sculpt.files import replacing_directory, write_json
+from sculpt.files import flush, replacing_directory, write_json
 from sculpt.runs.config import RunConfig
 from sculpt.runs.state import Progress
 
@@ -33,6 +34,10 @@ PACKAGES = ("sculpt", "torch", "transformers", "numpy", "safetensors", "tokenize
 
 class RunError(RuntimeError):
     """A run cannot start or go on; the message says why and what to do."""
+
+
+class RunWarning(UserWarning):
+    """Something about a run that its owner should know."""
 
 
 class RunDirectory:
@@ -88,6 +93,15 @@ class RunDirectory:
         except (OSError, ValueError, KeyError):
             return ""
 
+    def remove_unfinished(self) -> None:
+        """Remove what a killed run was about to write."""
+        hidden = [*self.path.glob(".*"), *(self.path / "models").glob(".*")]
+        for path in hidden:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink(missing_ok=True)
+
     def save_model(self, learner: Any, name: str) -> None:
         """Write the model to `name` in this directory; nothing is left of a failed attempt."""
         path = self.path / name
@@ -96,6 +110,8 @@ class RunDirectory:
         try:
             with replacing_directory(path) as temporary:
                 learner.save(temporary)
+                for file in temporary.rglob("*"):
+                    flush(file)
         except Exception as error:  # safetensors reports a full disk by an exception of its own
             raise RunError(
                 f"the model could not be saved to {path}: {error}. Is the disk full? Make room and "

@@ -12,12 +12,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sculpt.data.batching import batches, bucketed_batches
+from sculpt.files import flush
 from sculpt.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from sculpt.models.encoding import Encoded
 from sculpt.report import Results
@@ -83,6 +85,7 @@ class Run:
             for group in self.begun.optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         state.result.losses.append([])
+        state.result.subspaces.append([asdict(row) for row in self.begun.subspaces])
         state.phase, state.step = "train", 0
         self._save()
 
@@ -199,6 +202,7 @@ class Run:
                 self.directory.save_model(self.learner, "model")
         self._measure_all()
         self._results().write(self.directory.path)
+        flush(self.directory.path / "results.json")
         self.state.phase = "done"
         self.directory.write_status("finished", None, self.config.method)
         self.checkpoints.remove_all()

@@ -74,8 +74,8 @@ class Prepared:
         digest = hashlib.sha256()
         for task, rows in zip(self.tasks, self.rows, strict=True):
             digest.update(repr((task.name, task.labels, task.measure)).encode())
-            digest.update(repr([(row.ids, row.labels) for row in rows]).encode())
-            digest.update(repr(list(task.test)).encode())
+            for row in (*rows, *task.test):
+                digest.update(repr(row).encode())
         return digest.hexdigest()
 
 

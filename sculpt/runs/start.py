@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sculpt.report import Results
 from sculpt.runs.config import RunConfig
-from sculpt.runs.directory import RunDirectory, RunError, check_out, locked, versions
+from sculpt.runs.directory import RunDirectory, RunError, RunWarning, check_out, locked, versions
 from sculpt.runs.loop import Run
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.state import Progress, Report
@@ -32,6 +32,7 @@ def run(config: RunConfig, report: Report = ignore) -> Results:
             warnings.warn(
                 f"{len(prepared.bad.found)} rows left out, listed in {config.out / 'config.json'}; "
                 f"the first: {prepared.bad.found[0]}",
+                RunWarning,
                 stacklevel=2,
             )
         return Run(prepared, directory, report).finish()
@@ -50,6 +51,7 @@ def resume(folder: Path, report: Report = ignore) -> Results | None:
         config, described = directory.described()
         if directory.status() == "finished":
             return None
+        directory.remove_unfinished()
         _warn_of_changes(folder, described["versions"])
         prepared = Prepared(config.model_copy(update={"out": folder}))
         if prepared.digest() != described["data_digest"]:
@@ -65,5 +67,6 @@ def _warn_of_changes(folder: Path, began: dict[str, object]) -> None:
     if changed:
         warnings.warn(
             f"{folder} began with {', '.join(changed)}: the last bits of its weights may differ",
+            RunWarning,
             stacklevel=3,
         )

@@ -42,6 +42,7 @@ class MethodResult:
 
     generated, among_labels: `[i][j]` is the score on task `j` after task `i`, NaN for `j > i`; see
         `sculpt.models.learner.Score`. more: the same for further measures, by name.
+    subspaces: `[task][matrix]`: what was chosen, the fields of `sculpt.task.TaskRow`.
     losses: `[task][step]`. step_seconds: median over all steps: forward, backward, optimizer.
     seconds: wall clock of the phases "subspaces", "train", "certify", "evaluate" and "save".
     peak_memory_bytes: of the whole process from the first task on, weights included.
@@ -52,6 +53,7 @@ class MethodResult:
     generated: list[list[float]] = field(default_factory=list)
     among_labels: list[list[float]] = field(default_factory=list)
     more: dict[str, list[list[float]]] = field(default_factory=dict)
+    subspaces: list[list[dict[str, Any]]] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     step_seconds: float = NAN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from sculpt.models.learner import Learner
 from sculpt.runs.config import RunConfig
 from sculpt.sculptor import Sculptor
 from sculpt.targets import find_targets
+from sculpt.task import TaskRow
 
 Advance = Callable[[int, int], None]
 """Told how many of how many matrices are done."""
@@ -21,10 +22,12 @@ Advance = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Begun:
-    """What a task starts with: its optimizer and the number of values it trains."""
+    """What a task starts with: its optimizer, the number of values it trains, and what was chosen
+    for each matrix."""
 
     optimizer: torch.optim.Optimizer
     trainable_elements: int
+    subspaces: list[TaskRow] = field(default_factory=list)
 
 
 class Strategy(Protocol):
@@ -113,8 +116,10 @@ class SculptStrategy:
         self._sculptor = Sculptor(learner.model, config.sculpt)
 
     def begin_task(self, name: str, advance: Advance) -> Begun:
-        self._sculptor.begin_task(name=name, progress=lambda done, total, _: advance(done, total))
-        return self._begun()
+        table = self._sculptor.begin_task(
+            name=name, progress=lambda done, total, _: advance(done, total)
+        )
+        return self._begun(table.rows)
 
     def save(self, folder: Path, previous: Path | None) -> None:
         """Bases and coordinates: subspaces are not searched again."""
@@ -126,7 +131,7 @@ class SculptStrategy:
 
     def resume_task(self, name: str, folder: Path) -> Begun:
         self._sculptor = Sculptor.load(self._model, folder)
-        return self._begun()
+        return self._begun([])
 
     def certify(self, advance: Advance) -> Certificate | None:
         return self._sculptor.verify(
@@ -140,7 +145,7 @@ class SculptStrategy:
             parameter.requires_grad_(False)
             parameter.grad = None
 
-    def _begun(self) -> Begun:
+    def _begun(self, subspaces: list[TaskRow]) -> Begun:
         groups = self._sculptor.param_groups(lr=self._config.training.lr)
         if self._free:
             for parameter in self._free:
@@ -149,7 +154,7 @@ class SculptStrategy:
         optimizer = adamw(groups, self._config)
         self._sculptor.attach(optimizer)
         count = sum(p.numel() for group in groups for p in group["params"])
-        return Begun(optimizer, count)
+        return Begun(optimizer, count, subspaces)
 
 
 STRATEGIES: dict[str, Callable[[Learner, RunConfig], Strategy]] = {

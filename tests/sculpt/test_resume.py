@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config(tmp_path, checkpoint=CHECKPOINT)
-    flush, flushed = checkpoint_module._flush, 0
+    flush, flushed = checkpoint_module.flush, 0
 
     def full(path: Path) -> None:
         nonlocal flushed
@@ -172,12 +172,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(
             raise OSError(28, "No space left on device")
         flush(path)
 
-    monkeypatch.setattr(checkpoint_module, "_flush", full)
+    monkeypatch.setattr(checkpoint_module, "flush", full)
     with pytest.raises(CheckpointError, match=r"No space left.*sculpt resume"):
         run(config)
     assert RunDirectory(config.out).status() == "failed"
     assert not list((config.out / "checkpoints").glob(".*"))
-    monkeypatch.setattr(checkpoint_module, "_flush", flush)
+    monkeypatch.setattr(checkpoint_module, "flush", flush)
     assert resume(config.out) is not None
     run(config.model_copy(update={"out": tmp_path / "whole"}))
     assert fingerprint(config.out) == fingerprint(tmp_path / "whole")

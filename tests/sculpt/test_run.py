@@ -89,6 +89,11 @@ def test_a_run_leaves_matrix_certificates_and_model(tmp_path: Path) -> None:
     assert all(certificate.ok for certificate in result.certificates)
     assert result.worst_leak is not None
     assert result.worst_leak.leak <= result.worst_leak.limit
+    assert [[row["preserved"] for row in rows] for rows in result.subspaces] == [
+        [24, 12, 12, 24, 24, 24, 24] * 2
+    ] * 2
+    assert result.subspaces[0][0]["name"] == "model.layers.0.self_attn.q_proj"
+    assert 0.5 < result.subspaces[1][0]["energy"] < 1
     # Two moments and a step count for each matrix of the 14: t = 8 of 32, 4 of 16 for keys, values.
     assert result.trainable_elements == 2 * (5 * 8**2 + 2 * 4**2)
     assert result.optimizer_state_bytes == 4 * (2 * result.trainable_elements + 14)
