@@ -61,7 +61,7 @@ class Row:
 
 def points() -> list[Point]:
     """Every kernel in its variants, at the default configuration."""
-    from sculpt_kernels.kernels import compress, expand_add, project, update
+    from sculpt_kernels.kernels import compress, expand_add, project, sketch, update
 
     def tensors(m: int, n: int, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         def of(*shape: int) -> Tensor:
@@ -102,6 +102,9 @@ def points() -> list[Point]:
         G, U, V = tensors(4096, 4096, 128, dtype)
         compress.compress(G, U, V, torch.empty(128, 128, device="meta"))
 
+    def sketched(dtype: torch.dtype) -> None:
+        sketch.sketch(torch.empty(11008, 128, dtype=dtype, device="meta"), 2**40 + 1, 0)
+
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return [
         Point("project_ core", bf16, small("core")),
@@ -115,6 +118,8 @@ def points() -> list[Point]:
         Point("project_ strict exact", bf16, small("strict", precision="exact")),
         Point("project_many_ core", bf16, many),
         Point("compress", bf16, compressed),
+        Point("sketch", fp32, sketched),
+        Point("sketch", torch.float64, sketched),
         Point("project_large_ core", bf16, large("core")),
         Point("project_large_ strict", bf16, large("strict")),
         Point("project_large_ core", fp32, large("core")),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sculpt_kernels import backend
 from sculpt_kernels.rounding import philox4x32
 
 DEFAULT_SEED = 0x5C01D7
@@ -23,6 +24,12 @@ def sketch(
 
     A matrix with more columns starts with the columns of the narrower one.
     """
+    if backend.choose("auto", device, lambda: None) == "triton":
+        from sculpt_kernels import triton_backend
+
+        return triton_backend.sketch(
+            torch.empty(n, columns, dtype=dtype, device=device), seed, row0
+        )
     groups = -(-columns // 4)
     rows = torch.arange(row0, row0 + n, device=device)[:, None].expand(n, groups)
     group = torch.arange(groups, device=device)[None, :].expand(n, groups)

@@ -137,6 +137,12 @@ def project_adamw_(*tensors: Any, **options: Any) -> None:
     adamw.project_adamw_(*tensors, **options)
 
 
+def sketch(out: Tensor, seed: int, row0: int) -> Tensor:
+    from sculpt_kernels.kernels import sketch as kernels
+
+    return kernels.sketch(out, seed, row0)
+
+
 __all__ = [
     "adamw_reason",
     "compress",
@@ -147,4 +153,5 @@ __all__ = [
     "project_adamw_",
     "project_many_",
     "project_reason",
+    "sketch",
 ]

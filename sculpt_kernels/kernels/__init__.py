@@ -11,4 +11,5 @@ can run on them at all is each module's `supports(...)`, which returns `None` or
 | `update`     | `update_`, `project_large_`   | `X <- round(base + alpha (A Bᵀ + A₂ B₂ᵀ))`        |
 | `expand_add` | `expand_add_`                 | `W <- round(base + alpha U C Vᵀ)`                 |
 | `adamw`      | `project_adamw_`              | AdamW in the epilogue of the projection           |
+| `sketch`     | `sketch`                      | the random test matrix of subspace methods        |
 """

@@ -24,6 +24,7 @@ QUICK = {
         ("project_ core exact", "bfloat16"),
         ("project_many_ core", "bfloat16"),
         ("compress", "bfloat16"),
+        ("sketch", "float64"),
         ("project_large_ core", "float32"),
         ("project_large_ strict", "bfloat16"),
         ("expand_add_ stochastic", "float16"),
@@ -63,6 +64,8 @@ def test_default_configurations(point: offline.Point, arch: int) -> None:
         assert row.spills == row.stack == 0, f"registers spill: {row}"
         assert row.registers < 256, row
         assert row.shared <= limit, row
+        if row.kernel == "sketch_kernel":
+            continue  # it reads and multiplies nothing
         assert row.wide_loads > 0, f"no load of 16 bytes: {row}"
         if point.dtype != torch.float32 and row.kernel != "direction_kernel":
             assert row.tensor_core > 0, f"no tensor-core instruction: {row}"
