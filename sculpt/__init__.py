@@ -9,14 +9,24 @@ from sculpt.sculptor import Sculptor
 if TYPE_CHECKING:
     from sculpt.runs.config import RunConfig
     from sculpt.runs.start import resume, run
+    from sculpt.trainer import SculptCallback
 
 __version__ = "0.1.0"
 
-__all__ = ["Certificate", "RunConfig", "SculptConfig", "Sculptor", "resume", "run"]
+__all__ = [
+    "Certificate",
+    "RunConfig",
+    "SculptCallback",
+    "SculptConfig",
+    "Sculptor",
+    "resume",
+    "run",
+]
 
-# Imported when they are used: they bring pydantic and rich along.
+# Imported when they are used: they bring pydantic, rich and transformers along.
 _LATE = {
     "RunConfig": "sculpt.runs.config",
+    "SculptCallback": "sculpt.trainer",
     "run": "sculpt.runs.start",
     "resume": "sculpt.runs.start",
 }

@@ -1,0 +1,249 @@
+"""The life cycle of a task inside `transformers.Trainer` and TRL's trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from sculpt.certificate import Certificate
+from sculpt.config import SculptConfig
+from sculpt.files import write_json
+from sculpt.logs import Loggers
+from sculpt.rates import convert_rates
+from sculpt.sculptor import Sculptor
+from sculpt.state import config_to_json
+from sculpt.task import TaskTable
+
+FOLDER = "sculptor"
+CERTIFICATE = "certificate.json"
+logger = logging.get_logger("sculpt.trainer")
+
+
+class SculptCallback(TrainerCallback):  # type: ignore[misc]
+    """One task of continual full fine-tuning, trained by a `Trainer`.
+
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[SculptCallback(config)])
+        trainer.train()
+        trainer.save_model("after")          # a plain Hugging Face model
+
+    The task begins when the Trainer is made, so that its optimizer gets the coordinates, and ends
+    with `train()`. `TrainingArguments.learning_rate` is that of dense weights, converted for each
+    matrix as `Sculptor.param_groups` does. Checkpoints are plain models with what a restart needs
+    beside them in `sculptor/`: `trainer.train(resume_from_checkpoint=True)` goes on where it was.
+    The next task takes a new Trainer and a new callback on the same model.
+
+    The certificate is in `output_dir/certificate.json`, and what it says goes to the services that
+    `TrainingArguments.report_to` names.
+
+    Args:
+        config: what to sculpt and how much of it.
+        name: of the task, for tables and certificates.
+        independent: see `Sculptor.verify`.
+
+    Attributes:
+        sculptor: None before the Trainer is made.
+        table: what `begin_task` chose.
+        certificate: None before the end of training.
+    """
+
+    def __init__(
+        self, config: SculptConfig, *, name: str | None = None, independent: bool = False
+    ) -> None:
+        if not isinstance(config, SculptConfig):
+            raise TypeError(f"config must be a SculptConfig; got {type(config).__name__}")
+        self.config = config
+        self.name = name
+        self.independent = independent
+        self.sculptor: Sculptor | None = None
+        self.table: TaskTable | None = None
+        self.certificate: Certificate | None = None
+        self._handles: list[Any] = []
+        self._loggers: Loggers | None = None
+        self._saved: Path | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Begin the task: the optimizer does not exist yet."""
+        _refuse_what_is_not_supported(args)
+        if self.sculptor is not None:
+            raise RuntimeError(
+                "this SculptCallback belongs to another Trainer already: make a new one for each"
+            )
+        self.sculptor = Sculptor(more["model"], self.config)
+        self.table = self.sculptor.begin_task(name=self.name)
+        logger.info(str(self.table))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if self.sculptor is None:
+            raise RuntimeError(
+                "SculptCallback was added to a finished Trainer; pass it to the constructor, "
+                "Trainer(..., callbacks=[SculptCallback(config)])"
+            )
+        if self.certificate is not None:
+            raise RuntimeError(
+                "the task of this SculptCallback has ended: for the next one make a new Trainer, "
+                "with a new SculptCallback, on the same model"
+            )
+        if more["model"] is not self.sculptor.model:
+            raise RuntimeError(
+                "the Trainer made a new model after it was constructed (model_init): pass a model, "
+                "not model_init"
+            )
+        optimizer = getattr(more["optimizer"], "optimizer", more["optimizer"])
+        if state.global_step > 0:
+            self._resume(_saved_state(args, state.global_step), optimizer)
+        self.sculptor.attach(optimizer)
+        factors = {
+            parameter: group["lr"]
+            for group in self.sculptor.param_groups(lr=1.0)
+            for parameter in group["params"]
+        }
+        self._handles = convert_rates(optimizer, factors)
+        self._loggers = Loggers(
+            args.report_to if state.is_world_process_zero else [],
+            Path(args.output_dir),
+            arguments=args,
+        )
+        assert self.table is not None
+        self._loggers.log(table_metrics(self.table), state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Put beside the checkpoint what a restart needs; what does not change is linked."""
+        assert self.sculptor is not None
+        if not args.save_only_model:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
+            self.sculptor.save(path, previous=self._saved)
+            self._saved = path
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        # The last words of a Trainer, while the services still listen.
+        if "train_runtime" in (more.get("logs") or {}) and self._loggers is not None:
+            self._certify()
+            assert self.certificate is not None
+            values = certificate_metrics(self.certificate)
+            self._loggers.log(values, state.global_step)
+            state.log_history.append({**values, "step": state.global_step})
+            self._loggers.close()
+            self._loggers = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Prove, and leave a plain model behind."""
+        assert self.sculptor is not None
+        for handle in self._handles:
+            handle.remove()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The Trainer has put back the weights; their coordinates are beside them.
+            self._resume(Path(state.best_model_checkpoint) / FOLDER, None)
+            self._certify()
+        assert self.certificate is not None
+        if not self.certificate.ok:
+            logger.warning(str(self.certificate))
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / CERTIFICATE, self.certificate.to_dict())
+        self.sculptor.end_task()
+
+    def _certify(self) -> None:
+        assert self.sculptor is not None
+        self.certificate = self.sculptor.verify(independent=self.independent)
+        logger.info(str(self.certificate))
+
+    def _resume(self, path: Path, optimizer: Optimizer | None) -> None:
+        """Go on from `path`; the model has the weights of that moment already.
+
+        The optimizer was made, and given its saved state, for the coordinates of the task that
+        began with the Trainer; those of the saved one take their place in it.
+        """
+        assert self.sculptor is not None
+        model = self.sculptor.model
+        before = dict(self.sculptor.named_parameters())
+        weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        self.sculptor.end_task()
+        model.load_state_dict(weights)
+        try:
+            self.sculptor = Sculptor.load(model, path)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{path.parent} was not finished, or not made with SculptCallback: {error}; resume "
+                "from the checkpoint before it"
+            ) from error
+        if _settings(self.sculptor.config) != _settings(self.config):
+            raise ValueError(
+                f"{path} was made with another configuration, {self.sculptor.config}; this is "
+                f"{self.config}"
+            )
+        _check_same_weights(model, weights, path)
+        if optimizer is not None:
+            after = dict(self.sculptor.named_parameters())
+            _replace(optimizer, {before[name]: after[name] for name in before})
+        self._saved = path
+
+
+def table_metrics(table: TaskTable) -> dict[str, float]:
+    """What begins a task, as numbers for services that log."""
+    return {
+        "sculpt/matrices": len(table.rows),
+        "sculpt/trainable_elements": table.trainable_elements,
+        "sculpt/mean_preserved_rank": sum(row.preserved for row in table.rows) / len(table.rows),
+        "sculpt/mean_energy_kept": sum(row.energy for row in table.rows) / len(table.rows),
+        "sculpt/subspace_seconds": table.seconds,
+    }
+
+
+def certificate_metrics(certificate: Certificate) -> dict[str, float]:
+    """What ends a task, as numbers for services that log."""
+    worst = certificate.worst
+    return {
+        "sculpt/worst_leak": worst.leak,
+        "sculpt/worst_leak_limit": worst.limit,
+        "sculpt/certificate_holds": float(certificate.ok),
+        "sculpt/largest_relative_change": max(row.change for row in certificate.rows),
+    }
+
+
+def _settings(config: SculptConfig) -> dict[str, Any]:
+    """What decides about the task; where subspaces are cached does not."""
+    return config_to_json(replace(config, subspace_cache=None))
+
+
+def _refuse_what_is_not_supported(args: Any) -> None:
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise RuntimeError(
+            f"SculptCallback trains in one process on one device; this is {args.world_size} "
+            f"processes with {args.n_gpu} devices each (CUDA_VISIBLE_DEVICES=0 leaves one)"
+        )
+    for name in ("deepspeed", "fsdp"):
+        if getattr(args, name, None):
+            raise RuntimeError(f"SculptCallback does not work with {name}={getattr(args, name)!r}")
+
+
+def _saved_state(args: Any, step: int) -> Path:
+    """What was saved beside the checkpoint that the Trainer resumes from; it does not say which."""
+    places = [Path(args.output_dir) / f"checkpoint-{step}"]
+    if isinstance(args.resume_from_checkpoint, str):
+        places.insert(0, Path(args.resume_from_checkpoint))
+    return next((place for place in places if (place / FOLDER).is_dir()), places[0]) / FOLDER
+
+
+def _check_same_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    for name, value in model.state_dict().items():
+        if not torch.equal(value, weights[name]):
+            raise ValueError(
+                f"{path} is not of the checkpoint that the Trainer loaded: {name} differs. Set "
+                "TrainingArguments(resume_from_checkpoint=...) to the directory that is resumed"
+            )
+
+
+def _replace(optimizer: Optimizer, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Let the optimizer hold other parameters in the same places, with the same state."""
+    for group in optimizer.param_groups:
+        group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
+    for old, parameter in new.items():
+        if old in optimizer.state and old is not parameter:
+            optimizer.state[parameter] = optimizer.state.pop(old)

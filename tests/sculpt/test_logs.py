@@ -1,0 +1,99 @@
+"""Metrics reach the services that are named, and only those."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+
+from sculpt.logs import Loggers
+from sculpt.rates import convert_rates
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What a service named "recorder" is told."""
+    told: list[tuple[Any, ...]] = []
+
+    class Recorder(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            told.append(("begin", args.output_dir, args.run_name))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
+            told.append(("log", state.global_step, logs))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            told.append(("end",))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    return told
+
+
+def test_a_run_of_its_own(events, tmp_path):
+    loggers = Loggers(["recorder"], tmp_path, run_name="one")
+    loggers.log({"loss": 0.5, "lost": math.nan}, step=3)
+    loggers.log({"lost": math.inf}, step=4)
+    loggers.close()
+    loggers.log({"loss": 0.1}, step=5)
+    assert events == [
+        ("begin", str(tmp_path), "one"),
+        ("log", 3, {"loss": 0.5}),
+        ("end",),
+    ]
+
+
+def test_no_service_needs_nothing(tmp_path):
+    loggers = Loggers([], tmp_path)
+    loggers.log({"loss": 0.5}, step=3)
+    loggers.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_do_not_work(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="did you mean 'wandb'"):
+        Loggers(["wandbb"], tmp_path)
+
+    def missing() -> None:
+        raise RuntimeError("requires it to be installed")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", missing)
+    with pytest.raises(ValueError, match="logging to 'mlflow' is not possible here: requires"):
+        Loggers(["mlflow"], tmp_path)
+
+
+def test_tensorboard_writes_what_is_logged(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = Loggers(["tensorboard"], tmp_path)
+    loggers.log({"sculpt/worst_leak": 1e-7}, step=3)
+    loggers.close()
+    board = EventAccumulator(str(tmp_path / "runs" / "sculpt"))
+    board.Reload()
+    [event] = board.Scalars("train/sculpt/worst_leak")
+    assert (event.step, event.value) == (3, pytest.approx(1e-7))
+
+
+def test_rates_are_converted_for_the_length_of_a_step():
+    slow, fast, other = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    optimizer = torch.optim.SGD([{"params": [slow, fast]}, {"params": [other], "lr": 5.0}], lr=1.0)
+    groups = list(optimizer.param_groups)
+    handles = convert_rates(optimizer, {slow: 0.5, fast: 2.0})
+    for factor in (1.0, 0.1):  # a scheduler in between
+        for parameter in (slow, fast, other):
+            parameter.grad = torch.ones(1)
+        for group, rate in zip(optimizer.param_groups, (1.0, 5.0), strict=True):
+            group["lr"] = rate * factor
+        optimizer.step()
+        assert all(a is b for a, b in zip(optimizer.param_groups, groups, strict=True))
+    assert [p.item() for p in (slow, fast, other)] == pytest.approx([-0.55, -2.2, -5.5])
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert slow.item() == pytest.approx(-0.65)
