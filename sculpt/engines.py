@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sculpt.config import SculptConfig
-from sculpt.matrices import LOW_PRECISION, CompactMatrix, GradientMatrix, Matrix, UpdateMatrix
+from sculpt.matrices import (
+    LOW_PRECISION,
+    CompactMatrix,
+    GradientMatrix,
+    Matrix,
+    UpdateMatrix,
+    follow_together,
+)
 from sculpt.originals import Original
 from sculpt.subspaces import Bases
 from sculpt.targets import Target
@@ -46,6 +55,48 @@ def place_of_original(config: SculptConfig, target: Target) -> str:
     if config.chosen_engine == "compact":
         return "device" if recomputes(config, target) else "cpu"
     return "device" if config.chosen_engine == "update" else "cpu"
+
+
+def groups(matrices: list[Matrix], together: bool) -> list[list[int]]:
+    """Indices of matrices that follow in common launches: one layout each.
+
+    One by one otherwise: on a CPU launches cost nothing, and originals that are elsewhere must not
+    all be here at once.
+    """
+    found: dict[Any, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        key: Any = index
+        if together and isinstance(matrix, CompactMatrix):
+            weight = matrix.weight
+            if not matrix.recompute or matrix.original.is_on(weight.device):
+                layout = (weight.shape, weight.stride(), weight.dtype, weight.device)
+                key = (layout, matrix.trained.shape, matrix.state.U is None, matrix.recompute)
+        found.setdefault(key, []).append(index)
+    return list(found.values())
+
+
+def follow_all(matrices: list[Matrix], seeds: Tensor) -> None:
+    """Bring every weight up to date with a step, or leave all as they were before it.
+
+    Weights that were rounded at random cannot go back: where another one fails after them, they go
+    on with their coordinates.
+    """
+    done: set[int] = set()
+    try:
+        reserve(matrices)
+        for group in groups(matrices, matrices[0].weight.is_cuda):
+            compact = [m for m in (matrices[i] for i in group) if isinstance(m, CompactMatrix)]
+            if len(group) > 1:
+                follow_together(compact, [seeds[i] for i in group])
+            else:
+                matrices[group[0]].follow(seeds[group[0]])
+            done.update(group)
+    except BaseException:
+        for index, matrix in enumerate(matrices):
+            matrix.undo(index in done)
+        raise
+    for matrix in matrices:
+        matrix.commit()
 
 
 def reserve(matrices: list[Matrix]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from sculpt.layers import Coordinates, away_from, install, remove
 from sculpt.originals import Original
 from sculpt.subspaces import Bases
 from sculpt.targets import Target
-from sculpt_kernels import expand_add_, project_
+from sculpt_kernels import expand_add_, expand_add_many_, project_
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 Side = tuple[Tensor, bool]
@@ -60,7 +61,7 @@ class Matrix(ABC):
         return self.target.oriented(self.original.get(self.target.parameter.device))
 
     @abstractmethod
-    def follow(self, seed: Tensor | None) -> None:
+    def follow(self, seed: Tensor) -> None:
         """Bring the weight up to date with an optimizer step; `commit` or `undo` comes next."""
 
     def commit(self) -> None:  # noqa: B027  (nothing to note for engines that train the weight)
@@ -103,16 +104,15 @@ class CompactMatrix(Matrix):
     def trained(self) -> nn.Parameter:
         return self.state.C
 
-    def follow(self, seed: Tensor | None) -> None:
+    def follow(self, seed: Tensor) -> None:
+        follow_together([self], [seed])
+
+    def change(self) -> Tensor:
+        """The coordinates that the weight starts anew from `W₀` with, or what it lacks of them."""
         state, C = self.state, self.state.C.detach()
         if state.removed is not None:
             C.copy_(away_from(C, state.removed, state.U is None))
-        if self.recompute:
-            self.write(C)
-        else:
-            expand_add_(
-                self.weight, C - state.folded, state.U, state.V, rounding="stochastic", seed=seed
-            )
+        return C if self.recompute else C - state.folded
 
     def write(self, C: Tensor) -> None:
         """`W ← W₀ + U C Vᵀ`, rounded once."""
@@ -157,6 +157,20 @@ class CompactMatrix(Matrix):
             remove(place)
 
 
+def follow_together(matrices: Sequence[CompactMatrix], seeds: Sequence[Tensor]) -> None:
+    """Bring weights up to date that are all recomputed, or all not, in common launches."""
+    recompute = matrices[0].recompute
+    expand_add_many_(
+        [matrix.weight for matrix in matrices],
+        [matrix.change() for matrix in matrices],
+        [matrix.state.U for matrix in matrices],
+        [matrix.state.V for matrix in matrices],
+        rounding="nearest" if recompute else "stochastic",
+        seeds=None if recompute else torch.stack(list(seeds)),
+        bases=[matrix.before() for matrix in matrices] if recompute else None,
+    )
+
+
 class UpdateMatrix(Matrix):
     """`W = W₀ + P(ΔW)`: the weight trains, and what steps did to it is projected.
 
@@ -177,7 +191,7 @@ class UpdateMatrix(Matrix):
         U, V = (None if B is None else B.to(X.dtype) for B in (self.bases.U, self.bases.V))
         project_(X, U, V, form=self.form, complement=self.bases.complement)
 
-    def follow(self, seed: Tensor | None) -> None:
+    def follow(self, seed: Tensor) -> None:
         W, W0 = self.weight, self.before()
         if self.delta is None:
             W.sub_(W0)
@@ -224,7 +238,7 @@ class GradientMatrix(UpdateMatrix):
         with torch.no_grad():
             self._project_(self.target.oriented(parameter.grad))
 
-    def follow(self, seed: Tensor | None) -> None:
+    def follow(self, seed: Tensor) -> None:
         """Nothing to do: what the optimizer did stands."""
 
     def truth(self) -> Tensor:

@@ -35,6 +35,10 @@ class Original:
         else:
             self._tensor = weight.detach().clone(memory_format=torch.preserve_format)
 
+    def is_on(self, device: torch.device) -> bool:
+        """Whether `get` costs nothing there."""
+        return self._tensor is not None and self._tensor.device == device
+
     def get(self, device: torch.device) -> Tensor:
         """The weight on `device`, in its own dtype; not to be changed."""
         if self._path is not None:

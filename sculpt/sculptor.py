@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer
 from sculpt import state
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
-from sculpt.engines import drop_nonfinite_gradients, make_matrix, place_of_original, reserve
+from sculpt.engines import drop_nonfinite_gradients, follow_all, make_matrix, place_of_original
 from sculpt.matrices import Matrix
 from sculpt.originals import Original
 from sculpt.proof import certify
@@ -241,18 +241,7 @@ class Sculptor:
         """
         matrices = list(self._running().values())
         assert self._seeds is not None
-        followed = 0
-        try:
-            reserve(matrices)
-            for matrix, seed in zip(matrices, self._seeds, strict=True):
-                matrix.follow(seed)
-                followed += 1
-        except BaseException:
-            for index, matrix in enumerate(matrices):
-                matrix.undo(index < followed)
-            raise
-        for matrix in matrices:
-            matrix.commit()
+        follow_all(matrices, self._seeds)
         self._seeds += len(matrices) * 2**20
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from sculpt_kernels.backend import backends
 from sculpt_kernels.basis import orthonormalize
 from sculpt_kernels.cache import SubspaceCache
 from sculpt_kernels.coordinates import compress, expand_add_
+from sculpt_kernels.expand_many import expand_add_many_
 from sculpt_kernels.leakage import Leak, leak
 from sculpt_kernels.linear import compact_linear
 from sculpt_kernels.plan import Plan, plan
@@ -31,6 +32,7 @@ __all__ = [
     "compact_weight",
     "compress",
     "expand_add_",
+    "expand_add_many_",
     "leak",
     "orthonormalize",
     "plan",

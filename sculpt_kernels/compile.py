@@ -95,6 +95,13 @@ def points() -> list[Point]:
         seed = None if dtype == torch.float32 else 2**40 + 1
         expand_add.expand_add_(W, C, U, V, 1.0, rounding, seed)
 
+    def expand_many(dtype: torch.dtype) -> None:
+        W, U, V = tensors(576, 576, 144, dtype)
+        C, seeds = torch.empty(144, 144, device="meta"), torch.zeros(8, dtype=torch.int64)
+        expand_add.expand_add_many_(
+            [W] * 8, [C] * 8, [U] * 8, [V] * 8, 1.0, "stochastic", seeds.to("meta")
+        )
+
     def adamw(form: str, target: str, **extra: Any) -> Callable[[torch.dtype], Any]:
         return lambda dtype: _adamw(*tensors(4096, 4096, 2048, dtype), form, target, **extra)
 
@@ -125,6 +132,7 @@ def points() -> list[Point]:
         Point("project_large_ core", fp32, large("core")),
         Point("expand_add_ stochastic", bf16, expand),
         Point("expand_add_ stochastic", fp16, expand),
+        Point("expand_add_many_ stochastic", bf16, expand_many),
         Point("project_adamw_ update", bf16, adamw("core", "update")),
         Point("project_adamw_ gradient", bf16, adamw("core", "gradient")),
         Point("project_adamw_ strict", bf16, adamw("strict", "gradient")),

@@ -115,6 +115,35 @@ def expand_add_(
             base, backend,
         )  # fmt: skip
         return W
+    check_expand_add(W, C, U, V, alpha, rounding, seed, base)
+    chosen = choose(backend, W.device, lambda: triton_backend.expand_add_reason(W, C, U, V, base))
+    if W.is_meta or W.numel() == 0:
+        return W
+    with torch.no_grad():
+        if chosen == "triton":
+            triton_backend.expand_add_(W, C, U, V, alpha, rounding, seed, base)
+            return W
+        wide = compute_dtype(W.dtype)
+        scaled = C.to(wide) * alpha
+        key = seed if rounding == "stochastic" else None
+        for index, (X, core, A, B, start) in enumerate(matrices(W, scaled, U, V, base)):
+            assert X is not None
+            assert core is not None
+            _expand_add_matrix(X, core, A, B, start, key, index * W.shape[-2])
+    return W
+
+
+def check_expand_add(
+    W: Tensor,
+    C: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    alpha: float | Tensor,
+    rounding: str,
+    seed: int | Tensor | None,
+    base: Tensor | None,
+) -> None:
+    """Refuse arguments that `expand_add_` cannot take, before anything is changed."""
     checks.matrix("W", W)
     checks.bases_and_coordinates(W, U, V, C)
     if U is None and V is None:
@@ -137,21 +166,6 @@ def expand_add_(
     checks.rounding(rounding, seed, "W", W)
     checks.writable("W", W)
     checks.no_overlap("W", W, C=C, U=U, V=V, base=base)
-    chosen = choose(backend, W.device, lambda: triton_backend.expand_add_reason(W, C, U, V, base))
-    if W.is_meta or W.numel() == 0:
-        return W
-    with torch.no_grad():
-        if chosen == "triton":
-            triton_backend.expand_add_(W, C, U, V, alpha, rounding, seed, base)
-            return W
-        wide = compute_dtype(W.dtype)
-        scaled = C.to(wide) * alpha
-        key = seed if rounding == "stochastic" else None
-        for index, (X, core, A, B, start) in enumerate(matrices(W, scaled, U, V, base)):
-            assert X is not None
-            assert core is not None
-            _expand_add_matrix(X, core, A, B, start, key, index * W.shape[-2])
-    return W
 
 
 def _expand_add_matrix(

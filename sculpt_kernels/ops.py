@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sculpt_kernels.adamw import project_adamw_
 from sculpt_kernels.coordinates import compress, expand_add_
+from sculpt_kernels.expand_many import expand_add_many_
 from sculpt_kernels.project import project, project_, project_many_
 
 Maybe = Optional[Tensor]  # noqa: UP045  (schema inference does not know `Tensor | None`)
@@ -118,6 +119,32 @@ def _expand_add_(
     )
 
 
+@torch.library.custom_op("sculpt_kernels::expand_add_many_", mutates_args={"Ws"})
+def _expand_add_many_(
+    Ws: Sequence[Tensor],
+    Cs: Sequence[Tensor],
+    Us: Sequence[Maybe],
+    Vs: Sequence[Maybe],
+    alpha: float,
+    alpha_tensor: Maybe,
+    rounding: str,
+    seeds: Maybe,
+    bases: Sequence[Tensor],
+    backend: str,
+) -> None:
+    expand_add_many_(
+        Ws,
+        Cs,
+        Us,
+        Vs,
+        alpha=_either(alpha, alpha_tensor),
+        rounding=rounding,
+        seeds=seeds,
+        bases=bases or None,
+        backend=backend,
+    )
+
+
 @torch.library.custom_op(
     "sculpt_kernels::project_adamw_", mutates_args={"W", "exp_avg", "exp_avg_sq", "copy"}
 )
@@ -183,7 +210,7 @@ def _nothing(*args: object, **kwargs: object) -> None:
     """An operator that only writes to its arguments has no output to describe."""
 
 
-for _op in (_project_, _project_many_, _expand_add_, _project_adamw_):
+for _op in (_project_, _project_many_, _expand_add_, _expand_add_many_, _project_adamw_):
     _op.register_fake(_nothing)
 
 

@@ -123,6 +123,21 @@ def expand_add_(
     expand_add.expand_add_(W, C, U, V, alpha, rounding, seed, base)
 
 
+def expand_add_many_(
+    Ws: Sequence[Tensor],
+    Cs: Sequence[Tensor],
+    Us: Sequence[Tensor | None],
+    Vs: Sequence[Tensor | None],
+    alpha: float | Tensor,
+    rounding: str,
+    seeds: Tensor | None,
+    bases: Sequence[Tensor] | None,
+) -> None:
+    from sculpt_kernels.kernels import expand_add
+
+    expand_add.expand_add_many_(Ws, Cs, Us, Vs, alpha, rounding, seeds, bases)
+
+
 def adamw_reason(*tensors: Any, complement: str) -> str | None:
     if complement != "none":
         return f"the Triton kernels take no complement={complement!r}"
@@ -148,6 +163,7 @@ __all__ = [
     "compress",
     "compress_reason",
     "expand_add_",
+    "expand_add_many_",
     "expand_add_reason",
     "project_",
     "project_adamw_",

@@ -120,6 +120,28 @@ def whole(x: int | Tensor, device: torch.device) -> int | Tensor:
     return torch.tensor(x) if INTERPRETED else x
 
 
+@dataclass(frozen=True)
+class Listed:
+    """Matrices that lie anywhere: the first one, for their layout, and the addresses of all."""
+
+    first: Tensor
+    addresses: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.first.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.first.dtype
+
+
+@lru_cache(maxsize=256)
+def address_table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Addresses of many tensors, on their device; built once, so graphs can be captured."""
+    return torch.tensor(pointers, dtype=torch.int64, device=device)
+
+
 def common_vector(*tensors: Tensor) -> int:
     """Elements in 16 bytes of the widest dtype."""
     return 16 // max(X.element_size() for X in tensors)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -310,7 +309,7 @@ def _arguments(operands: Operands) -> dict[str, Any]:
         gs, us, vs = zip(*table, strict=True)
         sides = (gs, us if operands.core else vs, vs)
         pointers = [tuple(X.data_ptr() for X in side) for side in sides]
-        at_g, at_u, at_v = (address_table(side, G.device) for side in pointers)
+        at_g, at_u, at_v = (host.address_table(side, G.device) for side in pointers)
         places = at_g, at_u, at_v
     return {
         "G": places[0],
@@ -327,12 +326,6 @@ def _arguments(operands: Operands) -> dict[str, Any]:
         "DTYPE": host.triton_dtype(G.dtype),
         "PRECISION": host.input_precision(G.dtype),
     }
-
-
-@lru_cache(maxsize=256)
-def address_table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Addresses of many tensors, on their device; built once, so graphs can be captured."""
-    return torch.tensor(pointers, dtype=torch.int64, device=device)
 
 
 def _correct(Y: Tensor, Z: Tensor, C: Tensor, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -92,6 +94,12 @@ def update_kernel(
     SEGMENTS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     PRECISION: tl.constexpr,
+    TABLE: tl.constexpr,
+    TABLE_A: tl.constexpr,
+    TABLE_B: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    S_DTYPE: tl.constexpr,
+    B_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -101,6 +109,8 @@ def update_kernel(
     """`X <- round(S + alpha (A Bᵀ + A2 B2ᵀ))`, each program one tile of one matrix.
 
     Shapes: X, S `(L, m, n)`; A `(L, m, k)`, B `(L, n, k)`; A2 `(L, m, k2)`, B2 `(L, n, k2)`.
+    With TABLE, X and S are tables of addresses of matrices that lie anywhere, and seeds an array;
+    TABLE_A and TABLE_B say the same of the factors, which have the dtype B_DTYPE.
     Bytes: `m n` of X, and of S where there is one, and the factors, which stay in L2.
     FLOPs: `2 m n (k + k2)`.
     """
@@ -113,26 +123,33 @@ def update_kernel(
     columns = column + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if SEGMENTS >= 1:
-        a = matrix(A, index, stride_al, False, None)
-        b = matrix(B, index, stride_bl, False, None)
+        a = matrix(A, index, stride_al, TABLE_A, B_DTYPE)
+        b = matrix(B, index, stride_bl, TABLE_B, B_DTYPE)
         acc = accumulate(
             acc, a, b, rows, columns, m, n, k,
             stride_am, stride_ak, stride_bn, stride_bk, PRECISION, BLOCK_K,
         )  # fmt: skip
     if SEGMENTS == 2:
-        a = matrix(A2, index, stride_a2l, False, None)
-        b = matrix(B2, index, stride_b2l, False, None)
+        a = matrix(A2, index, stride_a2l, TABLE_A, B_DTYPE)
+        b = matrix(B2, index, stride_b2l, TABLE_B, B_DTYPE)
         acc = accumulate(
             acc, a, b, rows, columns, m, n, k2,
             stride_a2m, stride_a2k, stride_b2n, stride_b2k, PRECISION, BLOCK_K,
         )  # fmt: skip
-    x = matrix(X, index, stride_xl, False, None)
+    x = matrix(X, index, stride_xl, TABLE, X_DTYPE)
     s = x
     if SOURCE:
-        s = matrix(S, index, stride_sl, False, None)
+        s = matrix(S, index, stride_sl, TABLE, S_DTYPE)
     factor = scalar(alpha)
-    key = integer(seed)
-    count = first_matrix + index
+    if TABLE:
+        # Every matrix has a seed of its own, and counts its rows from 0.
+        key = 0
+        if STOCHASTIC:
+            key = tl.load(seed + index)
+        count = index * 0
+    else:
+        key = integer(seed)
+        count = first_matrix + index
     # Written out: a loop over parts would need them to be indexable.
     if SUBTILES == 1:
         _finish(
@@ -203,43 +220,57 @@ def update_(
         A, B, A2, B2, segments = A2, B2, None, None, 1  # type: ignore[assignment]
     if segments < 2:
         A2, B2 = A, B
-    for first, (x, s, a, b, a2, b2) in host.batches(X, source, A, B, A2, B2):
-        count, m, n = x.shape
-        host.launch(
-            update_kernel,
-            count * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+    for first, operands in host.batches(X, source, A, B, A2, B2):
+        launch(
+            dict(zip(OPERANDS, operands, strict=True)),
+            len(operands[0]),
             config,
-            X.device,
-            X=x,
-            S=s,
-            A=a,
-            B=b,
-            A2=a2,
-            B2=b2,
             alpha=host.number(alpha, X.device),
             seed=host.whole(0 if seed is None else seed, X.device),
             first_matrix=first,
-            m=m,
-            n=n,
-            k=a.shape[2],
-            k2=a2.shape[2],
-            **strides("x", "lmn", x),
-            **strides("s", "lmn", s),
-            **strides("a", "lmk", a),
-            **strides("b", "lnk", b),
-            **strides("a2", "lmk", a2),
-            **strides("b2", "lnk", b2),
             SOURCE=keep or base is not None,
             SEGMENTS=segments,
             STOCHASTIC=rounding == "stochastic",
-            PRECISION=host.input_precision(A.dtype),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            SUBTILES=config.subtiles,
         )
     return X
+
+
+OPERANDS = ("x", "s", "a", "b", "a2", "b2")
+
+
+def launch(operands: dict[str, Any], count: int, config: TileConfig, **arguments: Any) -> None:
+    """Launch the kernel on `count` matrices; operands are tensors `(count, ...)` or `Listed`."""
+    layouts = {k: X.first if isinstance(X, host.Listed) else X for k, X in operands.items()}
+    x, a, b = layouts["x"], layouts["a"], layouts["b"]
+    _, m, n = x.shape
+    axes = {"x": "lmn", "s": "lmn", "a": "lmk", "b": "lnk", "a2": "lmk", "b2": "lnk"}
+    for name in OPERANDS:
+        arguments |= strides(name, axes[name], layouts[name])
+        value = operands[name]
+        arguments[name.upper()] = value.addresses if isinstance(value, host.Listed) else value
+    host.launch(
+        update_kernel,
+        count * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        config,
+        x.device,
+        m=m,
+        n=n,
+        k=a.shape[2],
+        k2=layouts["a2"].shape[2],
+        **arguments,
+        PRECISION=host.input_precision(a.dtype),
+        TABLE=isinstance(operands["x"], host.Listed),
+        TABLE_A=isinstance(operands["a"], host.Listed),
+        TABLE_B=isinstance(operands["b"], host.Listed),
+        X_DTYPE=host.triton_dtype(x.dtype),
+        S_DTYPE=host.triton_dtype(layouts["s"].dtype),
+        B_DTYPE=host.triton_dtype(b.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        SUBTILES=config.subtiles,
+    )
 
 
 def strides(name: str, axes: str, X: Tensor) -> dict[str, int]:

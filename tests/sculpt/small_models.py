@@ -133,7 +133,7 @@ KINDS = {
                 intermediate_size=24, max_position_embeddings=16,
             )
         ),
-        8,
+        7,
     ),
     "vision transformer": Kind(
         lambda: ViTForImageClassification(
@@ -142,7 +142,7 @@ KINDS = {
                 image_size=8, patch_size=4, num_labels=2,
             )
         ),
-        7,
+        6,
         images=True,
     ),
 }  # fmt: skip

@@ -268,14 +268,14 @@ def test_a_failing_fold_leaves_the_weights_as_before_the_step(monkeypatch, faili
     fit(model, optimizer, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     coordinates = [p.detach().clone() for p in sculptor.parameters()]
-    whole, calls = matrices.expand_add_, iter(range(100))
+    whole, calls = matrices.expand_add_many_, iter(range(100))
 
     def fails(*args, **kwargs):
         if next(calls) == failing:
             raise torch.OutOfMemoryError("no memory left")
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(matrices, "expand_add_", fails)
+    monkeypatch.setattr(matrices, "expand_add_many_", fails)
     with pytest.raises(torch.OutOfMemoryError):
         fit(model, optimizer, 1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -283,6 +283,31 @@ def test_a_failing_fold_leaves_the_weights_as_before_the_step(monkeypatch, faili
         assert torch.equal(parameter, was)
     fit(model, optimizer, 1)
     assert sculptor.verify().ok
+
+
+@pytest.mark.parametrize("weight_update", ["stochastic", "recompute"])
+@pytest.mark.parametrize("coordinates", ["thin", "full"])
+def test_weights_of_one_layout_follow_together(monkeypatch, coordinates, weight_update):
+    """What a GPU does in common launches gives the bits of one weight after another."""
+    import sculpt.engines as engines
+
+    results = []
+    grouped = engines.groups
+    for together in (False, True):
+        monkeypatch.setattr(engines, "groups", lambda m, _, t=together: grouped(m, t))
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)), nn.Linear(16, 10)).bfloat16()
+        config = SculptConfig(coordinates=coordinates, weight_update=weight_update)
+        sculptor = Sculptor(model, config)
+        sculptor.begin_task()
+        sizes = [len(group) for group in engines.groups(list(sculptor._task.values()), None)]
+        assert sizes == ([3, 1] if together else [1, 1, 1, 1])
+        optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+        sculptor.attach(optimizer)
+        fit(model, optimizer, 3)
+        assert sculptor.verify().ok
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_gradient_scaling_and_accumulation():

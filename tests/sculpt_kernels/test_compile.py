@@ -28,6 +28,7 @@ QUICK = {
         ("project_large_ core", "float32"),
         ("project_large_ strict", "bfloat16"),
         ("expand_add_ stochastic", "float16"),
+        ("expand_add_many_ stochastic", "bfloat16"),
         ("project_adamw_ update", "bfloat16"),
         ("project_adamw_ gradient", "bfloat16"),
         ("project_adamw_ strict", "bfloat16"),

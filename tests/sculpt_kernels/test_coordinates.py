@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import DTYPES, EPS, basis, error, gaussian
 
-from sculpt_kernels import compress, expand_add_, panels, reference
+from sculpt_kernels import compress, expand_add_, expand_add_many_, panels, reference
 
 SHAPES = [(33, 47, 5, 9), (47, 33, 11, 4), (40, 40, 40, 40), (1, 7, 1, 2), (300, 20, 8, 8)]
 LOW = (torch.bfloat16, torch.float16)
@@ -165,6 +165,49 @@ def test_small_steps_survive_stochastic_rounding_and_not_nearest():
     assert torch.equal(near, W0)
     moved = float((random.double() - 1).mean())
     assert moved == pytest.approx(64 * 2.0**-11, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_weights_as_one_by_one(dtype):
+    shapes = SHAPES[:3]
+    stochastic = dtype in LOW
+    Ws = [gaussian(m, n, dtype=dtype) for m, n, _, _ in shapes]
+    Us = [basis(m, r, dtype=wide(dtype)) for m, _, r, _ in shapes]
+    Vs = [basis(n, s, dtype=wide(dtype)) for _, n, _, s in shapes]
+    Cs = [gaussian(r, s, dtype=torch.float32) for _, _, r, s in shapes]
+    bases = [gaussian(m, n, dtype=dtype, seed=4) for m, n, _, _ in shapes]
+    seeds = torch.tensor([3, 2**40, -1]) if stochastic else None
+    options = {"rounding": "stochastic"} if stochastic else {}
+    for starts in (None, bases):
+        expected = []
+        for i, W in enumerate(Ws):
+            seed = {} if seeds is None else {"seed": seeds[i]}
+            base = None if starts is None else starts[i]
+            one = expand_add_(
+                W.clone(), Cs[i], Us[i], Vs[i], alpha=0.5, base=base, **seed, **options
+            )
+            expected.append(one)
+        got = [W.clone() for W in Ws]
+        expand_add_many_(got, Cs, Us, Vs, alpha=0.5, bases=starts, seeds=seeds, **options)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    expand_add_many_([], [], [], [])
+
+
+def test_many_weights_are_checked_before_any_is_changed():
+    Ws = [gaussian(6, 5), gaussian(6, 5, seed=1)]
+    before = [W.clone() for W in Ws]
+    Us, Vs, Cs = [basis(6, 2)] * 2, [basis(5, 3)] * 2, [gaussian(2, 3)] * 2
+    with pytest.raises(ValueError, match="matrix 1: C must have shape"):
+        expand_add_many_(Ws, [Cs[0], Cs[0].T], Us, Vs)
+    with pytest.raises(ValueError, match=r"Cs must have 2 entries, one for each of Ws; got 1"):
+        expand_add_many_(Ws, Cs[:1], Us, Vs)
+    with pytest.raises(ValueError, match=r"seeds must have shape \(2,\)"):
+        expand_add_many_(Ws, Cs, Us, Vs, seeds=torch.tensor(3))
+    with pytest.raises(ValueError, match="overlapping matrices 0 and 1"):
+        expand_add_many_([Ws[0], Ws[0]], Cs, Us, Vs)
+    with pytest.raises(ValueError, match="matrix 0: seed is only for"):
+        expand_add_many_(Ws, Cs, Us, Vs, seeds=torch.tensor([1, 2]))
+    assert all(torch.equal(a, b) for a, b in zip(Ws, before, strict=True))
 
 
 @settings(max_examples=40, deadline=None)

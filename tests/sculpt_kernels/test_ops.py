@@ -13,6 +13,7 @@ from torch.library import opcheck
 from sculpt_kernels import (
     compress,
     expand_add_,
+    expand_add_many_,
     project,
     project_,
     project_adamw_,
@@ -56,6 +57,18 @@ def test_coordinate_operators():
     )
 
 
+def test_list_of_weights_operator():
+    (G, H), U, V = tensors(2)
+    C = gaussian(R, S, dtype=torch.float32)
+    lists = ([G, H], [C, C], [U, U], [V, V])
+    opcheck(OPS.expand_add_many_.default, (*lists, 0.5, None, "nearest", None, [], "auto"))
+    low = [G.bfloat16(), H.bfloat16()]
+    opcheck(
+        OPS.expand_add_many_.default,
+        (low, *lists[1:], 0.5, None, "stochastic", torch.tensor([1, 2]), [G, H], "auto"),
+    )
+
+
 @pytest.mark.parametrize("project", ["update", "gradient"])
 def test_adamw_operator(project):
     (W, G, exp_avg, exp_avg_sq), U, V = tensors(4)
@@ -81,6 +94,7 @@ def steps(Gs, W, exp_avg, exp_avg_sq, low, U, V, C, lr):
     C = C + compress(Gs[0], U, V)
     expand_add_(W, C, U, V, alpha=lr)
     expand_add_(low, C, U, V, rounding="stochastic", seed=5)
+    expand_add_many_([W, low], [C, C], [U, U], [V, V])
     project_adamw_(W, Gs[1], exp_avg, exp_avg_sq, U, V, lr=lr, step=3)
     project_adamw_(W, kept, exp_avg, exp_avg_sq, U, V, project="gradient", lr=1e-2, step=4)
     return C, kept

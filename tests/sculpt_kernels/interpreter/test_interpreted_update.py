@@ -8,8 +8,9 @@ from kernel_cases import BOUNDS, DTYPES, LAYOUTS, TILE, Framed, error, orthonorm
 
 from sculpt_kernels import reference
 from sculpt_kernels.coordinates import expand_add_ as expand_add_torch
+from sculpt_kernels.kernels import host
 from sculpt_kernels.kernels.config import TileConfig
-from sculpt_kernels.kernels.expand_add import expand_add_
+from sculpt_kernels.kernels.expand_add import expand_add_, expand_add_many_
 from sculpt_kernels.kernels.update import update_
 from sculpt_kernels.rounding import stochastic_round
 
@@ -147,3 +148,42 @@ def test_weight_update_without_a_basis_on_one_side(dtype: torch.dtype, missing: 
     expand_add_(W.tensor, C, U, V, config=TILE)
     assert error(W.tensor, want) < BOUNDS[dtype]
     W.check_frame()
+
+
+@pytest.mark.parametrize("shape", [(37, 26), (26, 37)], ids=str)
+@pytest.mark.parametrize("missing", ["none", "U", "V"])
+@pytest.mark.parametrize(
+    ("dtype", "basis", "rounding"),
+    [
+        (torch.float32, torch.float32, "nearest"),
+        (torch.bfloat16, torch.float32, "stochastic"),
+        (torch.float16, torch.float16, "nearest"),
+        (torch.float16, torch.float16, "stochastic"),
+    ],
+)
+def test_many_weights_as_one_by_one(
+    dtype: torch.dtype, basis: torch.dtype, rounding: str, missing: str, shape: tuple[int, int]
+) -> None:
+    """One launch for those of one layout; bit for bit what single launches give."""
+    m, n = shape
+    count, r, s = 4, (m if missing == "U" else 5), (n if missing == "V" else 7)
+    # Rows of 48 elements in a buffer: 16-byte aligned, with strides that are not the shape's.
+    Ws = [torch.randn(m, 48).to(dtype)[:, :n] for _ in range(count)]
+    bases = [torch.randn(m, 48).to(dtype)[:, :n] for _ in range(count)]
+    bases[2] = torch.randn(m, 49).to(dtype)[:, 1 : n + 1]  # unaligned: a launch of its own
+    Cs = [torch.randn(r, s) for _ in range(count)]
+    Us = [None if missing == "U" else orthonormal(m, r, dtype=basis) for _ in range(count)]
+    Vs = [None if missing == "V" else orthonormal(n, s, dtype=basis) for _ in range(count)]
+    seeds = torch.tensor([5, -(2**40), 7, 2**62]) if rounding == "stochastic" else None
+    expected = []
+    for i in range(count):
+        seed = None if seeds is None else seeds[i]
+        one = Ws[i].clone(memory_format=torch.preserve_format)
+        expand_add_(one, Cs[i], Us[i], Vs[i], 0.5, rounding, seed, bases[i], config=TILE)
+        expected.append(one)
+    with host.record() as launches:
+        expand_add_many_(Ws, Cs, Us, Vs, 0.5, rounding, seeds, bases, config=TILE)
+    assert sum(launch.arguments["TABLE"] for launch in launches) == 1
+    expand_add_many_(Ws, Cs, Us, Vs, 0.5, rounding, seeds, bases, config=TILE)
+    for got, want in zip(Ws, expected, strict=True):
+        assert torch.equal(got, want)
