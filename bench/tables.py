@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import RATIOS
+from bench.subspace_table import subspaces
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -178,7 +179,11 @@ def gpu(name: str, content: Row) -> str:
     return "\n".join(lines)
 
 
-WRITERS: dict[str, Callable[[str, Row], str]] = {"cpu-": cpu, "gpu-": gpu}
+WRITERS: dict[str, Callable[[str, Row], str]] = {
+    "cpu-": cpu,
+    "gpu-": gpu,
+    "subspaces-": subspaces,
+}
 
 
 if __name__ == "__main__":

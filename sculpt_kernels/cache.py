@@ -23,8 +23,8 @@ class SubspaceCache:
 
     A file is named by a SHA-256 of the weight's bytes, dtype and shape and of what was asked for,
     so a weight that changed is never served the subspace of the old one. It is written to a
-    temporary name and renamed. On load, request and checksum are verified: a file that does not
-    fit is reported with a warning, computed again and replaced.
+    temporary name and renamed. On load, key, request and checksum are verified: a file that does
+    not fit is reported with a warning, computed again and replaced.
 
     Args:
         directory: made when the first subspace is stored.
@@ -77,6 +77,7 @@ class SubspaceCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         tensors = {"U": found.U.cpu(), "V": found.V.cpu()}
         about = {
+            "key": path.stem,
             "request": request,
             "rank": found.rank,
             "part": found.part,
@@ -101,6 +102,8 @@ def _load(path: Path, request: dict[str, Any], W: Tensor) -> Subspace:
     with safe_open(str(path), framework="pt") as file:
         about = json.loads((file.metadata() or {})["subspace"])
         tensors = {name: file.get_tensor(name) for name in ("U", "V")}
+    if about["key"] != path.stem:
+        raise ValueError("it was stored for another weight or request")
     if about["request"] != request:
         raise ValueError(f"it answers {about['request']}, not {request}")
     if about["checksum"] != _checksum(tensors):

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from bench import correct, cpu, gpu, memory, tables
+from bench import correct, cpu, gpu, memory, subspaces, tables
 from bench.cases import Case, Inputs, floor, variants
 from bench.timing import interleaved
 
@@ -181,6 +181,22 @@ def test_variants_agree(operation):
     for result in results.values():
         torch.testing.assert_close(result, results["naive"], rtol=1e-4, atol=1e-5)
     assert floor(case, "cpu", 1e11, 1e10) > 0
+
+
+def test_subspace_comparison(tmp_path):
+    path = tmp_path / "subspaces-cpu.json"
+    options = ["--sizes", "24x40", "--trainable", "0.25", "--repeat", "1", "--out", str(path)]
+    subspaces.main(options)
+    rows = {(row["matrix"], row["method"]): row for row in json.loads(path.read_text())["rows"]}
+    assert len(rows) == 4 * len(subspaces.methods(18))
+    for (_, method), row in rows.items():
+        assert row["seconds"] > 0
+        assert row["energy"] >= (
+            0.9 if method in ("torch.svd_lowrank", "range, high") else 1 - 1e-6
+        )
+        assert row["defect"] <= 1e-5
+    page = tables.filled(f"{tables.BEGIN}{tables.END}", [path])
+    assert "| 24x40 power | 0.25 | auto, low |" in page
 
 
 def test_timing_interleaves_and_compares_within_a_round():

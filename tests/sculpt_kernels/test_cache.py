@@ -100,6 +100,18 @@ def test_a_damaged_file_is_reported_and_replaced(cache, W, computed, damage, rea
     assert len(computed) == 2
 
 
+@pytest.mark.parametrize("other", [lambda W: (W + 1, {"rank": 5}), lambda W: (W, {"rank": 6})])
+def test_a_file_of_another_weight_or_request_is_not_served(cache, W, computed, other):
+    cache.split(W, rank=5)
+    (path,) = cache.directory.iterdir()
+    V, request = other(W)
+    full = {"rank": None, "energy": None, "part": "low", "method": "auto"} | request
+    path.rename(cache.path(V, full))
+    with pytest.warns(UserWarning, match="stored for another weight or request"):
+        found = cache.split(V, **request)
+    assert torch.equal(found.U, split(V, **request).U)
+
+
 def test_a_failed_write_leaves_nothing_behind(cache, W, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
