@@ -21,8 +21,9 @@ class SculptConfig:
         effective_rank: instead: the *preserved* rank `h`, PEFT's meaning: an int counts directions,
             a float in (0, 1) is a fraction of `k`.
         target_modules: PEFT's rules: `"all-linear"` (every linear layer and every stack of expert
-            matrices, but not the output embedding), a regular expression that matches the full
-            module name, or a list of name suffixes. Embeddings and the output embedding on request.
+            matrices, but no output embedding or classification head), a regular expression that
+            matches the full module name, or a list of name suffixes. Embeddings and the output
+            embedding on request.
         rank_pattern: maps regular expressions (matched against the end of the module name, PEFT's
             rule) to a preserved rank like `effective_rank`; the first match wins.
         constraint: `"strict"`: `U_hᵀ ΔW = 0` and `ΔW V_h = 0`; `"core"`: `U_hᵀ ΔW V_h = 0`.
