@@ -8,6 +8,7 @@ tokenizers pad with the end-of-sequence token, which is also part of every answe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ class CausalLearner(Answering):
 
     def encode(self, example: Example) -> Encoded:
         return self.encoder.causal(example)
+
+    def encode_all(self, example: Example) -> list[Encoded]:
+        return self.encoder.document(example) if example.is_document else [self.encode(example)]
 
     def loss(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
         """Mean cross-entropy over all learned tokens, terminators included."""
@@ -111,7 +115,7 @@ class CausalLearner(Answering):
     def _documents(self, task: Task) -> Score:
         """Share of the tokens of all documents that are the most likely next one."""
         right = total = 0
-        for row in map(self.encode, task.test):
+        for row in chain.from_iterable(map(self.encode_all, task.test)):
             inputs = self._left_padded([row.ids[:-1]])
             logits = self.model(**inputs, use_cache=False).logits[0]
             right += int((logits.argmax(dim=-1).cpu() == torch.tensor(row.labels[1:])).sum())

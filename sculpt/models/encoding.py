@@ -98,6 +98,13 @@ class Encoder:
         labels[0] = IGNORED  # nothing comes before it that could tell
         return Encoded((*leading, *ids, *ends), tuple(labels), cut)
 
+    def document(self, example: Example) -> list[Encoded]:
+        """A document in pieces of at most `max_tokens`, each learned from its second token on."""
+        ids = (*self.leading, *self.plain(example.answer), self.end_token)
+        size = self.max_tokens or len(ids)
+        pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
+        return [Encoded(piece, (IGNORED, *piece[1:])) for piece in pieces if len(piece) > 1]
+
     def question(self, example: Example) -> Encoded:
         """The row up to its last answer; nothing is learned."""
         if not example.messages:

@@ -46,6 +46,9 @@ class Learner(Protocol):
     def encode(self, example: Example) -> Encoded:
         """Tokens to learn from. Raises `DataError` for a row that does not fit this model."""
 
+    def encode_all(self, example: Example) -> list[Encoded]:
+        """The same for an example that may be several rows: a long document."""
+
     def loss(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
         """Mean loss over all that is learned in the batch, and the number of tokens it read."""
 
@@ -64,6 +67,12 @@ class Saved:
 
     def free_parameters(self) -> list[torch.nn.Parameter]:
         return []
+
+    def encode(self, example: Example) -> Encoded:
+        raise NotImplementedError
+
+    def encode_all(self, example: Example) -> list[Encoded]:
+        return [self.encode(example)]
 
     def save(self, path: Path) -> None:
         self.model.save_pretrained(path)

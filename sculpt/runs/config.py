@@ -46,7 +46,7 @@ class TrainingConfig(Section):
     betas: Annotated[tuple[float, float], Strict(False)] = (0.9, 0.999)
     eps: Positive = 1e-8
     max_grad_norm: Positive | None = None
-    max_tokens: Count | None = 512
+    max_tokens: Annotated[int, Field(ge=2)] | None = 512
     max_text_tokens: Count | None = None
     order: Literal["shuffled", "bucketed"] = "shuffled"
     packing: bool = False

@@ -60,10 +60,11 @@ class Prepared:
             self.cut.append(sum(row.cut > 0 for row in (*rows, *test_rows)))
 
     def _fitting(self, examples: Sequence[Example]) -> tuple[list[Example], list[Encoded]]:
-        fitting, rows = [], []
+        fitting: list[Example] = []
+        rows: list[Encoded] = []
         for example in examples:
             try:
-                rows.append(self.learner.encode(example))
+                rows += self.learner.encode_all(example)
                 fitting.append(example)
             except DataError as error:
                 self.bad.add(*str(error).split(": ", 1))

@@ -52,6 +52,20 @@ def test_a_document_is_learned_from_its_second_token_on() -> None:
     assert shown(tokenizer, row) == words("the", False) + words(f"film is good {END}", True)
 
 
+def test_a_long_document_is_cut_into_pieces_and_loses_nothing() -> None:
+    tokenizer = tiny_tokenizer()
+    text = "the film is good and the song is very bad they say"
+    whole = (*Encoder(tokenizer).plain(text), tokenizer.eos_token_id)
+    for size in (2, 4, 5, 12, 50):
+        rows = Encoder(tokenizer, max_tokens=size).document(Example(answer=text))
+        # A last piece of one token would have nothing to learn.
+        joined = tuple(token for row in rows for token in row.ids)
+        assert joined == whole[: len(joined)]
+        assert len(whole) - len(joined) <= (len(whole) % size == 1)
+        assert all(len(row.ids) <= size for row in rows)
+        assert all(row.labels == (IGNORED, *row.ids[1:]) for row in rows)
+
+
 def test_only_what_the_assistant_says_is_learned_token_by_token() -> None:
     tokenizer = chat_tokenizer()
     messages = (

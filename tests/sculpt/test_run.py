@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_language import VERY
-from tiny_runs import run_config
+from tiny_runs import run_config, write_lines
 
 from sculpt.models.causal import CausalLearner
 from sculpt.models.encoding import Encoded
@@ -196,3 +196,18 @@ def test_epochs_count_rows() -> None:
     assert TrainingConfig(epochs=1.5, batch_size=8).steps_for(600) == 113
     assert TrainingConfig(batch_size=8).steps_for(9) == 2
     assert TrainingConfig(steps=4).steps_for(9) == 4
+
+
+def test_long_documents_are_learned_whole(
+    tmp_path: Path, seen: list[tuple[tuple[int, ...], ...]]
+) -> None:
+    text = "the film is good and the song is very bad they say that it is long"
+    files = [write_lines(tmp_path / f"{n}.jsonl", [{"document": text}]) for n in ("a", "b")]
+    tasks = [{"name": "documents", "train": str(files[0]), "test": str(files[1])}]
+    training = {"epochs": 1, "batch_size": 1, "lr": 1e-3, "max_tokens": 4}
+    result = run(run_config(tmp_path, data={"tasks": tasks}, training=training))
+    # 15 words and the end: four pieces, each once.
+    assert sorted(len(ids) for batch in seen for ids in batch) == [4, 4, 4, 4]
+    score = result.methods["sculpt"]
+    assert 0 <= score.generated[0][0] <= 1
+    assert score.more["next_token"] == score.generated
