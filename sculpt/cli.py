@@ -10,6 +10,7 @@ import typer
 
 from sculpt.commands.doctor import doctor
 from sculpt.commands.import_model import import_model
+from sculpt.commands.report import report
 from sculpt.commands.verify import verify
 
 app = typer.Typer(
@@ -95,6 +96,7 @@ def demo(
 app.command()(verify)
 app.command()(doctor)
 app.command("import")(import_model)
+app.command()(report)
 
 
 @app.command()

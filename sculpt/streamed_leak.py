@@ -35,6 +35,7 @@ def streamed_leak(
     *,
     turned: bool = False,
     unit: float,
+    constraint: str = "strict",
 ) -> LeakRow:
     """Leak of `after - before` into the leading `preserved` singular directions of `before`.
 
@@ -46,6 +47,7 @@ def streamed_leak(
         before, after: give the panels.
         turned: the matrix on disk is the transpose; left and right are then those on disk.
         unit: unit roundoff of the weights after, for the rounding floor.
+        constraint: which one is judged.
 
     Raises:
         ValueError: a value is not finite.
@@ -64,7 +66,7 @@ def streamed_leak(
         if not math.isfinite(total):
             raise ValueError(f"{name} holds values that are not finite, {which} training")
     if change == 0:
-        return LeakRow(name, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0)
+        return LeakRow(name, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0, constraint)
 
     values = S.new_empty(m)
     vectors = S.mT  # column-major, so that the decomposition can take the place of S
@@ -92,6 +94,7 @@ def streamed_leak(
         floor=unit * math.sqrt(weight) / norm,
         change=norm / math.sqrt(weight) if weight else math.inf,
         rounding=0.0,
+        constraint=constraint,
     )
 
 

@@ -127,10 +127,12 @@ def verify_checkpoints(
     moved: list[str] = []
     free: list[str] = []
     for done, (name, preserved) in enumerate(plan.matrices, start=1):
-        for row in _rows(name, preserved, old, new):
+        for row in _rows(name, preserved, old, new, config.constraint):
             rows.append(row)
             # Half of the least that a change without any constraint leaves there on average.
-            blind = math.sqrt(preserved / min(old.tensors[name].shape[-2:])) / 2
+            m, n = old.tensors[name].shape[-2:]
+            core = config.constraint == "core"
+            blind = math.sqrt(preserved**2 / (m * n) if core else preserved / min(m, n)) / 2
             if row.change > 0 and row.limit >= blind:
                 hidden.append(row.name)
         if progress is not None:
@@ -200,12 +202,14 @@ def _check_alike(old: StoredWeights, new: StoredWeights) -> None:
             )
 
 
-def _rows(name: str, preserved: int, old: StoredWeights, new: StoredWeights) -> Iterator[LeakRow]:
+def _rows(
+    name: str, preserved: int, old: StoredWeights, new: StoredWeights, constraint: str
+) -> Iterator[LeakRow]:
     """The row of a matrix, or one for each matrix of a stack."""
     module = name.removesuffix(".weight")
     stored = old.tensors[name]
     if not _differs(name, old, new):
-        yield LeakRow(module, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0)
+        yield LeakRow(module, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0, constraint)
         return
     m, n = stored.shape[-2:]
     turned = m > n
@@ -232,6 +236,7 @@ def _rows(name: str, preserved: int, old: StoredWeights, new: StoredWeights) -> 
             panel(new, lead),
             turned=turned,
             unit=unit,
+            constraint=constraint,
         )
 
 

@@ -143,6 +143,31 @@ def test_named_targets(trained):
         verify(before, after, target_modules=["nothing"])
 
 
+def test_tensors_that_train_freely(trained):
+    before, after, _ = trained
+    free = verify(before, after, target_modules=["q_proj"], others="train")
+    assert free.ok
+    assert len(free.free) == 12
+    with pytest.raises(ValueError, match="name the targets"):
+        verify(before, after, others="train")
+
+
+def test_the_core_constraint_is_judged_by_its_own_leak(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "before")
+    config = SculptConfig(unfreeze_rank_ratio=RATIO, constraint="core")
+    sculptor = Sculptor(model, config)
+    train(model, sculptor)
+    certificate = sculptor.verify(independent=True)
+    model.save_pretrained(tmp_path / "after")  # the end of the task rounds once more
+    found = verify(tmp_path / "before", tmp_path / "after", constraint="core")
+    assert found.ok
+    mine = {row.name: row for row in found.certificate.rows}
+    for row in certificate.rows:
+        assert mine[row.name].leak == pytest.approx(row.leak, rel=1e-6, abs=1e-10)
+    assert verify(tmp_path / "before", tmp_path / "after").broken
+
+
 def test_ranks_follow_patterns(trained):
     before, after, _ = trained
     rank = {"down_proj": 31}  # more is preserved than was during training
