@@ -96,6 +96,16 @@ def test_only_what_the_assistant_says_is_learned_token_by_token() -> None:
     )
 
 
+def test_what_follows_the_end_of_an_answer_is_not_learned() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.add_tokens(["\n"])
+    turns = (Message("user", "film"), Message("assistant", "good"))
+    row = Encoder(tokenizer).causal(Example(messages=turns * 2))
+    question = [("<|user|>", False), ("film", False), (END, False), ("\n", False)]
+    answer = [("<|assistant|>", False), ("good", True), (END, True)]
+    assert shown(tokenizer, row) == [*question, *answer, ("\n", False), *question, *answer]
+
+
 def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
     forgetful = (
         "{% for m in messages %}{% if m['role'] == 'user' or loop.last %}"
