@@ -11,12 +11,19 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 760, 52, 14, 14, 40
+COLOURS = 6
 
 
 def curves(
-    series: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence[str], label: str
+    series: Mapping[str, Sequence[Sequence[float]]],
+    tasks: Sequence[str],
+    label: str,
+    first: int = 0,
 ) -> str:
-    """One line for each series, task after task along one axis; pale: every step."""
+    """One line for each series, task after task along one axis; pale: every step.
+
+    first: number of the first colour.
+    """
     height = 280
     longest = [
         max((len(values[i]) for values in series.values() if i < len(values)), default=0)
@@ -34,7 +41,7 @@ def curves(
         if index:
             parts.append(_line(x(starts[index]), TOP, x(starts[index]), height - BOTTOM, "grid"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 5, "optimizer steps", "axis middle"))
-    for number, values in enumerate(series.values()):
+    for number, values in enumerate(series.values(), start=first):
         for start, losses in zip(starts, values, strict=False):
             losses = [value if math.isfinite(value) else top for value in losses]
             at = [start + step + 0.5 for step in range(len(losses))]
@@ -71,7 +78,12 @@ def spectrum(lines: Sequence[tuple[Sequence[float], float]], cut: float, label: 
 
 
 def bars(
-    groups: Sequence[str], series: Mapping[str, Sequence[float]], label: str, *, signed: bool
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    label: str,
+    *,
+    signed: bool,
+    first: int = 0,
 ) -> str:
     """Horizontal bars: for each group one bar of each series, with its number."""
     thick, gap, left = 15, 14, 170
@@ -93,7 +105,7 @@ def bars(
             at = top + number * thick
             begin, end = sorted((x(0), x(value)))
             parts.append(
-                f'<rect class="s{number}" x="{begin:.1f}" y="{at + 1}" '
+                f'<rect class="s{(first + number) % COLOURS}" x="{begin:.1f}" y="{at + 1}" '
                 f'width="{max(end - begin, 1):.1f}" height="{thick - 2}" rx="2"/>'
             )
             text = f"{value:+.3f}" if signed else f"{value:.3f}"
@@ -116,7 +128,7 @@ def stacks(rows: Mapping[str, Mapping[str, float]], label: str, unit: str) -> st
             width = x(at + value) - x(at)
             tip = escape(f"{phase}: {value:,.1f} {unit}")
             parts.append(
-                f'<rect class="p{phases.index(phase)}" x="{x(at):.1f}" y="{top}" '
+                f'<rect class="p{phases.index(phase) % COLOURS}" x="{x(at):.1f}" y="{top}" '
                 f'width="{width:.1f}" height="{thick}"><title>{tip}</title></rect>'
             )
             if width > 52:
@@ -128,7 +140,8 @@ def stacks(rows: Mapping[str, Mapping[str, float]], label: str, unit: str) -> st
     offset = float(left)
     for number, phase in enumerate(phases):
         parts.append(
-            f'<rect class="p{number}" x="{offset}" y="{height - 20}" width="11" height="11"/>'
+            f'<rect class="p{number % COLOURS}" x="{offset}" y="{height - 20}" '
+            'width="11" height="11"/>'
         )
         parts.append(_text(offset + 16, height - 10, phase, "tick"))
         offset += 34 + 7.0 * len(phase)
@@ -170,7 +183,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def _path(points: Points, number: int, kind: str) -> str:
-    return f'<path class="{kind} s{number}" d="{_d(points)}"/>' if points else ""
+    return f'<path class="{kind} s{number % COLOURS}" d="{_d(points)}"/>' if points else ""
 
 
 def _d(points: Points) -> str:

@@ -126,6 +126,7 @@ def report(
         for column in columns:
             column.name = f"{column.run}: {column.name}"
     _make_unique(columns)
+    placed = [(run, columns.index(run.columns[0])) for run in runs]
     template = resources.files("sculpt.html").joinpath("report.html.j2").read_text("utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"share": _share, "shade": _shade, "short": _short}
@@ -142,8 +143,8 @@ def report(
         ],
         same_tasks=len({tuple(run.tasks) for run in runs}) == 1,
         figures=_figures(columns),
-        curves=[(run, _curves(run)) for run in runs],
-        forgetting=[(run, _forgetting(run)) for run in runs],
+        curves=[(run, first, _curves(run, first)) for run, first in placed],
+        forgetting=[(run, _forgetting(run, first)) for run, first in placed],
         times=charts.stacks({c.name: c.result.seconds for c in columns}, "seconds by phase", "s"),
         leaks=[(c, _grid_of_leaks(c)) for c in columns if c.result.certificates],
         spectra=[(run, _spectra(run, with_spectra, progress)) for run in runs if _has_spectra(run)],
@@ -226,12 +227,12 @@ def _row(
     }
 
 
-def _curves(run: Run) -> str:
+def _curves(run: Run, first: int) -> str:
     series = {column.name: column.result.losses for column in run.columns}
-    return charts.curves(series, run.tasks, f"training loss of {run.name}")
+    return charts.curves(series, run.tasks, f"training loss of {run.name}", first)
 
 
-def _forgetting(run: Run) -> str:
+def _forgetting(run: Run, first: int) -> str:
     """Best score ever minus the last one, of each task but the last."""
     tasks = run.tasks[:-1]
     series = {}
@@ -242,7 +243,9 @@ def _forgetting(run: Run) -> str:
             - matrix[-1][j]
             for j in range(len(tasks))
         ]
-    return charts.bars(tasks, series, f"forgetting in {run.name}", signed=True) if tasks else ""
+    if not tasks:
+        return ""
+    return charts.bars(tasks, series, f"forgetting in {run.name}", signed=True, first=first)
 
 
 def _place(name: str) -> tuple[str, int]:

@@ -113,6 +113,10 @@ def test_runs_stand_side_by_side(tmp_path):
     page = Page(text)
     assert "a: sculpt" in page.text
     assert "b: sculpt" in page.text
+    # Each run has a colour of its own, in the charts as in the legend.
+    for number in range(2):
+        assert f'<rect class="s{number}"' in text
+        assert f'<path class="line s{number}"' in text
     assert page.text.count("the constraint holds") == 1
     assert page.text.count("the constraint is broken") == 1
     assert "&lt;two&gt;" in text
