@@ -10,6 +10,7 @@ import typer
 
 from sculpt.commands.doctor import doctor
 from sculpt.commands.import_model import import_model
+from sculpt.commands.inspect import inspect
 from sculpt.commands.report import report
 from sculpt.commands.verify import verify
 
@@ -93,6 +94,7 @@ def demo(
     console.print(f"Run directory: {run_directory}", highlight=False, soft_wrap=True)
 
 
+app.command()(inspect)
 app.command()(verify)
 app.command()(doctor)
 app.command("import")(import_model)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sculpt.config import SculptConfig
 from sculpt.ranks import preserved_rank
@@ -185,7 +186,7 @@ def _refusal(place: Place) -> str | None:
     kind = type(module).__name__
     if isinstance(module, nn.modules.conv._ConvNd) or weight.ndim > 3:
         return f"{kind} has a weight of shape {tuple(weight.shape)}, which is not a matrix"
-    if type(weight) is not nn.Parameter:
+    if type(weight) not in (nn.Parameter, FakeTensor):  # Shapes without values will do.
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if not torch.is_floating_point(weight):
         return f"its weight is {weight.dtype}, not a floating dtype"
