@@ -1,0 +1,229 @@
+"""Training steps of sculpt, plain full fine-tuning, PEFT's OSF and LoRA, side by side.
+
+    python -m bench.training --case reference            # two Llama layers 1536 wide, 2048 tokens
+    python -m bench.training --case width-1024 --tokens 512
+    python -m bench.training --memory --case width-1024  # peak memory, each method in a process
+    python -m bench.training --table bench/results/training-*.json
+
+All in one process and on the same weights. Rounds are interleaved: every method makes a step, then
+every method makes the next one. Ratios are medians over rounds of the ratio to the plain step of
+the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.contenders import RATIOS, Contender, decompose, make
+from bench.llama import SMOLLM2_135M, TINY, Llama, Shape, two_layers
+from sculpt.files import write_json
+from sculpt.memory import peak_memory_bytes, reset_peak_memory
+
+CASES: dict[str, tuple[Shape, int]] = {
+    "reference": (two_layers(1536), 2048),
+    "width-512": (two_layers(512), 512),
+    "width-1024": (two_layers(1024), 512),
+    "width-2048": (two_layers(2048), 512),
+    "SmolLM2-135M": (SMOLLM2_135M, 512),
+    "tiny": (TINY, 32),
+}
+SEQUENCE = 512
+
+
+def contestants(ratios: Sequence[str]) -> list[tuple[str, str]]:
+    """Method and ratio, the latter where it matters."""
+    found = [("plain", ""), ("lora", "")]
+    return found + [(method, ratio) for ratio in ratios for method in ("sculpt", "osf")]
+
+
+def builder(shape: Shape) -> Llama:
+    torch.manual_seed(0)
+    return Llama(shape)
+
+
+def batch(shape: Shape, tokens: int) -> torch.Tensor:
+    length = min(tokens, SEQUENCE)
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(shape.vocabulary, (tokens // length, length), generator=generator)
+
+
+def compare(case: str, tokens: int, ratios: Sequence[str], rounds: int) -> dict[str, Any]:
+    """All methods on one shape: seconds by phase, bytes, leak."""
+    shape = CASES[case][0]
+    ids = batch(shape, tokens)
+    known = decompose(builder(shape))
+    field: list[tuple[str, Contender]] = []
+    for method, ratio in contestants(ratios):
+        contender = make(method, RATIOS.get(ratio, 1.0), lambda: builder(shape), known)
+        field.append((f"{method} {ratio}".strip(), contender))
+    totals: dict[str, list[float]] = {name: [] for name, _ in field}
+    losses: dict[str, list[float]] = {name: [] for name, _ in field}
+    for done in range(rounds + 1):
+        # Back and forth, so that none always follows the same one.
+        for name, contender in field if done % 2 else reversed(field):
+            start = time.perf_counter()
+            losses[name].append(float(contender.step(ids)))
+            totals[name].append(time.perf_counter() - start)
+        print(f"  round {done}: " + ", ".join(f"{n} {t[-1]:.2f}s" for n, t in totals.items()))
+    rows = []
+    for name, contender in field:
+        # The first round warms up.
+        seconds, plain = totals[name][1:], totals["plain"][1:]
+        ratio = RATIOS.get(name.rpartition(" ")[2], min(map(RATIOS.__getitem__, ratios)))
+        rows.append(
+            {
+                "method": name,
+                "seconds": statistics.median(seconds),
+                "all_seconds": seconds,
+                "of_plain": statistics.median(a / b for a, b in zip(seconds, plain, strict=True)),
+                "phases": contender.seconds(skip=1),
+                "trainable": contender.trainable,
+                "optimizer_bytes": contender.optimizer_bytes,
+                "saved_bytes": contender.saved_bytes(ids),
+                "leak": contender.worst_leak(known, ratio),
+                "rounding_floor": contender.rounding_floor(known),
+                "losses": losses[name],
+            }
+        )
+    return {"case": case, "tokens": tokens, "shape": vars(shape), "rounds": rounds, "rows": rows}
+
+
+def memory(case: str, tokens: int, ratios: Sequence[str]) -> dict[str, Any]:
+    """Peak memory above that of the imported libraries, every method in a process of its own."""
+    rows = []
+    for method, ratio in contestants(ratios):
+        command = [sys.executable, "-m", "bench.training", "--peak", method, "--case", case]
+        command += ["--tokens", str(tokens), "--ratios", ratio or ratios[0]]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        row = {"method": f"{method} {ratio}".strip()} | json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        print(f"  {row}", flush=True)
+    for row in rows:
+        row["of_plain"] = row["peak_bytes"] / rows[0]["peak_bytes"]
+    return {"case": case, "tokens": tokens, "shape": vars(CASES[case][0]), "memory": rows}
+
+
+def peak(method: str, case: str, tokens: int, ratio: str) -> dict[str, Any]:
+    """Of three steps; finding the subspaces is over by then."""
+    import peft  # noqa: F401  (what it takes is no method's own)
+
+    shape = CASES[case][0]
+    ids = batch(shape, tokens)
+    warm = Llama(TINY)
+    warm(torch.zeros(1, 8, dtype=torch.long)).backward()
+    reset_peak_memory()
+    base = peak_memory_bytes()
+    known = {} if method in ("plain", "lora") else decompose(builder(shape))
+    contender = make(method, RATIOS[ratio], lambda: builder(shape), known)
+    known.clear()
+    reset_peak_memory()
+    for _ in range(3):
+        contender.step(ids)
+    return {"peak_bytes": peak_memory_bytes() - base, "base_bytes": base}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one table for each case."""
+    lines = []
+    for result in results:
+        lines += [
+            f"{result['case']}, {result['tokens']} tokens ({result['cpu']}, "
+            f"{result['threads']} threads, torch {result['torch']}, {result['date']})",
+            "",
+        ]
+        if "memory" in result:
+            lines += ["| method | peak memory above the libraries | of plain |", "|---|---|---|"]
+            lines += [
+                f"| {row['method']} | {row['peak_bytes'] / 2**20:,.0f} MiB "
+                f"| {row['of_plain']:.2f}x |"
+                for row in result["memory"]
+            ]
+        else:
+            lines += [
+                "| method | s/step | of plain | forward | backward | optimizer | fold "
+                "| saved activations | optimizer state | leak of ΔW | rounding floor |",
+                "|---|---|---|---|---|---|---|---|---|---|---|",
+            ]
+            for row in result["rows"]:
+                phases = " | ".join(
+                    f"{row['phases'][phase]:.3f}"
+                    for phase in ("forward", "backward", "optimizer", "fold")
+                )
+                lines.append(
+                    f"| {row['method']} | {row['seconds']:.3f} | {row['of_plain']:.2f}x | {phases} "
+                    f"| {row['saved_bytes'] / 2**20:,.1f} MiB "
+                    f"| {row['optimizer_bytes'] / 2**20:,.1f} MiB | {row['leak']:.1e} "
+                    f"| {row['rounding_floor']:.1e} |"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def about() -> dict[str, Any]:
+    import peft
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "python": platform.python_version(),
+        "cpu": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown processor"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--case", choices=list(CASES), default="reference")
+    parser.add_argument("--tokens", type=int, help="per step [that of the case]")
+    parser.add_argument("--ratios", nargs="+", choices=list(RATIOS), default=["1/4", "1/8"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--table", nargs="+", type=Path, help="print results as Markdown")
+    options = parser.parse_args(arguments)
+    tokens = options.tokens or CASES[options.case][1]
+    if options.table:
+        print(table([json.loads(path.read_text(encoding="utf-8")) for path in options.table]))
+        return
+    if options.peak:
+        print(json.dumps(peak(options.peak, options.case, tokens, options.ratios[0])))
+        return
+    if options.memory:
+        result = memory(options.case, tokens, options.ratios)
+    else:
+        result = compare(options.case, tokens, options.ratios, options.rounds)
+    kind = "memory" if options.memory else "training"
+    path = options.out / f"{kind}-{options.case}-{tokens}.json"
+    result = about() | result
+    write_json(path, result)
+    print(table([result]))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
