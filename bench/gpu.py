@@ -3,6 +3,7 @@
     python -m bench.gpu                      # all parts, result in $OUT or bench/results
     python -m bench.gpu --only project adamw --minutes 4
     python -m bench.gpu --only subspaces     # splits and the library's decompositions, a 7B model
+    python -m bench.gpu --only training      # steps of a 7B model, plain and peers beside it
     python -m bench.gpu --tiny               # rehearsal on any machine, small shapes
 
 Needs torch and, on a GPU, Triton; run it in the repository's root, nothing has to be installed.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench import cases as C
-from bench.gpu_parts import subspaces
+from bench.gpu_parts import subspaces, training
 from bench.gpu_parts.launches import part_graph, part_many
 from bench.gpu_parts.run import Run, off, random
 from bench.timing import ceilings
@@ -143,6 +144,7 @@ PARTS = {
     "many": part_many,
     "coordinates": part_coordinates,
     "subspaces": subspaces.part_subspaces,
+    "training": training.part_training,
 }
 
 
@@ -162,6 +164,7 @@ def table(run: Run) -> str:
         lines.append(f"{row['case']:36} {base:9.0f} {best['us']:9.0f} {best['ratio']:6.2f} "
                      f"{best['roofline']:8.0%}")  # fmt: skip
     lines += subspaces.table(run.results.get("subspaces", []))
+    lines += training.table(run.results.get("training", []))
     failed = [check["what"] for check in run.results["checks"] if not check["ok"]]
     lines.append(f"checks failed: {', '.join(failed) if failed else 'none'}; "
                  f"skipped: {len(run.results['skipped'])}; {run.results['seconds']} s")  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 from bench import correct, cpu, gpu, memory, subspaces, tables
 from bench.cases import Case, Inputs, floor, variants
+from bench.gpu_parts.training import METHODS
 from bench.timing import interleaved
 
 
@@ -28,6 +29,9 @@ def test_gpu_script_rehearses_on_the_cpu(tmp_path, capsys):
     for row in results["subspaces"]:
         assert row["seconds"] > 0
         assert abs(row.get("of_optimum", 1) - 1) < 1e-5
+    trained = {(row["method"], row["ratio"]) for row in results["training"]}
+    assert trained == set(METHODS)
+    assert not [name for name in results["skipped"] if name.startswith("training")]
     for row in results["rows"]:
         assert all(v["us"] > 0 and v["p20"] <= v["p80"] for v in row["variants"].values())
     table = capsys.readouterr().out.strip().splitlines()
