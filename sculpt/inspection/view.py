@@ -8,11 +8,12 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from sculpt.inspection.cost import Cost
-from sculpt.inspection.result import Inspection, Method, Row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+
+    from sculpt.inspection.result import Inspection, Method, Row
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
