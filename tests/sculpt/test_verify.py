@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_language import tiny_model
+from tiny_runs import run_config
 from typer.testing import CliRunner
 
 from bench.verify_memory import measure, write_checkpoints
 from sculpt import SculptConfig, Sculptor
 from sculpt.cli import app
+from sculpt.commands.common import sculpt_config
+from sculpt.runs.start import run
 from sculpt.stored_weights import StoredWeightsError
 from sculpt.verify import verify_checkpoints
 
@@ -166,6 +169,20 @@ def test_the_core_constraint_is_judged_by_its_own_leak(tmp_path):
     for row in certificate.rows:
         assert mine[row.name].leak == pytest.approx(row.leak, rel=1e-6, abs=1e-10)
     assert verify(tmp_path / "before", tmp_path / "after").broken
+
+
+def test_the_models_of_a_run_say_what_its_certificates_said(tmp_path):
+    run(run_config(tmp_path, checkpoint={"models": "each"}, certificate="independent"))
+    folder = tmp_path / "run"
+    results = json.loads((folder / "results.json").read_text())
+    written = results["methods"]["sculpt"]["certificates"]
+    models = [tmp_path / "tiny", *sorted((folder / "models").iterdir())]
+    assert len(models) == 1 + len(written)
+    for before, after, during in zip(models, models[1:], written, strict=False):
+        config = sculpt_config(run=folder)
+        rows = {r.name: r for r in verify_checkpoints(before, after, config).certificate.rows}
+        for row in during["rows"]:
+            assert rows[row["name"]].leak == pytest.approx(row["leak"], rel=1e-6, abs=1e-10)
 
 
 def test_ranks_follow_patterns(trained):
