@@ -13,7 +13,7 @@ SCULPT_CACHE ?= $(CURDIR)/.cache
 export SCULPT_CACHE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean distclean
+.PHONY: help setup demo native test lint format clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1@\2/p' Makefile | \
@@ -32,7 +32,10 @@ setup: ## only the set-up: .venv with pinned versions
 demo: setup ## three tasks in a row, plain fine-tuning beside sculpt
 	@$(RUN)/sculpt demo $(ARGS)
 
-test: lint ## lint, types and the whole test suite
+native: setup ## build and test the native CPU kernels, where there is a compiler
+	@$(RUN)/python tools/native.py
+
+test: lint native ## lint, types and the whole test suite
 	@$(RUN)/python -m sculpt.demo.assets --quick
 	@$(RUN)/python -m pytest $(ARGS)
 

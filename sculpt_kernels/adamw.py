@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from sculpt_kernels import checks, factored, sweep, triton_backend
+from sculpt_kernels import checks, factored, native_backend, sweep, triton_backend
 from sculpt_kernels.backend import choose
 from sculpt_kernels.panels import matrices, row_panels
 from sculpt_kernels.rounding import store
@@ -120,6 +120,9 @@ def project_adamw_(
         lambda: triton_backend.adamw_reason(
             W, G, exp_avg, exp_avg_sq, left, right, copy, complement=complement
         ),
+        lambda auto: native_backend.adamw_reason(
+            auto, complement, W, G, exp_avg, exp_avg_sq, left, right, copy
+        ),
     )
     if W.numel() == 0 or W.is_meta:
         return W
@@ -129,6 +132,12 @@ def project_adamw_(
                 W, G, exp_avg, exp_avg_sq, left, right, form=form, project=project, lr=lr,
                 betas=betas, eps=eps, weight_decay=weight_decay, step=step, copy=copy,
                 rounding=rounding, seed=seed,
+            )  # fmt: skip
+            return W
+        if chosen == "native":
+            native_backend.project_adamw_(
+                W, G, exp_avg, exp_avg_sq, left, right, copy, form=form, project=project, lr=lr,
+                betas=betas, eps=eps, weight_decay=weight_decay, step=step, seed=seed,
             )  # fmt: skip
             return W
         key = seed if rounding == "stochastic" else None

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
-from sculpt_kernels import checks
+from sculpt_kernels import checks, native
 
 AVAILABLE = "available"
 NAMES = ("triton", "native", "torch")
@@ -19,26 +19,37 @@ def backends() -> dict[str, str]:
     """Map each backend to `"available"` or to the reason why it cannot run here."""
     return {
         "triton": _triton_missing() or AVAILABLE,
-        "native": "this version has no native kernels",
+        "native": native.missing() or AVAILABLE,
         "torch": AVAILABLE,
     }
 
 
-def choose(backend: str, device: torch.device, supports: Callable[[], str | None]) -> str:
+def choose(
+    backend: str,
+    device: torch.device,
+    supports: Callable[[], str | None],
+    native_reason: Callable[[bool], str | None] | None = None,
+) -> str:
     """Resolve `backend` to the one that runs this call.
 
-    `supports` tells why the Triton kernel cannot take the arguments, or `None`. `"auto"` takes
-    Triton on CUDA where the kernel supports the arguments, else torch.
+    `supports` tells why the Triton kernel cannot take the arguments, or `None`; `native_reason`
+    likewise for the native library, also, given `True`, why it would not be faster. `"auto"` takes
+    Triton on CUDA, the native library on the CPU, else torch.
 
     Raises:
         ValueError: no such backend.
         RuntimeError: a backend was named that cannot run here.
     """
-    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+    if backend == "torch":
         return "torch"
+    if backend == "auto" and device.type != "cuda":
+        faster = device.type == "cpu" and native_reason is not None and native_reason(True) is None
+        return "native" if faster else "torch"
     checks.choice("backend", backend, ("auto", *NAMES))
     if backend == "native":
-        reason: str | None = backends()["native"]
+        reason = native.missing()
+        if reason is None:
+            reason = "it has no kernel for this" if native_reason is None else native_reason(False)
     else:
         reason = _triton_missing() or _wrong_device(device) or supports()
     if reason is None:

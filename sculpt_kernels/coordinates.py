@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks, triton_backend
+from sculpt_kernels import checks, native_backend, triton_backend
 from sculpt_kernels.backend import choose
 from sculpt_kernels.panels import compute_dtype, matrices, product, row_panels
 from sculpt_kernels.plan import arrange
@@ -116,12 +116,20 @@ def expand_add_(
         )  # fmt: skip
         return W
     check_expand_add(W, C, U, V, alpha, rounding, seed, base)
-    chosen = choose(backend, W.device, lambda: triton_backend.expand_add_reason(W, C, U, V, base))
+    chosen = choose(
+        backend,
+        W.device,
+        lambda: triton_backend.expand_add_reason(W, C, U, V, base),
+        lambda auto: native_backend.expand_add_reason(auto, W, C, U, V, base, rounding),
+    )
     if W.is_meta or W.numel() == 0:
         return W
     with torch.no_grad():
         if chosen == "triton":
             triton_backend.expand_add_(W, C, U, V, alpha, rounding, seed, base)
+            return W
+        if chosen == "native":
+            native_backend.expand_add_(W, C, U, V, alpha, seed, base)
             return W
         wide = compute_dtype(W.dtype)
         scaled = C.to(wide) * alpha

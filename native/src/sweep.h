@@ -1,0 +1,41 @@
+// The products of an operation in two sweeps over tiles, and what it does with a tile.
+#pragma once
+
+#include <cstdint>
+
+#include "sculpt_kernels/cpu.h"
+
+namespace sculpt {
+
+// A tile stays in the second cache. Its width is also the step in which products over a row are
+// summed, so it depends on the shape of the matrix alone.
+constexpr int64_t TILE_COLUMNS = 512;
+constexpr int64_t PANEL_ROWS = 256;
+// Rows and columns of a small product that one thread computes, at most.
+constexpr int64_t SMALL_BLOCK = 256;
+
+struct Tile {
+  int64_t row, column, rows, columns;
+};
+
+// The matrix that an operation works on, one float32 tile at a time.
+class Operation {
+ public:
+  virtual ~Operation() = default;
+  // Write the tile that is projected into `out`, row-major without gaps; `again` from the second
+  // time on.
+  virtual void fill(const Tile &tile, float *out, bool again) = 0;
+  // Finish the tile, given its low-rank product; null stands for zero.
+  virtual void finish(const Tile &tile, const float *product) = 0;
+};
+
+// Floats of workspace for these products.
+int64_t workspace(const sculpt_products &p);
+
+// Remove from the matrix what the form names: `finish` receives U(U'DV)V', or the like.
+void project(const sculpt_products &p, Operation &operation);
+
+// `finish` receives U C V' for C given, r x s; `fill` is never called.
+void expand(const sculpt_products &p, const float *C, Operation &operation);
+
+}  // namespace sculpt
