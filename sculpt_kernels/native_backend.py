@@ -18,12 +18,19 @@ PANEL_ROWS = 0
 
 
 def expand_add_reason(
-    auto: bool, W: Tensor, C: Tensor, U: Tensor, V: Tensor, base: Tensor | None, rounding: str
+    auto: bool,
+    W: Tensor,
+    C: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    base: Tensor | None,
+    rounding: str,
 ) -> str | None:
-    reason = _unsupported(W, C, U, V, base)
-    if reason is None and auto and rounding == "nearest":
+    if U is None or V is None:
+        return "the native kernels need both bases"
+    if auto and rounding == "nearest":
         return "rounding to nearest is the library's own"
-    return reason or (_slow(W, base) if auto else None)
+    return _unsupported(W, C, U, V, base) or (_slow(W, base) if auto else None)
 
 
 def adamw_reason(auto: bool, complement: str, *tensors: Tensor | None) -> str | None:
@@ -37,8 +44,8 @@ def adamw_reason(auto: bool, complement: str, *tensors: Tensor | None) -> str | 
 def expand_add_(
     W: Tensor,
     C: Tensor,
-    U: Tensor,
-    V: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
     alpha: float | Tensor,
     seed: int | Tensor | None,
     base: Tensor | None,
@@ -46,12 +53,10 @@ def expand_add_(
     """As the public function, the small product `alpha C` formed before."""
     library = native.library()
     C = (C.float() * alpha).contiguous()
-    U, V = _floats(U), _floats(V)
-    for index, (w, c, u, v, b) in enumerate(matrices(W, C, U, V, base)):
+    left, right = (None if B is None else _floats(B) for B in (U, V))
+    for index, (w, c, u, v, b) in enumerate(matrices(W, C, left, right, base)):
         assert w is not None
         assert c is not None
-        assert u is not None
-        assert v is not None
         products = _products(w, u, v, "core")
         job = native.ExpandAdd(
             products, native.describe(w), native.describe(w if b is None else b), c.data_ptr(),

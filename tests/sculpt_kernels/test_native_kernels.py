@@ -228,3 +228,5 @@ def test_auto_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> No
     assert calls == ["native"]
     with pytest.raises(RuntimeError, match="no float64"):
         expand_add_(*wide, backend="native")
+    with pytest.raises(RuntimeError, match="need both bases"):
+        expand_add_(W, gaussian(16, 2, dtype=FP32), None, V, backend="native")
