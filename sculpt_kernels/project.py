@@ -78,7 +78,7 @@ def project_(
         and precision == "standard"
         and not check
         and backend in ("auto", "torch")
-        and _at_once(G, U, V, form)
+        and (_remove_core(G, U, V) if form == "core" else _at_once(G, U, V, form))
     ):
         return G
     left, right = checks.projection(G, U, V, form, complement=complement, check=check)
@@ -247,36 +247,51 @@ def _on_cpu(
 def _at_once(G: Tensor, U: Tensor | None, V: Tensor | None, form: str) -> bool:
     """The products of `sweep` for small matrices, where checks and calls count; `False`: not done.
 
-    Whatever is out of the ordinary is left, unchanged, to the full checks. So is NaN in a product:
-    from `G` it may pass, it is the caller's to see; from a basis it may not.
+    Every form but `core`, which `_remove_core` does. Whatever is out of the ordinary is left,
+    unchanged, to the full checks: the first product refuses what does not fit. So is NaN in a
+    product: from `G` it may pass, it is the caller's to see; from a basis it may not.
     """
-    if form == "core":
-        return _remove_core(G, U, V)
     if (
-        form not in checks.FORMS
+        form not in ("strict", "left", "right")
         or (U is None) != (form == "right")
         or (V is None) != (form == "left")
     ):
         return False
-    if not quick_checks.plainly_fit(G, U, V) or not _multiplies(G):
+    bases = [B for B in (U, V) if B is not None]
+    if not quick_checks.plainly_apart(G, *bases) or not _multiplies(G):
         return False
-    if form == "strict" and G.dtype is torch.bfloat16:
+    if form == "strict" and (V is None or not quick_checks.plainly_fits(V, G)):
+        return False  # the second side is multiplied when the first has changed `G` already
+    thin = _contracted(G, U, V)
+    if thin is None:
         return False
-    X = None if U is None else torch.mm(U.t(), G)
-    Y = None if V is None or U is not None else product(G, V)
-    for part in (X, Y, None if X is None else V):
-        if part is not None and quick_checks.holds_nan(part):
-            return False
-    if X is not None:
-        assert U is not None
-        G.addmm_(U, X, alpha=-1)
+    if U is None:
+        assert V is not None
+        G.addmm_(thin, V.t(), alpha=-1)
+        return True
+    G.addmm_(U, thin, alpha=-1)
+    del thin
     if V is not None:
-        G.addmm_(product(G, V) if Y is None else Y, V.t(), alpha=-1)
+        G.addmm_(product(G, V), V.t(), alpha=-1)
     return True
 
 
+def _contracted(G: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor | None:
+    """`UᵀG`, or `GV` without `U`; `None` where the basis does not fit or NaN comes out."""
+    B = V if U is None else U
+    assert B is not None
+    try:
+        size, rank = B.shape
+        if not 0 < rank <= size:
+            return None
+        thin = product(G, B) if U is None else torch.mm(B.t(), G)
+        return None if quick_checks.holds_nan(thin) else thin
+    except (RuntimeError, ValueError):
+        return None
+
+
 def _remove_core(G: Any, U: Any, V: Any) -> bool:
-    """`G - U (UᵀGV) Vᵀ` in the order of `arrange`.
+    """`G - U (UᵀGV) Vᵀ` for small matrices as in `_at_once`, in the order of `arrange`.
 
     What does not fit is refused by the first two products, before anything is changed. Each
     intermediate is let go before the next comes: more of them at once would grow the heap past

@@ -30,15 +30,12 @@ def plainly_apart(G: Any, *bases: Any) -> bool:
     return True
 
 
-def plainly_fit(G: Any, *bases: Any) -> bool:
-    """`plainly_apart`, and a left and a right basis (`None`: not there) that fit `G` otherwise."""
-    if not plainly_apart(G, *(B for B in bases if B is not None)) or G.ndim != 2:
+def plainly_fits(V: Tensor, G: Tensor) -> bool:
+    """Whether a right basis that is `plainly_apart` fits `G` in all else, and holds no NaN."""
+    if V.ndim != 2 or G.ndim != 2 or V.dtype is not G.dtype or not V.is_cpu:
         return False
-    return all(
-        B.is_cpu and B.dtype is G.dtype and B.ndim == 2 and size == B.shape[0] >= B.shape[1] > 0
-        for size, B in zip(G.shape, bases, strict=True)
-        if B is not None
-    )
+    size, rank = V.shape
+    return size == G.shape[1] and 0 < rank <= size and not holds_nan(V)
 
 
 def holds_nan(X: Tensor) -> bool:
