@@ -175,16 +175,26 @@ def save(folder: Path, rows: list[Row], run: Row, here: Row) -> Path:
         raise SystemExit(f"{path} is of another machine or torch: {found['machine']}; move it away")
     points = {row["case"]: row for row in (*found.get("rows", []), *rows)}
     _compare_with_float32(points)
-    content = {
-        "machine": here,
-        "runs": [*found.get("runs", []), run],
-        "rows": sorted(points.values(), key=_place),
-    }
     folder.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.write_text(
+        f'{{"machine": {json.dumps(here)},\n'
+        f'"runs": {_lines([*found.get("runs", []), run])},\n'
+        f'"rows": {_lines(sorted(points.values(), key=_place))}}}\n'
+    )
     new.replace(path)
     return path
+
+
+def _lines(rows: list[Row]) -> str:
+    """A JSON list with one row a line, figures to five digits."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: short(inner) for key, inner in value.items()}
+        return float(f"{value:.5g}") if isinstance(value, float) else value
+
+    return "[\n" + ",\n".join(json.dumps(short(row)) for row in rows) + "\n]"
 
 
 def _compare_with_float32(points: dict[str, Row]) -> None:

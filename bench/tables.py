@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     page = HERE / "README.md"
     before = page.read_text(encoding="utf-8")
-    after = filled(before, sorted((HERE / "results").glob("*.json")))
+    after = filled(before, sorted((HERE / "results").glob("*.json"), key=lambda path: path.stem))
     if options.check:
         return int(before != after)
     page.write_text(after, encoding="utf-8")
@@ -94,7 +94,7 @@ def _operation(operation: str, rows: list[Row]) -> list[str]:
     for ours in (name for name in names if name.startswith("ours")):
         what = WORDS[operation] + ours.removeprefix("ours")
         ratios = _values(rows, ours, "ratio")
-        parts.append(f"**{what}: time / best chain of torch**, largest {max(ratios):.2f}, "
+        parts.append(f"**{what}: time / best chain of torch**, largest {max(ratios):.3f}, "
                      f"median {statistics.median(ratios):.2f} of {len(ratios)} points")  # fmt: skip
         parts.append(_grid(rows, ours, lambda v, _: f"{v['ratio']:.2f}"))
         if ours != "ours" and operation != "adamw":
