@@ -79,7 +79,7 @@ MUTATIONS = [
         KERNELS + "common.py",
         "(row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column)",
         "(row * stride_row + column * stride_column)",
-        INTERPRETER + "addresses.py::test_other_kernels_beyond_two_billion_elements",
+        INTERPRETER + "addresses.py::test_offsets_are_64_bits_wide",
     ),
     Mutation(
         "int64: the step of a walk in 32 bits",
