@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.cases import RATIOS
 from bench.subspace_table import subspaces
+from bench.training import table as training_table
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -51,7 +52,7 @@ def filled(page: str, files: Iterable[Path]) -> str:
     for path in files:
         content = json.loads(path.read_text(encoding="utf-8"))
         write = next((w for name, w in WRITERS.items() if path.name.startswith(name)), None)
-        if write is not None and content["rows"]:
+        if write is not None and (content.get("rows") or content.get("memory")):
             parts.append(write(path.name, content))
     return head + "\n\n".join([BEGIN, *parts, END]) + tail
 
@@ -179,10 +180,15 @@ def gpu(name: str, content: Row) -> str:
     return "\n".join(lines)
 
 
+def training(name: str, content: Row) -> str:
+    return f"### Training steps, `results/{name}`\n\n{training_table([content]).rstrip()}"
+
+
 WRITERS: dict[str, Callable[[str, Row], str]] = {
     "cpu-": cpu,
     "gpu-": gpu,
     "subspaces-": subspaces,
+    "training-": training,
 }
 
 
