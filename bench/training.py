@@ -125,6 +125,7 @@ def peak(method: str, case: str, tokens: int, ratio: str) -> dict[str, Any]:
     ids = batch(shape, tokens)
     warm = Llama(TINY)
     warm(torch.zeros(1, 8, dtype=torch.long)).backward()
+    give_back_freed_memory()
     reset_peak_memory()
     base = peak_memory_bytes()
     known = {} if method in ("plain", "lora") else decompose(builder(shape))
