@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def import_model(
     return Imported(model.kind, len(model.factors), len(model.names) - len(model.factors))
 
 
-class _Source:
+class _Source(ABC):
     """Dense weights by name, made one at a time.
 
     Attributes:
@@ -103,8 +104,9 @@ class _Source:
     names: list[str]
     factors: dict[str, dict[str, str]]
 
+    @abstractmethod
     def dense(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """The product of the factors of `name`, with what was not factored."""
 
 
 class _PeftAdapter(_Source):

@@ -130,17 +130,18 @@ def _wanted(model: nn.Module, targets: str | Sequence[str]) -> tuple[list[Place]
         matrices = list(_matrices(path, module))
         if targets == "all-linear":
             found += [place for place in matrices if _is_linear(place) and module not in heads]
-        elif _matches(path, targets):
+        elif matches(path, targets):
             found += matrices
             if not matrices:
                 kind = type(module).__name__
                 refused[path] = f"{kind} has no weight that is a matrix or a stack of matrices"
         else:
-            found += [place for place in matrices if _matches(place.name, targets)]
+            found += [place for place in matrices if matches(place.name, targets)]
     return found, refused
 
 
-def _matches(name: str, targets: str | Sequence[str]) -> bool:
+def matches(name: str, targets: str | Sequence[str]) -> bool:
+    """PEFT's rules: a regular expression for the whole name, or a list of suffixes."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in targets)

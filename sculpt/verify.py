@@ -7,8 +7,7 @@ neither on the number of layers nor on the size of the files.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from sculpt.config import SculptConfig
 from sculpt.ranks import preserved_rank
 from sculpt.stored_weights import Stored, StoredWeights, StoredWeightsError
 from sculpt.streamed_leak import Panel, streamed_leak
+from sculpt.targets import matches
 
 Progress = Callable[[int, int, str], None]
 CHUNK_BYTES = 64 * 2**20
@@ -157,7 +157,7 @@ def make_plan(weights: StoredWeights, config: SculptConfig) -> Plan:
     matrices, others = [], []
     for name, stored in weights.tensors.items():
         module = name.removesuffix(".weight")
-        if _is_matrix(stored) and (not named or _matches(module, config.target_modules)):
+        if _is_matrix(stored) and (not named or matches(module, config.target_modules)):
             shape = (stored.shape[-2], stored.shape[-1])
             matrices.append((name, preserved_rank(module, shape, config)))
         else:
@@ -251,12 +251,6 @@ def _differs(name: str, old: StoredWeights, new: StoredWeights) -> bool:
         not torch.equal(*(weights.read(name, slice(start, start + rows)) for weights in (old, new)))
         for start in range(0, stored.shape[0], rows)
     )
-
-
-def _matches(module: str, targets: str | Sequence[str]) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == suffix or module.endswith(f".{suffix}") for suffix in targets)
 
 
 def _some(names: list[str], most: int = 3) -> str:

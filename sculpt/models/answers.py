@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ from sculpt.models.learner import Saved, Score
 from sculpt.models.scoring import measures
 
 
-class Answering(Saved, ABC):
+class Answering(Saved):
     """What causal and encoder-decoder models share: labels ranked, answers written.
 
     score_batch: rows scored at once; max_new_tokens: where a free answer is cut.

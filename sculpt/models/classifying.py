@@ -6,7 +6,7 @@ model that drifts starts to answer earlier tasks with the labels of the last one
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from sculpt.models.encoding import Encoded, Encoder
 from sculpt.models.learner import Saved, Score, load_pretrained
 
 
-class Classifying(Saved, ABC):
+class Classifying(Saved):
     """What all of them share: a row's label is its number among `labels`.
 
     Raises `ValueError` for a task without labels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,7 @@ class Learner(Protocol):
         """Write model and tokenizer as a plain Hugging Face directory."""
 
 
-class Saved:
+class Saved(ABC):
     """A Hugging Face model with its tokenizer, saved as one directory."""
 
     model: Any
@@ -68,8 +69,9 @@ class Saved:
     def free_parameters(self) -> list[torch.nn.Parameter]:
         return []
 
+    @abstractmethod
     def encode(self, example: Example) -> Encoded:
-        raise NotImplementedError
+        """As `Learner.encode`."""
 
     def encode_all(self, example: Example) -> list[Encoded]:
         return [self.encode(example)]
