@@ -10,8 +10,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from sculpt.certificate import Certificate
+from sculpt.task import TaskRow
 
 
 class Loggers:
@@ -46,16 +50,8 @@ class Loggers:
         if not names:
             return
         from transformers import TrainerControl, TrainerState
-        from transformers.integrations import integration_utils
 
-        known = integration_utils.INTEGRATION_TO_CALLBACK
-        for name in names:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(
-                    f"no logger is called {name!r}{hint} There are: {', '.join(sorted(known))}"
-                )
+        services = _services(names)
         if arguments is None:
             from transformers import TrainingArguments
 
@@ -64,11 +60,7 @@ class Loggers:
             )
         self._state = TrainerState(is_world_process_zero=True, is_local_process_zero=True)
         self._control = TrainerControl()
-        for name in names:
-            try:
-                service = known[name]()
-            except (RuntimeError, ImportError) as error:
-                raise ValueError(f"logging to {name!r} is not possible here: {error}") from error
+        for name, service in services.items():
             if name == "tensorboard" and service.logging_dir is None:
                 service.logging_dir = str(out / "runs" / "sculpt")
             self._services[name] = service
@@ -92,3 +84,62 @@ class Loggers:
     def _tell(self, event: str, **more: Any) -> None:
         for service in self._services.values():
             getattr(service, event)(self._arguments, self._state, self._control, **more)
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise `ValueError` where `Loggers` cannot be made of these names; no run begins anywhere."""
+    if names:
+        _services(names)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise `ValueError` for a name that there is not, installed or not."""
+    if not names:
+        return
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(
+                f"no logger is called {name!r}{hint} There are: {', '.join(sorted(known))}"
+            )
+
+
+def _services(names: Sequence[str]) -> dict[str, Any]:
+    from transformers.integrations import integration_utils
+
+    check_names(names)
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    services = {}
+    for name in names:
+        try:
+            if find_spec("accelerate") is None:
+                raise ImportError("TrainingArguments need the package accelerate")
+            services[name] = known[name]()
+        except (RuntimeError, ImportError) as error:
+            raise ValueError(f"logging to {name!r} is not possible here: {error}") from error
+    return services
+
+
+def task_metrics(rows: Sequence[TaskRow]) -> dict[str, float]:
+    """What begins a task, as numbers for services that log."""
+    return {
+        "sculpt/matrices": len(rows),
+        "sculpt/trainable_elements": sum(row.trainable_elements for row in rows),
+        "sculpt/mean_preserved_rank": sum(row.preserved for row in rows) / len(rows),
+        "sculpt/mean_energy_kept": sum(row.energy for row in rows) / len(rows),
+    }
+
+
+def certificate_metrics(certificate: Certificate) -> dict[str, float]:
+    """What ends a task, as numbers for services that log."""
+    worst = certificate.worst
+    return {
+        "sculpt/worst_leak": worst.leak,
+        "sculpt/worst_leak_limit": worst.limit,
+        "sculpt/certificate_holds": float(certificate.ok),
+        "sculpt/largest_relative_change": max(row.change for row in certificate.rows),
+    }

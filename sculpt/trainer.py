@@ -16,7 +16,7 @@ from transformers.utils import logging
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
 from sculpt.files import write_json
-from sculpt.logs import Loggers
+from sculpt.logs import Loggers, certificate_metrics, task_metrics
 from sculpt.rates import convert_rates
 from sculpt.sculptor import Sculptor
 from sculpt.state import config_to_json
@@ -112,7 +112,8 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
             arguments=args,
         )
         assert self.table is not None
-        self._loggers.log(table_metrics(self.table), state.global_step)
+        begun = {**task_metrics(self.table.rows), "sculpt/subspace_seconds": self.table.seconds}
+        self._loggers.log(begun, state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Put beside the checkpoint what a restart needs; what does not change is linked."""
@@ -183,28 +184,6 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
             after = dict(self.sculptor.named_parameters())
             _replace(optimizer, {before[name]: after[name] for name in before})
         self._saved = path
-
-
-def table_metrics(table: TaskTable) -> dict[str, float]:
-    """What begins a task, as numbers for services that log."""
-    return {
-        "sculpt/matrices": len(table.rows),
-        "sculpt/trainable_elements": table.trainable_elements,
-        "sculpt/mean_preserved_rank": sum(row.preserved for row in table.rows) / len(table.rows),
-        "sculpt/mean_energy_kept": sum(row.energy for row in table.rows) / len(table.rows),
-        "sculpt/subspace_seconds": table.seconds,
-    }
-
-
-def certificate_metrics(certificate: Certificate) -> dict[str, float]:
-    """What ends a task, as numbers for services that log."""
-    worst = certificate.worst
-    return {
-        "sculpt/worst_leak": worst.leak,
-        "sculpt/worst_leak_limit": worst.limit,
-        "sculpt/certificate_holds": float(certificate.ok),
-        "sculpt/largest_relative_change": max(row.change for row in certificate.rows),
-    }
 
 
 def _settings(config: SculptConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from sculpt.config import SculptConfig
 from sculpt.data.config import Count, DataConfig, FilePath, Names, Section
+from sculpt.logs import check_names
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Method = Literal["plain", "sculpt"]
@@ -117,6 +118,7 @@ class RunConfig(Section):
     sculpt: fields of `SculptConfig`; the methods take their matrices from it too.
     dtype: of the weights. device: "auto" is a GPU where there is one. seed: of everything random.
     certificate: "complement" is cheap; "independent" decomposes every weight afresh in float64.
+    loggers: services that are told loss, scores and leaks: "tensorboard", "wandb", "mlflow", ...
     """
 
     model: FilePath
@@ -132,6 +134,7 @@ class RunConfig(Section):
     device: str = "auto"
     certificate: Literal["complement", "independent"] = "complement"
     seed: Annotated[int, Field(ge=0)] = 0
+    loggers: Names = ()
 
     @field_validator("sculpt", mode="before")
     @classmethod
@@ -143,6 +146,12 @@ class RunConfig(Section):
             return SculptConfig(**value)
         except TypeError as error:  # pydantic passes on nothing but ValueError
             raise ValueError(str(error)) from error
+
+    @field_validator("loggers")
+    @classmethod
+    def _known_loggers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_names(value)
+        return value
 
     @field_serializer("sculpt")
     def _plain_sculpt(self, value: SculptConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from sculpt.runs.checkpoint import CheckpointError, Checkpoints, Part, tensors_p
 from sculpt.runs.directory import RunDirectory, RunError, versions
 from sculpt.runs.flatten import flatten, random_states, set_random_states, unflatten
 from sculpt.runs.lm_eval import general_ability
+from sculpt.runs.logged import RunLog
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.state import NAN, MethodResult, Progress, Report, RunState
 from sculpt.runs.strategies import Advance, Begun
@@ -65,8 +66,12 @@ class Run:
             "finish": self._finish,
         }
         try:
-            while self.state.phase != "done":
-                phases[self.state.phase]()
+            self._log = RunLog(self.config, self.directory)
+            try:
+                while self.state.phase != "done":
+                    phases[self.state.phase]()
+            finally:
+                self._log.close()
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
             with suppress(OSError):  # the disk may be what failed
@@ -87,6 +92,7 @@ class Run:
         state.result.losses.append([])
         state.result.subspaces.append([asdict(row) for row in self.begun.subspaces])
         state.phase, state.step = "train", 0
+        self._log.begun(state, self.begun.subspaces)
         self._save()
 
     def _train(self) -> None:
@@ -101,8 +107,9 @@ class Run:
         while state.step < steps:
             with self._clock("train"):
                 start = time.perf_counter()
+                factor = training.factor(state.step + 1, steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * training.factor(state.step + 1, steps)
+                    group["lr"] = group["initial_lr"] * factor
                 loss, tokens = self._gradients([rows[index] for index in next(order)])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -117,6 +124,7 @@ class Run:
                 )
             speed = tokens / state.durations[-1]
             self._tell("train", state.step, steps, loss=loss, tokens_per_second=speed)
+            self._log.step(state, loss, training.lr * factor, speed)
             if state.step < steps and state.step % self.config.checkpoint.every_steps == 0:
                 self._save()
         self.learner.model.eval()
@@ -167,6 +175,7 @@ class Run:
             self.strategy.end_task()
         if certificate is not None:
             state.result.certificates.append(certificate)
+        self._log.certified(state, certificate)
         if self.config.checkpoint.models == "each":
             with self._clock("save"):
                 name = self.tasks[state.task].name.replace("/", "-")
@@ -191,6 +200,7 @@ class Run:
         for name in {*more, *result.more}:
             rows = result.more.setdefault(name, [[NAN] * count for _ in range(state.task)])
             rows.append(more.get(name, [NAN] * count))
+        self._log.tested(state, [task.name for task in self.tasks])
         state.task += 1
         state.phase = "begin" if state.task < count else "finish"
         self._save()
