@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
 from sculpt.certificate import Certificate, LeakRow, measure, severity
+from sculpt.distributed.processes import Processes
+from sculpt.distributed.shares import rounds
 from sculpt.matrices import LOW_PRECISION, Matrix
 from sculpt_kernels import split
 
@@ -16,17 +19,23 @@ def certify(
     constraint: str,
     task: str | None,
     others: tuple[str, ...],
+    processes: Processes,
     *,
     independent: bool,
     progress: Callable[[int, int, str], None] | None,
 ) -> Certificate:
-    """Measure each matrix; see `Sculptor.verify`."""
-    rows = []
-    for done, matrix in enumerate(matrices, start=1):
-        rows.append(_row(matrix, constraint, independent))
-        if progress is not None:
-            progress(done, len(matrices), matrix.name)
-    return Certificate(rows, task, "recomputed" if independent else "complement", others)
+    """Measure each matrix, every process some of them; see `Sculptor.verify`."""
+    rows: dict[int, LeakRow] = {}
+    for indices in rounds([matrix.target.shape for matrix in matrices], processes.size):
+        mine = indices[processes.rank]
+        row = None if mine is None else asdict(_row(matrices[mine], constraint, independent))
+        for index, values in zip(indices, processes.tell(row), strict=True):
+            if index is not None:
+                rows[index] = LeakRow(**values)
+                if progress is not None:
+                    progress(len(rows), len(matrices), matrices[index].name)
+    ordered = [rows[index] for index in range(len(matrices))]
+    return Certificate(ordered, task, "recomputed" if independent else "complement", others)
 
 
 def _row(matrix: Matrix, constraint: str, independent: bool) -> LeakRow:

@@ -8,22 +8,25 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
 from sculpt import state
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
+from sculpt.distributed.agreement import check_agreement, check_replicas, refuse_wrappers
+from sculpt.distributed.decompose import find_all
+from sculpt.distributed.processes import Processes
 from sculpt.engines import drop_nonfinite_gradients, follow_all, make_matrix, place_of_original
 from sculpt.matrices import Matrix
 from sculpt.originals import Original
 from sculpt.proof import certify
-from sculpt.subspaces import Bases, find_bases, splitter
+from sculpt.subspaces import Bases
 from sculpt.targets import Target, find_targets
 from sculpt.task import TaskRow, TaskTable
 from sculpt_kernels import Subspace
@@ -50,6 +53,8 @@ class Sculptor:
     Args:
         model: any `nn.Module` on one device.
         config: what to sculpt and how much of it.
+        group: the processes that train this model together, where `torch.distributed` is
+            initialised; default: all of them.
 
     Attributes:
         skipped_steps: steps of this task that were left out, their gradients not being finite.
@@ -58,7 +63,9 @@ class Sculptor:
         ValueError: nothing in the model fits the configuration.
     """
 
-    def __init__(self, model: nn.Module, config: SculptConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: SculptConfig, *, group: ProcessGroup | None = None
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         if not isinstance(config, SculptConfig):
@@ -73,6 +80,7 @@ class Sculptor:
         self._task_id = ""
         self._requires_grad: dict[nn.Parameter, bool] = {}
         self._others: dict[str, nn.Parameter] = {}
+        self._group = group
         self._attached: list[Any] = []
         self._seeds: Tensor | None = None
         self._files: tempfile.TemporaryDirectory[str] | None = None
@@ -112,12 +120,10 @@ class Sculptor:
         unknown = sorted(set(given) - {target.name for target in targets.chosen})
         if unknown:
             raise ValueError(f"subspaces names {unknown[0]!r}, which is no target of this model")
-        found: list[Bases] = []
-        split = splitter(self.config)
-        for done, target in enumerate(targets.chosen, start=1):
-            found.append(find_bases(target, self.config, split, given.get(target.name)))
-            if progress is not None:
-                progress(done, len(targets.chosen), target.name)
+        refuse_wrappers(self.model)
+        processes = Processes(self._group, targets.chosen[0].parameter.device)
+        check_agreement(processes, self.config, name, targets.chosen)
+        found = find_all(targets.chosen, self.config, given, processes, progress)
         self._start(targets.chosen, found, name)
         rows = [TaskRow.of(matrix) for matrix in self._running().values()]
         seconds = time.perf_counter() - start
@@ -151,6 +157,7 @@ class Sculptor:
                 "was here. engine='update' and engine='compact' are exact",
                 stacklevel=3,
             )
+        self._processes = Processes(self._group, targets[0].parameter.device)
         self._task_name, self._task_id = name, uuid.uuid4().hex
         self.skipped_steps = 0
         task: dict[str, Matrix] = {}
@@ -215,15 +222,22 @@ class Sculptor:
                 f"coordinates of this task (first missing: {missing[0]!r}); make it from "
                 "sculptor.parameters() or sculptor.param_groups(lr), after begin_task()"
             )
-        self._attached = [optimizer.register_step_post_hook(self._after_step)]
-        if self.config.skip_nonfinite:
-            self._attached.append(optimizer.register_step_pre_hook(self._before_step))
+        self._first_step = True
+        self._attached = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def _after_step(self, *_: Any) -> None:
         if not self._left_out:
             self.update_weights()
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._first_step and self._processes.size > 1:
+            check_replicas(self._processes, dict(self.named_parameters()))
+        self._first_step = False
+        if not self.config.skip_nonfinite:
+            return
         self._left_out = drop_nonfinite_gradients(optimizer)
         if self._left_out:
             self.skipped_steps += 1
@@ -266,6 +280,7 @@ class Sculptor:
             self.config.constraint,
             self._task_name,
             tuple(self._others),
+            self._processes,
             independent=independent,
             progress=progress,
         )
@@ -327,13 +342,15 @@ class Sculptor:
             "requires_grad": flags,
             "matrices": {matrix.name: state.describe(matrix) for matrix in matrices},
         }
-        state.write(
-            Path(path),
-            about,
-            lambda: {k: t for m in matrices for k, t in state.fixed_tensors(m).items()},
-            {k: t for m in matrices for k, t in state.moving_tensors(m).items()},
-            None if previous is None else Path(previous),
-        )
+        with self._processes.first_alone() as first:
+            if first:
+                state.write(
+                    Path(path),
+                    about,
+                    lambda: {k: t for m in matrices for k, t in state.fixed_tensors(m).items()},
+                    {k: t for m in matrices for k, t in state.moving_tensors(m).items()},
+                    None if previous is None else Path(previous),
+                )
 
     @property
     def weights_follow(self) -> bool:
@@ -358,14 +375,7 @@ class Sculptor:
         about, fixed, moving = state.read(Path(path))
         sculptor = cls(model, SculptConfig(**about["config"]))
         known = about["matrices"]
-        targets = [
-            replace(target, preserved=known[target.name]["preserved"])
-            for target in find_targets(model, sculptor.config).chosen
-            if target.name in known
-        ]
-        missing = sorted(set(known) - {target.name for target in targets})
-        if missing:
-            raise ValueError(f"model does not fit: it has no {missing[0]!r}, which {path} has")
+        targets = state.targets_of(model, sculptor.config, known)
         found = [state.bases_of(target, known[target.name], fixed) for target in targets]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(about["requires_grad"].get(name, parameter.requires_grad))

@@ -11,20 +11,20 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt.config import SculptConfig
 from sculpt.files import replacing_file, write_json
 from sculpt.matrices import CompactMatrix, Matrix, UpdateMatrix
 from sculpt.subspaces import Bases
-from sculpt.targets import Target
+from sculpt.targets import Target, find_targets
 
 FORMAT = 1
 ABOUT = "sculptor.json"
@@ -124,6 +124,23 @@ def moving_tensors(matrix: Matrix) -> dict[str, Tensor]:
     if isinstance(matrix, UpdateMatrix) and matrix.delta is not None:
         return {f"{matrix.name}/delta": matrix.delta}
     return {}
+
+
+def targets_of(model: nn.Module, config: SculptConfig, known: Mapping[str, Any]) -> list[Target]:
+    """The targets that were saved, with their ranks.
+
+    Raises:
+        ValueError: the model has not all of them.
+    """
+    targets = [
+        replace(target, preserved=known[target.name]["preserved"])
+        for target in find_targets(model, config).chosen
+        if target.name in known
+    ]
+    missing = sorted(set(known) - {target.name for target in targets})
+    if missing:
+        raise ValueError(f"model does not fit: it has no {missing[0]!r}, which was saved")
+    return targets
 
 
 def bases_of(target: Target, about: Mapping[str, Any], fixed: Mapping[str, Tensor]) -> Bases:

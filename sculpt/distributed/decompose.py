@@ -1,0 +1,82 @@
+"""Subspaces of all targets, each found by one process and sent to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculpt.config import SculptConfig
+from sculpt.distributed.processes import Processes
+from sculpt.distributed.shares import rounds
+from sculpt.subspaces import Bases, find_bases, splitter
+from sculpt.targets import Target
+from sculpt_kernels import Subspace
+
+PARTS = ("U", "V", "removed")
+
+
+def find_all(
+    targets: list[Target],
+    config: SculptConfig,
+    given: Mapping[str, Subspace],
+    processes: Processes,
+    progress: Callable[[int, int, str], None] | None,
+) -> list[Bases]:
+    """Bases of every target, in their order, the same bits however many processes there are.
+
+    In a round each process decomposes one whole matrix, then all exchange what they found: no
+    process ever holds more than one whole matrix and one result beside what it keeps.
+
+    Raises:
+        TypeError, ValueError: a weight is not finite, or `given` does not fit. Other processes than
+            the one that found out raise RuntimeError.
+    """
+    split = splitter(config)
+    found: dict[int, Bases] = {}
+    for indices in rounds([target.shape for target in targets], processes.size):
+        mine = indices[processes.rank]
+        bases: Bases | None = None
+        error: Exception | None = None
+        if mine is not None:
+            target = targets[mine]
+            try:
+                bases = find_bases(target, config, split, given.get(target.name))
+            except (TypeError, ValueError) as problem:
+                error = problem
+        processes.fail_together(error)
+        heads = processes.tell(None if bases is None else _describe(bases))
+        for owner, index in enumerate(indices):
+            if index is None:
+                continue
+            own = bases if owner == processes.rank else None
+            found[index] = _receive(own, heads[owner], owner, processes)
+            if progress is not None:
+                progress(len(found), len(targets), targets[index].name)
+    return [found[index] for index in range(len(targets))]
+
+
+def _describe(bases: Bases) -> dict[str, Any]:
+    """What JSON holds of bases: enough to make room for them."""
+    parts = {name: part for name in PARTS if (part := getattr(bases, name)) is not None}
+    return {
+        "shapes": {name: list(part.shape) for name, part in parts.items()},
+        "dtype": str(next(iter(parts.values())).dtype),
+        "about": [bases.complement, bases.energy, bases.method],
+    }
+
+
+def _receive(bases: Bases | None, head: dict[str, Any], owner: int, processes: Processes) -> Bases:
+    """The bases of `owner`, which has them already."""
+    dtype = getattr(torch, head["dtype"].removeprefix("torch."))
+    parts: dict[str, Tensor | None] = dict.fromkeys(PARTS)
+    for name, shape in head["shapes"].items():
+        if bases is None:
+            part = torch.empty(shape, dtype=dtype, device=processes.device)
+        else:
+            part = getattr(bases, name)
+        processes.broadcast(part, owner)
+        parts[name] = part
+    return Bases(parts["U"], parts["V"], parts["removed"], *head["about"])

@@ -1,0 +1,113 @@
+"""The processes that train one model together, and what they tell each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Processes:
+    """The members of a process group, or this process alone where there is none.
+
+    Nothing is pickled: what is no tensor goes as JSON.
+
+    Args:
+        group: `None` is the default group, if `torch.distributed` was initialised.
+        device: where the tensors of collectives live.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.group = group
+        self.device = device
+        self.size = dist.get_world_size(group) if together else 1
+        self.rank = dist.get_rank(group) if together else 0
+
+    def tell(self, value: Any) -> list[Any]:
+        """What every process has said, in the order of their ranks; `value` as JSON holds it."""
+        text = json.dumps(value)
+        if self.size == 1:
+            return [json.loads(text)]
+        own = torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8).to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([own.numel()], device=self.device), self.group)
+        sizes = [int(length) for length in lengths]
+        padded = own.new_zeros(max(sizes))
+        padded[: own.numel()] = own
+        texts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(texts, padded, self.group)
+        return [
+            json.loads(bytes(part[:size].tolist()).decode("utf-8"))
+            for part, size in zip(texts, sizes, strict=True)
+        ]
+
+    def require_equal(self, about: Mapping[str, Any]) -> None:
+        """Refuse to go on where the processes do not agree.
+
+        Raises:
+            ValueError: on all of them; it names what differs first, and who says what.
+        """
+        if self.size == 1:
+            return
+        said = self.tell({key: json.dumps(value, sort_keys=True) for key, value in about.items()})
+        for key in about:
+            for rank, other in enumerate(said):
+                if other.get(key) != said[0].get(key):
+                    first, second = _difference(
+                        key, json.loads(said[0][key]), json.loads(other[key])
+                    )
+                    raise ValueError(
+                        f"the processes do not agree: rank 0 has {first}, rank {rank} has "
+                        f"{second}; a task needs the same on all {self.size} ranks"
+                    )
+
+    def fail_together(self, error: Exception | None) -> None:
+        """Raise on every process what went wrong on one, so that none waits for the others.
+
+        Raises:
+            RuntimeError: another process failed. Its own error where it was this one.
+        """
+        said = self.tell(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise RuntimeError(f"rank {rank} failed: {text}")
+
+    @contextmanager
+    def first_alone(self) -> Iterator[bool]:
+        """A block that the first process goes through, `True`, while the others wait at its end.
+
+        Raises:
+            RuntimeError: on the others, where the block raises on the first.
+        """
+        error = None
+        try:
+            yield self.rank == 0
+        except Exception as problem:
+            error = problem
+        self.fail_together(error)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give everybody the values that `source` has, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=source)
+
+
+def _difference(key: str, a: Any, b: Any) -> tuple[str, str]:
+    """Where two values that differ do so, in words."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in [*a, *(name for name in b if name not in a)]:
+            if name not in a or name not in b:
+                return tuple(  # type: ignore[return-value]
+                    f"{key} {name!r}" if name in side else f"no {key} {name!r}" for side in (a, b)
+                )
+            if json.dumps(a[name]) != json.dumps(b[name]):
+                return f"{key} {name}={a[name]!r}", f"{b[name]!r}"
+    return f"{key} {a!r}", f"{b!r}"

@@ -1,0 +1,49 @@
+"""Run a function in several processes that talk through gloo, and bring back what it returns."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 120
+
+
+def launch(size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """`function(*arguments)` in `size` processes; their results in the order of their ranks.
+
+    Raises:
+        Exception: a process failed; the message has its traceback.
+    """
+    # A server that has everything imported forks processes at once.
+    multiprocessing.set_forkserver_preload(["sculpt", "tasks"])
+    torch.multiprocessing.start_processes(
+        _run,
+        args=(size, function, str(folder), arguments),
+        nprocs=size,
+        start_method="forkserver",
+    )
+    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _run(rank: int, size: int, function: Callable[..., Any], folder: str, arguments: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=SECONDS),
+    )
+    try:
+        torch.save(function(*arguments), Path(folder) / f"result{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

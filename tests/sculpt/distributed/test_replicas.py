@@ -1,0 +1,178 @@
+"""DistributedDataParallel: every process has the whole model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from launch import launch
+from tasks import batch, network, share, train
+
+from sculpt import SculptConfig, Sculptor
+
+
+class Unused(nn.Module):
+    """A network with a layer that no batch reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+        self.idle = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def unused() -> nn.Module:
+    torch.manual_seed(0)
+    return Unused()
+
+
+def replicas(build, config, options, accumulate):
+    return train(
+        build(),
+        config,
+        lambda model: DistributedDataParallel(model, **options),
+        accumulate=accumulate,
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulate", "config"),
+    [
+        (1, 1, SculptConfig()),
+        (2, 2, SculptConfig(coordinates="full")),
+        (2, 1, SculptConfig(constraint="core")),
+        (3, 2, SculptConfig(others="train")),
+        (4, 1, SculptConfig()),
+    ],
+    ids=lambda value: str(getattr(value, "chosen_engine", value)),
+)
+def test_same_training_as_in_one_process(size, accumulate, config, tmp_path):
+    # The gradient of a mean over pieces does not depend on how they are cut.
+    alone = train(network(), config, accumulate=1)
+    together = launch(size, replicas, tmp_path, network, config, {}, accumulate)
+    for result in together:
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=1e-6)
+            assert torch.equal(result["weights"][name], together[0]["weights"][name])
+        assert all(leak <= limit for leak, limit in result["leaks"])
+        torch.testing.assert_close(
+            torch.tensor(result["losses"]), torch.tensor(alone["losses"]), rtol=0, atol=1e-6
+        )
+        assert result["losses"] == together[0]["losses"]
+
+
+def test_layers_that_no_batch_reaches(tmp_path):
+    alone = train(unused(), SculptConfig())
+    options = {"find_unused_parameters": True}
+    for result in launch(2, replicas, tmp_path, unused, SculptConfig(), options, 1):
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=1e-6)
+
+
+def sharded_optimizer():
+    """ZeRO stage 1: every process keeps the moments of some coordinates."""
+    model = network()
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    wrapped = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(sculptor.parameters(), torch.optim.AdamW, lr=0.01)
+    sculptor.attach(optimizer)
+    for step in range(5):
+        x, y = (share(part) for part in batch(0, step))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(wrapped(x), y).backward()
+        optimizer.step()
+    assert sculptor.verify().ok
+    sculptor.end_task()
+    return model.state_dict()
+
+
+def test_optimizer_state_may_be_divided(tmp_path):
+    model = network()
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=0.01)
+    sculptor.attach(optimizer)
+    for step in range(5):
+        x, y = batch(0, step)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    for weights in launch(2, sharded_optimizer, tmp_path):
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
+
+
+def refusals():
+    """What is refused, in words; nothing may hang."""
+    rank = dist.get_rank()
+    said = []
+
+    def refused(kind, action):
+        with pytest.raises(kind) as error:
+            action()
+        said.append(str(error.value))
+
+    def begin(model=None, **options):
+        Sculptor(model or network(), SculptConfig(**options)).begin_task()
+
+    refused(ValueError, lambda: begin(unfreeze_rank_ratio=0.25 + rank / 4))
+    refused(ValueError, lambda: begin(rank_pattern={"2": 3 + rank}))
+    other = network()
+    with torch.no_grad():
+        other[2].weight[0, 0] += rank
+    refused(ValueError, lambda: begin(other))
+    broken = network()
+    broken[4].weight.data[0, 0] = torch.nan
+    refused((ValueError, RuntimeError), lambda: begin(broken))
+    refused(ValueError, lambda: begin(DistributedDataParallel(network())))
+
+    model = network()
+    sculptor = Sculptor(model, SculptConfig())
+    early = DistributedDataParallel(model)
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=0.01)
+    sculptor.attach(optimizer)
+    x, y = (share(part) for part in batch(0, 0))
+    nn.functional.mse_loss(early(x), y).backward()
+    refused(RuntimeError, optimizer.step)
+    return said
+
+
+def test_refusals_come_on_every_process_and_say_what_to_do(tmp_path):
+    for said in launch(2, refusals, tmp_path):
+        assert "config unfreeze_rank_ratio=0.25, rank 1 has 0.5" in said[0]
+        assert "config rank_pattern={'2': 3}, rank 1 has {'2': 4}" in said[1]
+        assert "weight sum of 2=" in said[2]
+        assert "4.weight cannot be split" in said[3]
+        assert "begin_task() on the plain model first" in said[4]
+        assert "not averaged over the processes" in said[5]
+
+
+def saved(folder):
+    model = network()
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task(name="first")
+    sculptor.save(folder / "save")
+    sculptor.end_task()
+    loaded = Sculptor.load(model, folder / "save")
+    with pytest.raises((OSError, RuntimeError)) as error:
+        loaded.save("/dev/null/no folder")
+    return [row.name for row in loaded.verify().rows], str(error.value)
+
+
+def test_one_process_writes_and_all_read(tmp_path):
+    for names, error in launch(2, saved, tmp_path, tmp_path):
+        assert names == ["0", "2", "4", "6"]
+        assert "no folder" in error
