@@ -4,6 +4,9 @@
     python -m bench.subspaces --model --out bench/results/subspaces-cpu-model.json
     python -m bench.subspaces --sizes 4096x4096 4096x11008 --device cuda
 
+Results are added to the file, matrix by matrix: what it holds of the same matrix and `--trainable` is
+replaced, everything else stays.
+
 Methods take turns on the same matrix, `--repeat` times: the median counts, and the median over
 rounds of the ratio to `torch.linalg.svd`. The truth is an SVD in float64. `energy` is what the
 preserved part captures over the optimum, `cosine` the mean squared cosine between the span that was
@@ -29,6 +32,7 @@ from torch import Tensor
 from sculpt_kernels import split
 
 Bases = tuple[Tensor, Tensor]
+SPECTRA = ("spikes", "power", "rank", "repeated")
 
 
 def spectra(k: int) -> dict[str, Tensor]:
@@ -69,8 +73,8 @@ def _hartley(A: Tensor) -> Tensor:
 def matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
     for size in arguments.sizes:
         m, n = (int(part) for part in size.split("x"))
-        for name, values in spectra(min(m, n)).items():
-            yield f"{size} {name}", planted(m, n, values, arguments.device)
+        for name in arguments.spectra:
+            yield f"{size} {name}", planted(m, n, spectra(min(m, n))[name], arguments.device)
     if arguments.real:
         from sculpt.demo.models import minilm, smollm2
 
@@ -250,6 +254,7 @@ def about(device: str) -> dict[str, Any]:
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="*", default=["256x256", "576x1536", "1024x2752"])
+    parser.add_argument("--spectra", nargs="+", choices=SPECTRA, default=SPECTRA)
     parser.add_argument("--trainable", nargs="+", type=float, default=[0.125, 0.25, 0.5])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
@@ -259,15 +264,26 @@ def main(given: list[str] | None = None) -> None:
     arguments = parser.parse_args(given)
 
     if arguments.model:
-        rows = list(whole_model(arguments))
+        batches = iter([list(whole_model(arguments))])
     else:
-        rows = [row for name, W in matrices(arguments) for row in compare(name, W, arguments)]
+        batches = (list(compare(name, W, arguments)) for name, W in matrices(arguments))
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        rows += batch
+        if arguments.out:
+            add(arguments.out, batch, about(arguments.device))
     show(rows)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.out.with_suffix(".partial")
-        partial.write_text(json.dumps({"about": about(arguments.device), "rows": rows}, indent=1))
-        partial.replace(arguments.out)
+
+
+def add(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """Put rows into the file in the place of those of the same matrix and share."""
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    replaced = {(row["matrix"], row["trainable"]) for row in rows}
+    kept = [row for row in kept if (row["matrix"], row["trainable"]) not in replaced]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"about": machine, "rows": kept + rows}, indent=1))
+    partial.replace(path)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

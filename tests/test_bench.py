@@ -200,8 +200,15 @@ def test_subspace_comparison(tmp_path):
             0.9 if method in ("torch.svd_lowrank", "range, high") else 1 - 1e-6
         )
         assert row["defect"] <= 1e-5
+    options[options.index("0.25")] = "0.5"
+    subspaces.main([*options, "--spectra", "power"])
+    subspaces.main([*options, "--spectra", "power"])
+    added = json.loads(path.read_text())["rows"]
+    assert len(added) == 5 * len(subspaces.methods(18))
+    assert sum(row["trainable"] == 0.25 for row in added) == len(rows)
     page = tables.filled(f"{tables.BEGIN}{tables.END}", [path])
-    assert "| 24x40 power | 0.25 | auto, low |" in page
+    assert all(f"| 24x40 power | {share} | " in page for share in (0.25, 0.5))
+    assert "| 24x40 repeated | 0.5 | " not in page
 
 
 def test_timing_interleaves_and_compares_within_a_round():
