@@ -17,9 +17,9 @@ def subspaces(name: str, content: dict[str, Any]) -> str:
     lines = [
         f"### Subspaces, {about['device']}, {about['threads']} threads",
         "",
-        f"`results/{name}`: torch {about['torch']}, {about['date']}. Seconds of `{BASELINE}` of the "
-        "float32 matrix, and how many times faster each method is: medians over rounds in which the "
-        "methods take turns.",
+        f"`results/{name}`: torch {about['torch']}, {about['date']}. Seconds of `{BASELINE}` of "
+        "the float32 matrix, and how many times faster each method is: medians over rounds in which "
+        "the methods take turns.",
         "",
         *_grid(rows, _seconds),
         "",
@@ -59,8 +59,8 @@ def _lost(row: Row) -> str:
 def _worst(rows: list[Row]) -> list[str]:
     """The largest angle and defect of each method."""
     lines = [
-        "The worst of all matrices: angle, 1 - mean squared cosine with the exact span, where the cut "
-        "divides no equal singular values; defect, the largest entry of `QᵀQ - I`.",
+        "The worst of all matrices: angle, 1 - mean squared cosine with the exact span, where the "
+        "cut divides no equal singular values; defect, the largest entry of `QᵀQ - I`.",
         "",
         "| method | angle | defect |",
         "| --- | ---: | ---: |",

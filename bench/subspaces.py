@@ -4,8 +4,8 @@
     python -m bench.subspaces --model --out bench/results/subspaces-cpu-model.json
     python -m bench.subspaces --sizes 4096x4096 4096x11008 --device cuda
 
-Results are added to the file, matrix by matrix: what it holds of the same matrix and `--trainable` is
-replaced, everything else stays.
+Results are added to the file, matrix by matrix: what it holds of the same matrix and `--trainable`
+is replaced, everything else stays.
 
 Methods take turns on the same matrix, `--repeat` times: the median counts, and the median over
 rounds of the ratio to `torch.linalg.svd`. The truth is an SVD in float64. `energy` is what the
