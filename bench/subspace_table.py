@@ -18,8 +18,8 @@ def subspaces(name: str, content: dict[str, Any]) -> str:
         f"### Subspaces, {about['device']}, {about['threads']} threads",
         "",
         f"`results/{name}`: torch {about['torch']}, {about['date']}. Seconds of `{BASELINE}` of "
-        "the float32 matrix, and how many times faster each method is: medians over rounds in which "
-        "the methods take turns.",
+        "the float32 matrix, and how many times faster each method is: medians over rounds in "
+        "which the methods take turns.",
         "",
         *_grid(rows, _seconds),
         "",
