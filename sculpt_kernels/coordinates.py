@@ -116,29 +116,55 @@ def expand_add_(
         )  # fmt: skip
         return W
     check_expand_add(W, C, U, V, alpha, rounding, seed, base)
-    chosen = choose(
+    chosen = expand_add_backend(backend, W, C, U, V, rounding, base)
+    run_expand_add(chosen, W, C, U, V, alpha, rounding, seed, base)
+    return W
+
+
+def expand_add_backend(
+    backend: str,
+    W: Tensor,
+    C: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    rounding: str,
+    base: Tensor | None,
+) -> str:
+    """Which implementation takes these arguments, which have been checked."""
+    return choose(
         backend,
         W.device,
         lambda: triton_backend.expand_add_reason(W, C, U, V, base),
         lambda auto: native_backend.expand_add_reason(auto, W, C, U, V, base, rounding),
     )
+
+
+@torch.no_grad()
+def run_expand_add(
+    chosen: str,
+    W: Tensor,
+    C: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    alpha: float | Tensor,
+    rounding: str,
+    seed: int | Tensor | None,
+    base: Tensor | None,
+) -> None:
+    """`expand_add_` by the chosen implementation; the arguments have been checked."""
     if W.is_meta or W.numel() == 0:
-        return W
-    with torch.no_grad():
-        if chosen == "triton":
-            triton_backend.expand_add_(W, C, U, V, alpha, rounding, seed, base)
-            return W
-        if chosen == "native":
-            native_backend.expand_add_(W, C, U, V, alpha, seed, base)
-            return W
-        wide = compute_dtype(W.dtype)
-        scaled = C.to(wide) * alpha
-        key = seed if rounding == "stochastic" else None
-        for index, (X, core, A, B, start) in enumerate(matrices(W, scaled, U, V, base)):
-            assert X is not None
-            assert core is not None
-            _expand_add_matrix(X, core, A, B, start, key, index * W.shape[-2])
-    return W
+        return
+    if chosen == "triton":
+        triton_backend.expand_add_(W, C, U, V, alpha, rounding, seed, base)
+        return
+    if chosen == "native":
+        native_backend.expand_add_(W, C, U, V, alpha, seed, base)
+        return
+    scaled = C.to(compute_dtype(W.dtype)) * alpha
+    for index, (X, core, A, B, start) in enumerate(matrices(W, scaled, U, V, base)):
+        assert X is not None
+        assert core is not None
+        _expand_add_matrix(X, core, A, B, start, seed, index * W.shape[-2])
 
 
 def check_expand_add(

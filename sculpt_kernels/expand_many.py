@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks, triton_backend
-from sculpt_kernels.backend import choose
-from sculpt_kernels.coordinates import check_expand_add, expand_add_
+from sculpt_kernels.coordinates import check_expand_add, expand_add_backend, run_expand_add
 from sculpt_kernels.tracing import is_traced
+
+_Call = tuple[
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    float | Tensor,
+    str,
+    Tensor | None,
+    Tensor | None,
+]
 
 
 def expand_add_many_(
@@ -54,23 +64,21 @@ def expand_add_many_(
             Ws, Cs, Us, Vs, *checks.number_or_tensor(alpha), rounding, seeds, bases or [], backend
         )
         return
-    calls = [
+    calls: list[_Call] = [
         (W, C, U, V, alpha, rounding, None if seeds is None else seeds[i],
          None if bases is None else bases[i])
         for i, (W, C, U, V) in enumerate(zip(Ws, Cs, Us, Vs, strict=True))
     ]  # fmt: skip
-    chosen = set()
-    for i, (W, C, U, V, _, _, seed, base) in enumerate(calls):
+    chosen = []
+    for i, call in enumerate(calls):
         with checks.within(f"matrix {i}"):
-            check_expand_add(W, C, U, V, alpha, rounding, seed, base)
-        reason = triton_backend.expand_add_reason
-        chosen.add(choose(backend, W.device, lambda: reason(W, C, U, V, base)))  # noqa: B023
+            check_expand_add(*call)
+        W, C, U, V, _, _, _, base = call
+        chosen.append(expand_add_backend(backend, W, C, U, V, rounding, base))
     checks.disjoint("Ws", Ws)
-    if chosen == {"triton"} and not Ws[0].is_meta:
+    if set(chosen) == {"triton"} and not Ws[0].is_meta:
         with torch.no_grad():
             triton_backend.expand_add_many_(Ws, Cs, Us, Vs, alpha, rounding, seeds, bases)
         return
-    for W, C, U, V, _, _, seed, base in calls:
-        expand_add_(
-            W, C, U, V, alpha=alpha, rounding=rounding, seed=seed, base=base, backend=backend
-        )
+    for one, call in zip(chosen, calls, strict=True):
+        run_expand_add(one, *call)
