@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -33,6 +34,15 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available_memory_bytes() -> int | None:
+    """What this machine can still give, in bytes; None where it does not say."""
+    if _MEMORY.exists():
+        for line in _MEMORY.read_text(encoding="ascii", errors="ignore").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:

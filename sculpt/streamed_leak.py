@@ -22,6 +22,12 @@ from sculpt.certificate import LeakRow
 
 PANEL_BYTES = 24 * 2**20
 
+
+def bytes_for(short_side: int) -> int:
+    """Largest memory for a matrix whose short side is so long: the decomposition and panels."""
+    return 24 * short_side**2 + 6 * PANEL_BYTES
+
+
 Panel = Callable[[int, int], Tensor]
 """Columns `start` to `stop` of the matrix, turned so that it is wide: `(m, stop - start)`."""
 

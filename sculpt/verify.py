@@ -17,9 +17,10 @@ from torch import Tensor
 
 from sculpt.certificate import Certificate, LeakRow
 from sculpt.config import SculptConfig
+from sculpt.memory import available_memory_bytes
 from sculpt.ranks import preserved_rank
 from sculpt.stored_weights import Stored, StoredWeights, StoredWeightsError
-from sculpt.streamed_leak import Panel, streamed_leak
+from sculpt.streamed_leak import Panel, bytes_for, streamed_leak
 from sculpt.targets import matches
 
 Progress = Callable[[int, int, str], None]
@@ -116,11 +117,12 @@ def verify_checkpoints(
 
     Raises:
         StoredWeightsError: a file cannot be read, or both are not of one model.
-        ValueError: the configuration does not fit, or a weight is not finite.
+        ValueError: the configuration does not fit, a weight is not finite, or memory is short.
     """
     old, new = StoredWeights(before), StoredWeights(after)
     _check_alike(old, new)
     plan = make_plan(old, config)
+    _check_memory(old, plan)
     total = len(plan.matrices) + len(plan.others)
     rows: list[LeakRow] = []
     hidden: list[str] = []
@@ -144,6 +146,19 @@ def verify_checkpoints(
             progress(done, total, name)
     certificate = Certificate(rows, None, "recomputed")
     return DiskCertificate(certificate, hidden, moved, free, len(plan.others))
+
+
+def _check_memory(weights: StoredWeights, plan: Plan) -> None:
+    """Raise `ValueError` where the largest matrix cannot be decomposed on this machine."""
+    sides = {name: min(weights.tensors[name].shape[-2:]) for name, _ in plan.matrices}
+    widest = max(sides, key=lambda name: sides[name])
+    needed, free = bytes_for(sides[widest]), available_memory_bytes()
+    if free is not None and needed > free:
+        shape = " x ".join(map(str, weights.tensors[widest].shape))
+        raise ValueError(
+            f"{widest} is {shape}: to decompose it in float64 takes {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB of memory are free"
+        )
 
 
 def make_plan(weights: StoredWeights, config: SculptConfig) -> Plan:

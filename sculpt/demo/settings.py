@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 from sculpt.config import SculptConfig
 from sculpt.data.config import DataConfig
 from sculpt.runs.config import CheckpointConfig, Method, RunConfig, TrainingConfig, describe
+from sculpt.runs.space import free_bytes
 
 
 class DemoError(RuntimeError):
@@ -106,8 +106,7 @@ def check_space(out: Path, model: Path) -> None:
     """Raise `DemoError` when the disk of `out` has no room for the final model."""
     weights = [*model.glob("*.safetensors"), *model.glob("*.bin")]
     needed = int(1.1 * sum(path.stat().st_size for path in weights)) + 20 * 2**20
-    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(above).free
+    free = free_bytes(out)
     if free < needed:
         raise DemoError(
             f"--out {out}: {free / 2**20:.0f} MB are free on its disk, about "

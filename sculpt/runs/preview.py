@@ -6,11 +6,9 @@ and backward, for the time.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 
@@ -18,38 +16,9 @@ from sculpt.data.examples import Example
 from sculpt.engines import trained_elements
 from sculpt.runs.config import RunConfig
 from sculpt.runs.prepare import Prepared
+from sculpt.runs.space import Disk, Memory, free_bytes, space_of
 from sculpt.tables import text_table
 from sculpt.targets import Target, find_targets
-
-STATES = 2
-"""Moments that AdamW holds for each trained value."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that a method holds beside activations.
-
-    weights: of the model. fixed: weights before the task and bases. trained: values that train
-    beside the weights, their gradients and the optimizer's moments.
-    """
-
-    weights: int
-    fixed: int
-    trained: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.fixed + self.trained
-
-
-def memory_of(targets: list[Target], weights: int, config: RunConfig) -> Memory:
-    """An estimate from shapes and ranks alone."""
-    if config.method == "plain":
-        return Memory(weights, 0, (1 + STATES) * sum(t.parameter.nbytes for t in targets))
-    bases = sum(4 * math.prod(t.shape[:-2]) * sum(t.shape[-2:]) * t.trainable_rank for t in targets)
-    before = sum(t.parameter.nbytes for t in targets)
-    trained = sum(trained_elements(t, config.sculpt) for t in targets)
-    return Memory(weights, before + bases, (2 + STATES) * 4 * trained)
 
 
 def preview(prepared: Prepared) -> str:
@@ -57,12 +26,12 @@ def preview(prepared: Prepared) -> str:
     config = prepared.config
     model = prepared.learner.model
     targets = find_targets(model, config.sculpt).chosen
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory, disk = space_of(model, config, len(prepared.tasks))
     return "\n\n".join(
         (
             _data(prepared),
             _ranks(targets, config),
-            _memory(memory_of(targets, weights, config), config),
+            _space(memory, disk, free_bytes(config.out)),
             _time(prepared, targets),
         )
     )
@@ -123,19 +92,19 @@ def _ranks(targets: list[Target], config: RunConfig) -> str:
     return f"Ranks, method {config.method}\n" + text_table(header, rows)
 
 
-def _memory(memory: Memory, config: RunConfig) -> str:
-    parts = (
+def _space(memory: Memory, disk: Disk, free: int) -> str:
+    rows = (
         ("weights", memory.weights),
         ("weights before the task, and bases", memory.fixed),
         ("trained values, gradients, moments", memory.trained),
         ("together, without activations", memory.total),
+        ("disk: checkpoints while it runs, at most", disk.checkpoints),
+        ("disk: models", disk.models),
+        ("disk: free now", free),
     )
-    checkpoints = config.checkpoint.keep * memory.total
-    rows = [(name, _megabytes(size)) for name, size in parts]
-    rows.append(
-        (f"on disk, for {config.checkpoint.keep} checkpoints, at most", _megabytes(checkpoints))
-    )
-    return "Memory (estimate)\n" + text_table(("part", "size"), rows)
+    shown = [(name, _megabytes(size)) for name, size in rows]
+    note = "" if free >= disk.total else "The disk has NOT enough room: the run will not begin."
+    return "Memory and disk (estimate)\n" + text_table(("part", "size"), shown, note=note)
 
 
 def _time(prepared: Prepared, targets: list[Target]) -> str:

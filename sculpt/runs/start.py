@@ -10,6 +10,7 @@ from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunDirectory, RunError, RunWarning, check_out, locked, versions
 from sculpt.runs.loop import Run
 from sculpt.runs.prepare import Prepared
+from sculpt.runs.space import check_room, space_of
 from sculpt.runs.state import Progress, Report
 
 
@@ -25,6 +26,7 @@ def run(config: RunConfig, report: Report = ignore) -> Results:
     """
     check_out(config.out)
     prepared = Prepared(config)
+    check_space(prepared)
     with locked(config.out) as directory:
         check_out(config.out)  # nobody else was quicker
         directory.describe(config, prepared.digest(), prepared.bad.found)
@@ -56,9 +58,16 @@ def resume(folder: Path, report: Report = ignore) -> Results | None:
         prepared = Prepared(config.model_copy(update={"out": folder}))
         if prepared.digest() != described["data_digest"]:
             raise RunError(f"{folder}: the data have changed since the run began")
+        check_space(prepared)
         run = Run(prepared, directory, report)
         run.restore()
         return run.finish()
+
+
+def check_space(prepared: Prepared) -> None:
+    """Raise `RunError` where the disk cannot hold the run."""
+    config, count = prepared.config, len(prepared.tasks)
+    check_room(space_of(prepared.learner.model, config, count)[1], config)
 
 
 def _warn_of_changes(folder: Path, began: dict[str, object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from tiny_language import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from sculpt.cli import app
-from sculpt.demo import settings as demo_settings
 from sculpt.demo.settings import QUICK, DemoError, DemoSettings, check_space
 from sculpt.demo.tasks import demo_tasks
 from sculpt.models.causal import CausalLearner
@@ -173,7 +173,7 @@ def test_a_full_disk_is_seen_before_training(
     class Usage:
         free = 2**20
 
-    monkeypatch.setattr(demo_settings.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(DemoError, match=r"1 MB are free on its disk, about \d+ MB are needed"):
         check_space(tmp_path / "run", model)
 

@@ -19,6 +19,7 @@ from sculpt.cli import app
 from sculpt.commands.common import sculpt_config
 from sculpt.runs.start import run
 from sculpt.stored_weights import StoredWeightsError
+from sculpt.streamed_leak import bytes_for
 from sculpt.verify import verify_checkpoints
 
 RATIO = 0.25
@@ -356,3 +357,13 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         sizes.append(2 * total)
     # An allocator keeps some of what was freed, but not what the files grew by, 320 MiB.
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 4
+
+
+def test_a_matrix_too_wide_for_this_machine_is_named_beforehand(trained, monkeypatch):
+    before, after, _ = trained
+    needed = bytes_for(32)  # short side of the widest
+    monkeypatch.setattr("sculpt.verify.available_memory_bytes", lambda: needed)
+    assert verify(before, after).ok
+    monkeypatch.setattr("sculpt.verify.available_memory_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"weight is \d+ x 32: to decompose it .* GB of memory"):
+        verify(before, after)
