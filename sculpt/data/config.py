@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Strict types would refuse the text and the lists that a file holds.
 FilePath = Annotated[Path, Strict(False)]
 Names = Annotated[tuple[str, ...], Strict(False)]

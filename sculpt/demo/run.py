@@ -22,8 +22,8 @@ from sculpt.demo.worker import Failure, work
 from sculpt.files import write_json
 from sculpt.plots import plot_matrices
 from sculpt.report import Results
-from sculpt.runs.config import Method
 from sculpt.runs.directory import RunDirectory, RunError, check_out, versions
+from sculpt.runs.methods import Method
 from sculpt.runs.state import MethodResult, Progress
 
 METHODS: tuple[Method, ...] = ("plain", "sculpt")

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from sculpt.config import SculptConfig
 from sculpt.data.config import DataConfig
-from sculpt.runs.config import CheckpointConfig, Method, RunConfig, TrainingConfig, describe
+from sculpt.runs.config import CheckpointConfig, RunConfig, TrainingConfig, describe
+from sculpt.runs.methods import Method
 from sculpt.runs.space import free_bytes
 
 

@@ -14,12 +14,25 @@ from pydantic import BaseModel, Field, Strict, field_serializer, field_validator
 from pydantic_core import ErrorDetails
 
 from sculpt.config import SculptConfig
-from sculpt.data.config import Count, DataConfig, FilePath, Names, Section
+from sculpt.data.config import (
+    Count,
+    DataConfig,
+    FilePath,
+    Names,
+    NotNegative,
+    Positive,
+    Section,
+)
 from sculpt.logs import check_names
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Method = Literal["plain", "sculpt"]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from sculpt.runs.methods import (
+    SECTIONS,
+    EwcConfig,
+    L2SpConfig,
+    LoraConfig,
+    Method,
+    OLoraConfig,
+    ReplayConfig,
+)
 
 
 class TrainingConfig(Section):
@@ -116,6 +129,9 @@ class RunConfig(Section):
     out: the run directory, new or empty.
     method: a name in `sculpt.runs.strategies.STRATEGIES`.
     sculpt: fields of `SculptConfig`; the methods take their matrices from it too.
+    lora, olora, replay, ewc, l2sp: what these methods are told; for the method that runs only.
+    budget: "match": adapters train as many values as sculpt would, and the results say how near
+        that came, or why it cannot be; "own": each method as it is configured.
     dtype: of the weights. device: "auto" is a GPU where there is one. seed: of everything random.
     certificate: "complement" is cheap; "independent" decomposes every weight afresh in float64.
     loggers: services that are told loss, scores and leaks: "tensorboard", "wandb", "mlflow", ...
@@ -128,6 +144,12 @@ class RunConfig(Section):
     method: Method = "sculpt"
     training: TrainingConfig = TrainingConfig()
     sculpt: SculptConfig = Field(SculptConfig(), validate_default=False)
+    lora: LoraConfig | None = None
+    olora: OLoraConfig | None = None
+    replay: ReplayConfig | None = None
+    ewc: EwcConfig | None = None
+    l2sp: L2SpConfig | None = None
+    budget: Literal["own", "match"] = "own"
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -152,6 +174,22 @@ class RunConfig(Section):
     def _known_loggers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         check_names(value)
         return value
+
+    @model_validator(mode="after")
+    def _one_method(self) -> Self:
+        others = [name for name in SECTIONS if name != self.method and getattr(self, name)]
+        if others:
+            raise ValueError(
+                f"{others[0]} is for method={others[0]!r}, and method={self.method!r} runs: they "
+                "exclude each other"
+            )
+        rank = getattr(getattr(self, self.method, None), "rank", None)
+        if self.budget == "match" and rank is not None:
+            raise ValueError(
+                f"{self.method}.rank={rank} and budget='match', which chooses the rank, "
+                "exclude each other"
+            )
+        return self
 
     @field_serializer("sculpt")
     def _plain_sculpt(self, value: SculptConfig) -> dict[str, Any]:

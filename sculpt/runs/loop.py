@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt.data.batching import batches, bucketed_batches
 from sculpt.files import flush
 from sculpt.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from sculpt.models.encoding import Encoded
@@ -32,6 +31,8 @@ from sculpt.runs.prepare import Prepared
 from sculpt.runs.state import NAN, MethodResult, Progress, Report, RunState
 from sculpt.runs.strategies import Advance, Begun
 
+MEMORY = "memory.safetensors"
+
 
 class TrainingError(RunError):
     """Training cannot go on; the message says where and what to try."""
@@ -42,13 +43,17 @@ class Run:
 
     def __init__(self, prepared: Prepared, directory: RunDirectory, report: Report) -> None:
         self.config = prepared.config
-        self.tasks, self.rows = prepared.tasks, prepared.rows
+        self.tasks = prepared.tasks
         self.learner = prepared.learner
         self.directory = directory
         kept = self.config.checkpoint.keep
         self.checkpoints = Checkpoints(directory.path / "checkpoints", kept)
         self.strategy = prepared.strategy
         self.state = RunState(MethodResult(self.config.method))
+        self.state.result.budget = self.strategy.budget
+        self.state.result.held_bytes = sum(
+            self.strategy.cost(target).held for target in self.strategy.targets
+        )
         self.begun: Begun | None = None
         self._report = report
         self._where: Progress | None = None
@@ -82,11 +87,11 @@ class Run:
         return self._results()
 
     def _begin(self) -> None:
-        state, task = self.state, self.tasks[self.state.task]
+        state = self.state
         if state.task == 0:
             self._general("before")
         with self._clock("subspaces"):
-            self.begun = self.strategy.begin_task(task.name, self._advance("subspaces"))
+            self.begun = self.strategy.begin_task(state.task, self._advance("subspaces"))
             for group in self.begun.optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         state.result.losses.append([])
@@ -99,18 +104,17 @@ class Run:
         state, training = self.state, self.config.training
         assert self.begun is not None
         optimizer = self.begun.optimizer
-        rows = self.rows[state.task]
-        steps = training.steps_for(len(rows))
+        steps = self.strategy.steps(state.task)
         losses = state.result.losses[-1]
         self.learner.model.train(training.dropout)
-        order = self._order(rows)
+        batches = self.strategy.batches(state.task, skip=state.step)
         while state.step < steps:
             with self._clock("train"):
                 start = time.perf_counter()
                 factor = training.factor(state.step + 1, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * factor
-                loss, tokens = self._gradients([rows[index] for index in next(order)])
+                loss, tokens = self._gradients(next(batches))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 state.durations.append(time.perf_counter() - start)
@@ -135,17 +139,9 @@ class Run:
         state.phase = "certify"
         self._save()
 
-    def _order(self, rows: list[Encoded]) -> Iterator[list[int]]:
-        """Batches of row numbers that are still to come in this task."""
-        training = self.config.training
-        seed = 1000 * self.config.seed + self.state.task
-        if training.order == "shuffled":
-            return batches(len(rows), training.batch_size, seed, skip=self.state.step)
-        lengths = [len(row.ids) for row in rows]
-        return bucketed_batches(lengths, training.batch_size, seed, skip=self.state.step)
-
     def _gradients(self, batch: list[Encoded]) -> tuple[float, int]:
-        """Gradients of the mean loss over all that the batch learns; that loss, and its tokens."""
+        """Gradients of the mean loss over all that the batch learns, and of the method's own loss;
+        the former, and its tokens."""
         training = self.config.training
         size = math.ceil(len(batch) / training.accumulate)
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
@@ -158,6 +154,7 @@ class Run:
             torch.autograd.backward(loss)
             total += loss.item()
             tokens += read
+        self.strategy.add_gradients()
         if training.max_grad_norm is not None:
             assert self.begun is not None
             groups = self.begun.optimizer.param_groups
@@ -172,7 +169,7 @@ class Run:
         self.begun = None
         with self._clock("certify"):
             certificate = self.strategy.certify(self._advance("certify"))
-            self.strategy.end_task()
+            self.strategy.end_task(state.task)
         if certificate is not None:
             state.result.certificates.append(certificate)
         self._log.certified(state, certificate)
@@ -250,14 +247,17 @@ class Run:
         if self.checkpoints.keep == 0:
             return
         with self._clock("save"):
-            state, model = self.state, self.learner.model
+            state = self.state
             self._measure_all()
             parts = {
                 "random.safetensors": tensors_part(random_states),
                 "model.safetensors": tensors_part(
-                    lambda: weights_of(model), self._weights_version()
+                    lambda: weights_of(self.strategy.plain_state()), self._weights_version()
                 ),
             }
+            memory = self.strategy.memory()
+            if memory:
+                parts[MEMORY] = tensors_part(lambda: memory, self._task_version())
             optimizer: Any = None
             if self.begun is not None:
                 optimizer, tensors = flatten(self.begun.optimizer.state_dict(), "optimizer")
@@ -272,7 +272,11 @@ class Run:
         state = self.state
         if self.begun is not None and state.step and not self.strategy.weights_follow():
             return None
-        return f"after {state.task + (state.phase == 'evaluate')} tasks"
+        return self._task_version()
+
+    def _task_version(self) -> str:
+        """Names what changes only at the end of a task."""
+        return f"after {self.state.task + (self.state.phase == 'evaluate')} tasks"
 
     def restore(self) -> None:
         """Take up the newest checkpoint; without any, the run begins anew."""
@@ -282,10 +286,10 @@ class Run:
         self.state = RunState.from_dict(loaded.state["state"])
         state = self.state
         load_weights(self.learner.model, loaded.tensors("model.safetensors"))
+        if (loaded.path / MEMORY).is_file():
+            self.strategy.remember(loaded.tensors(MEMORY))
         if state.phase in ("train", "certify"):
-            self.begun = self.strategy.resume_task(
-                self.tasks[state.task].name, loaded.path / "method"
-            )
+            self.begun = self.strategy.resume_task(state.task, loaded.path / "method")
             tensors = loaded.tensors("optimizer.safetensors")
             self.begun.optimizer.load_state_dict(unflatten(loaded.state["optimizer"], tensors))
         # Last: what came before may have drawn random numbers.
@@ -308,11 +312,11 @@ class Run:
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that `state_dict` has, one of each group that shares memory."""
+def weights_of(model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters and buffers of a `state_dict`, one of each group that shares memory."""
     seen: set[tuple[int, torch.Size]] = set()
     found = {}
-    for name, value in model.state_dict().items():
+    for name, value in model_state.items():
         place = (value.data_ptr(), value.shape)
         if value.numel() == 0 or place not in seen:
             seen.add(place)
@@ -323,7 +327,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, saved: dict[str, Tensor]) -> None:
     """Copy what `weights_of` gave into `model`. Raises `CheckpointError` where it does not fit."""
-    expected = weights_of(model)
+    expected = weights_of(model.state_dict())
     if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in saved.items()}:
         odd = sorted(expected.keys() ^ saved.keys()) or ["a shape"]
         raise CheckpointError(f"the checkpoint is of another model: {odd[0]} does not fit")

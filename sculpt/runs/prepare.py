@@ -17,7 +17,7 @@ from sculpt.models.learner import Learner
 from sculpt.models.load import load_learner
 from sculpt.runs.config import RunConfig
 from sculpt.runs.lm_eval import check_lm_eval
-from sculpt.runs.strategies import STRATEGIES
+from sculpt.runs.strategies import STRATEGIES, Setting
 
 
 class Prepared:
@@ -50,7 +50,6 @@ class Prepared:
             max_new_tokens=config.evaluation.max_new_tokens,
         )
         self.learner.model.to(device_of(config))
-        self.strategy = STRATEGIES[config.method](self.learner, config)
         self.tasks: list[Task] = []
         self.rows: list[list[Encoded]] = []
         self.cut: list[int] = []
@@ -60,6 +59,8 @@ class Prepared:
             self.tasks.append(replace(task, train=train, test=test))
             self.rows.append(rows)
             self.cut.append(sum(row.cut > 0 for row in (*rows, *test_rows)))
+        names = [task.name for task in self.tasks]
+        self.strategy = STRATEGIES[config.method](Setting(self.learner, config, names, self.rows))
 
     def _fitting(self, examples: Sequence[Example]) -> tuple[list[Example], list[Encoded]]:
         fitting: list[Example] = []

@@ -13,26 +13,23 @@ from collections import Counter
 import torch
 
 from sculpt.data.examples import Example
-from sculpt.engines import trained_elements
-from sculpt.runs.config import RunConfig
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.space import Disk, Memory, free_bytes, space_of
+from sculpt.runs.strategies import Strategy
 from sculpt.tables import text_table
-from sculpt.targets import Target, find_targets
+from sculpt.targets import Target
 
 
 def preview(prepared: Prepared) -> str:
     """Everything as text."""
     config = prepared.config
-    model = prepared.learner.model
-    targets = find_targets(model, config.sculpt).chosen
-    memory, disk = space_of(model, config, len(prepared.tasks))
+    memory, disk = space_of(prepared.strategy)
     return "\n\n".join(
         (
             _data(prepared),
-            _ranks(targets, config),
+            _ranks(prepared.strategy),
             _space(memory, disk, free_bytes(config.out)),
-            _time(prepared, targets),
+            _time(prepared, prepared.strategy.targets),
         )
     )
 
@@ -65,17 +62,10 @@ def _kind(example: Example) -> str:
     return "document" if example.is_document else "question, answer"
 
 
-def _ranks(targets: list[Target], config: RunConfig) -> str:
-    sculpted = config.method == "sculpt"
+def _ranks(strategy: Strategy) -> str:
     kinds = Counter(
-        (
-            target.name.rpartition(".")[2],
-            target.shape,
-            target.preserved if sculpted else 0,
-            target.trainable_rank if sculpted else min(target.shape[-2:]),
-            trained_elements(target, config.sculpt) if sculpted else target.parameter.numel(),
-        )
-        for target in targets
+        (target.name.rpartition(".")[2], target.shape, cost.preserved, cost.rank, cost.trained)
+        for target, cost in ((t, strategy.cost(t)) for t in strategy.targets)
     )
     rows = [
         (
@@ -89,13 +79,14 @@ def _ranks(targets: list[Target], config: RunConfig) -> str:
         for (name, shape, preserved, trainable, elements), count in kinds.items()
     ]
     header = ("matrices", "count", "shape", "preserved", "trainable", "values that train")
-    return f"Ranks, method {config.method}\n" + text_table(header, rows)
+    title = f"Ranks, method {strategy.config.method}\n"
+    return title + text_table(header, rows, note=strategy.budget)
 
 
 def _space(memory: Memory, disk: Disk, free: int) -> str:
     rows = (
         ("weights", memory.weights),
-        ("weights before the task, and bases", memory.fixed),
+        ("what stays in a task: weights before it, bases", memory.fixed),
         ("trained values, gradients, moments", memory.trained),
         ("together, without activations", memory.total),
         ("disk: checkpoints while it runs, at most", disk.checkpoints),

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
-from sculpt.engines import recomputes, trained_elements
 from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunError
-from sculpt.targets import Target, find_targets
-
-STATES = 2
-"""Moments that AdamW holds for each trained value."""
+from sculpt.runs.strategies.base import Strategy
 
 AROUND = 20 * 2**20
 """Bytes of tokenizer, settings and results, more or less."""
@@ -25,8 +18,8 @@ AROUND = 20 * 2**20
 class Memory:
     """Bytes that a method holds beside activations.
 
-    weights: of the model. fixed: weights before the task and bases. trained: values that train
-    beside the weights, their gradients and the optimizer's moments.
+    weights: of the model. fixed: what stays during a task, such as weights before it and bases.
+    trained: values that train beside the weights, their gradients and the optimizer's moments.
     """
 
     weights: int
@@ -50,39 +43,34 @@ class Disk:
         return self.checkpoints + self.models + AROUND
 
 
-def memory_of(targets: list[Target], weights: int, config: RunConfig) -> Memory:
+def memory_of(strategy: Strategy) -> Memory:
     """An estimate from shapes and ranks alone."""
-    if config.method == "plain":
-        return Memory(weights, 0, (1 + STATES) * sum(t.parameter.nbytes for t in targets))
-    bases = sum(4 * math.prod(t.shape[:-2]) * sum(t.shape[-2:]) * t.trainable_rank for t in targets)
-    before = sum(t.parameter.nbytes for t in targets)
-    trained = sum(trained_elements(t, config.sculpt) for t in targets)
-    return Memory(weights, before + bases, (2 + STATES) * 4 * trained)
+    weights = sum(p.numel() * p.element_size() for p in strategy.model.parameters())
+    costs = [strategy.cost(target) for target in strategy.targets]
+    return Memory(weights, sum(cost.held for cost in costs), sum(cost.moving for cost in costs))
 
 
-def disk_of(targets: list[Target], memory: Memory, config: RunConfig, tasks: int) -> Disk:
+def disk_of(strategy: Strategy, memory: Memory) -> Disk:
     """The most that is there at once.
 
     One checkpoint more than are kept, while it is written. Those of a task share what does not
     change in it, and there may be some of two tasks.
     """
-    keep, sculpt = config.checkpoint.keep, config.sculpt
+    config = strategy.config
+    keep, tasks = config.checkpoint.keep, len(strategy.setting.names)
     models = {"none": 0, "last": 1, "each": tasks + 1}[config.checkpoint.models]
     if keep == 0:
         return Disk(0, models * memory.weights)
-    follow = config.method == "sculpt" and sculpt.chosen_engine == "compact"
-    follow = follow and sculpt.others == "freeze" and all(recomputes(sculpt, t) for t in targets)
-    checkpoints = (keep + 1) * memory.trained + min(2, keep) * memory.fixed
-    checkpoints += (2 if follow else keep + 1) * memory.weights
+    fixed = min(2, keep) if strategy.shares_fixed else keep + 1
+    checkpoints = (keep + 1) * memory.trained + fixed * memory.fixed
+    checkpoints += (2 if strategy.weights_follow() else keep + 1) * memory.weights
     return Disk(checkpoints, models * memory.weights)
 
 
-def space_of(model: nn.Module, config: RunConfig, tasks: int) -> tuple[Memory, Disk]:
-    """Both, of a run that trains `model` in so many tasks."""
-    targets = find_targets(model, config.sculpt).chosen
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    memory = memory_of(targets, weights, config)
-    return memory, disk_of(targets, memory, config, tasks)
+def space_of(strategy: Strategy) -> tuple[Memory, Disk]:
+    """Both, of a run by this method."""
+    memory = memory_of(strategy)
+    return memory, disk_of(strategy, memory)
 
 
 def free_bytes(path: Path) -> int:

@@ -66,8 +66,7 @@ def resume(folder: Path, report: Report = ignore) -> Results | None:
 
 def check_space(prepared: Prepared) -> None:
     """Raise `RunError` where the disk cannot hold the run."""
-    config, count = prepared.config, len(prepared.tasks)
-    check_room(space_of(prepared.learner.model, config, count)[1], config)
+    check_room(space_of(prepared.strategy)[1], prepared.config)
 
 
 def _warn_of_changes(folder: Path, began: dict[str, object]) -> None:

@@ -47,6 +47,9 @@ class MethodResult:
     seconds: wall clock of the phases "subspaces", "train", "certify", "evaluate" and "save".
     peak_memory_bytes: of the whole process from the first task on, weights included.
     optimizer_state_bytes, trainable_elements: the largest over the tasks.
+    held_bytes: what the method keeps for the trained matrices beside weights, trained values, their
+        gradients and the optimizer's state: bases, originals, Fisher, earlier adapters.
+    budget: trained values beside those of sculpt, where `budget: match` asked for them.
     """
 
     method: str
@@ -61,6 +64,8 @@ class MethodResult:
     peak_memory_bytes: int = 0
     optimizer_state_bytes: int = 0
     trainable_elements: int = 0
+    held_bytes: int = 0
+    budget: str = ""
     certificates: list[Certificate] = field(default_factory=list)
     lm_eval: dict[str, dict[str, float]] = field(default_factory=dict)
 

@@ -50,10 +50,18 @@ def stopped_and_resumed(config: RunConfig, event: int) -> dict[str, str]:
     [
         {},
         {"method": "plain"},
+        {"method": "lora", "budget": "match"},
+        {"method": "osf"},
+        {"method": "olora", "olora": {"rank": 3}},
+        {"method": "replay", "replay": {"rows": 2, "share": 0.5}},
+        {"method": "ewc"},
+        {"method": "l2sp"},
+        {"method": "frozen"},
+        {"method": "multitask"},
         {"dtype": "bfloat16"},
         {"dtype": "bfloat16", "sculpt": {"weight_update": "recompute"}},
     ],
-    ids=["sculpt", "plain", "bfloat16", "recompute"],
+    ids=lambda changes: "-".join(filter(None, map(changes.get, ("method", "dtype")))) or "sculpt",
 )
 def test_stopped_in_every_phase_it_ends_with_the_same_bits(
     tmp_path: Path, changes: dict[str, Any]

@@ -49,18 +49,22 @@ def test_methods_see_the_same_rows_and_train_the_same_matrices(
 ) -> None:
     before, batches = None, {}
     for method in STRATEGIES:
-        config = run_config(tmp_path, method=method, out=str(tmp_path / method), seed=5)
+        more = {"replay": {"share": 0.5}} if method == "replay" else {}
+        config = run_config(tmp_path, method=method, out=str(tmp_path / method), seed=5, **more)
         results = run(config)
-        assert [len(row) for row in results.methods[method].losses] == [3, 3]
+        steps = 0 if method == "frozen" else 3
+        assert [len(row) for row in results.methods[method].losses] == [steps, steps]
         before = load_file(config.model / "model.safetensors")
         after = load_file(config.out / "model" / "model.safetensors")
         assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
             k: (v.shape, v.dtype) for k, v in before.items()
         }
-        assert {k for k in before if not torch.equal(before[k], after[k])} == TRAINED
+        changed = {k for k in before if not torch.equal(before[k], after[k])}
+        assert changed == (set() if method == "frozen" else TRAINED)
         batches[method] = seen.copy()
         seen.clear()
-    assert batches["plain"] == batches["sculpt"]
+    for method in ("sculpt", "lora", "osf", "olora", "l2sp"):
+        assert batches[method] == batches["plain"]
     assert len(batches["plain"]) == 6
 
 

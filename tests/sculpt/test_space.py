@@ -30,8 +30,7 @@ class Usage(NamedTuple):
 
 
 def disk_of(config: RunConfig) -> Disk:
-    prepared = Prepared(config)
-    return space_of(prepared.learner.model, config, len(prepared.tasks))[1]
+    return space_of(Prepared(config).strategy)[1]
 
 
 def bytes_of(folder: Path) -> int:
@@ -45,11 +44,13 @@ def bytes_of(folder: Path) -> int:
     [
         {},
         {"method": "plain"},
+        {"method": "osf"},
+        {"method": "ewc"},
         {"dtype": "bfloat16"},
         {"sculpt": {"engine": "update"}},
         {"sculpt": {"unfreeze_rank_ratio": 0.75, "coordinates": "full"}},
     ],
-    ids=["sculpt", "plain", "bfloat16", "update", "full"],
+    ids=["sculpt", "plain", "osf", "ewc", "bfloat16", "update", "full"],
 )
 @pytest.mark.parametrize("keep", [1, 2, 5])
 def test_the_estimate_bounds_what_is_there(

@@ -1,0 +1,110 @@
+"""Full fine-tuning with a quadratic pull towards earlier weights: EWC and L2-SP."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sculpt.runs.methods import EwcConfig, L2SpConfig
+from sculpt.runs.strategies.base import Cost, Setting
+from sculpt.runs.strategies.dense import Plain
+from sculpt.targets import Target
+
+
+class Ewc(Plain):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): `λ/2 Σ_t F_t (w - w_t)²`.
+
+    `F_t` is the diagonal of the empirical Fisher matrix of task `t` at its end `w_t`: the mean over
+    rows of the squared gradient of the log-likelihood of the row's answer. The sum over tasks is a
+    single square around the mean of the `w_t` that `F_t` weighs, plus what is constant, so two
+    tensors for each matrix hold any number of tasks.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.options = self.config.ewc or EwcConfig()
+        self.trained = [*self.weights, *self.free]
+        self._fisher: list[Tensor] = []
+        self._center: list[Tensor] = []
+
+    def cost(self, target: Target) -> Cost:
+        return Cost.dense(target, held=2 * 4 * target.parameter.numel())
+
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        for weight, fisher, center in zip(self.trained, self._fisher, self._center, strict=False):
+            if weight.grad is not None:
+                pull = fisher * (weight - center)
+                weight.grad.add_(pull.to(weight.dtype), alpha=self.options.strength)
+
+    def end_task(self, task: int) -> None:
+        self._consolidate(self.fisher(task))
+        super().end_task(task)
+
+    def fisher(self, task: int) -> list[Tensor]:
+        """Of all that trains, float32, on `rows` rows of the task, drawn by the seed."""
+        rows = list(self.setting.rows[task])
+        rng = random.Random(f"fisher/{self.config.seed}/{task}")
+        rows = rng.sample(rows, min(self.options.rows, len(rows)))
+        found = [torch.zeros_like(weight, dtype=torch.float32) for weight in self.trained]
+        for row in rows:
+            loss, _ = self.setting.learner.loss([row])
+            # The loss is a mean over the tokens of the answer, the log-likelihood a sum.
+            gradients = torch.autograd.grad(loss * row.learned, self.trained, allow_unused=True)
+            for total, gradient in zip(found, gradients, strict=True):
+                if gradient is not None:
+                    total.addcmul_(gradient.float(), gradient.float(), value=1 / len(rows))
+        return found
+
+    @torch.no_grad()
+    def _consolidate(self, fisher: list[Tensor]) -> None:
+        if not self._fisher:
+            self._fisher = fisher
+            self._center = [weight.detach().float().clone() for weight in self.trained]
+            return
+        for total, center, more, weight in zip(
+            self._fisher, self._center, fisher, self.trained, strict=True
+        ):
+            total.add_(more)
+            share = torch.where(total > 0, more / total, 0.0)
+            center.add_(share * (weight.float() - center))
+
+    def memory(self) -> dict[str, Tensor]:
+        kinds = {"fisher": self._fisher, "center": self._center}
+        return {
+            f"{kind}.{place}": value
+            for kind, values in kinds.items()
+            for place, value in enumerate(values)
+        }
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        if memory:
+            device, places = self.weights[0].device, range(len(self.trained))
+            self._fisher = [memory[f"fisher.{place}"].to(device) for place in places]
+            self._center = [memory[f"center.{place}"].to(device) for place in places]
+
+
+class L2Sp(Plain):
+    """L2-SP (Li et al. 2018): `α/2 ‖w - w⁰‖²` around the weights before the first task, and
+    `β/2 ‖w‖²` on what is new: a classification head."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.options = self.config.l2sp or L2SpConfig()
+        # A run that is taken up begins with the model before the first task, too.
+        self._start = [weight.detach().clone() for weight in self.weights]
+
+    def cost(self, target: Target) -> Cost:
+        return Cost.dense(target, held=target.parameter.nbytes)
+
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        for weight, start in zip(self.weights, self._start, strict=True):
+            if weight.grad is not None:
+                weight.grad.add_(weight - start, alpha=self.options.strength)
+        for parameter in self.free:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter, alpha=self.options.head_strength)

@@ -1,0 +1,71 @@
+"""Sculpt as a method of a run, with any of its engines."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from sculpt.certificate import Certificate
+from sculpt.engines import recomputes, trained_elements
+from sculpt.runs.strategies.base import Advance, Begun, Cost, Setting, Strategy, adamw, freeze
+from sculpt.sculptor import Sculptor
+from sculpt.targets import Target
+from sculpt.task import TaskRow
+
+
+class Sculpt(Strategy):
+    """Moves only in the trailing singular subspaces, chosen anew for every task."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._sculptor = Sculptor(self.model, self.config.sculpt)
+
+    def cost(self, target: Target) -> Cost:
+        sides = math.prod(target.shape[:-2]) * sum(target.shape[-2:])
+        held = target.parameter.nbytes + 4 * sides * target.trainable_rank
+        trained = trained_elements(target, self.config.sculpt)
+        return Cost.factored(target, target.trainable_rank, trained, held, itemsize=4)
+
+    def begin_task(self, task: int, advance: Advance) -> Begun:
+        table = self._sculptor.begin_task(
+            name=self.setting.names[task], progress=lambda done, total, _: advance(done, total)
+        )
+        return self._begun(table.rows)
+
+    def save(self, folder: Path, previous: Path | None) -> None:
+        """Bases and coordinates: subspaces are not searched again."""
+        self._sculptor.save(folder, previous=previous)
+
+    def weights_follow(self) -> bool:
+        config = self.config.sculpt
+        return (
+            config.chosen_engine == "compact"
+            and config.others == "freeze"
+            and not self.free
+            and all(recomputes(config, target) for target in self.targets)
+        )
+
+    def resume_task(self, task: int, folder: Path) -> Begun:
+        self._sculptor = Sculptor.load(self.model, folder)
+        return self._begun([])
+
+    def certify(self, advance: Advance) -> Certificate | None:
+        return self._sculptor.verify(
+            independent=self.config.certificate == "independent",
+            progress=lambda done, total, _: advance(done, total),
+        )
+
+    def end_task(self, task: int) -> None:
+        self._sculptor.end_task()
+        freeze(self.free)
+
+    def _begun(self, subspaces: list[TaskRow]) -> Begun:
+        groups = self._sculptor.param_groups(lr=self.config.training.lr)
+        if self.free:
+            for parameter in self.free:
+                parameter.requires_grad_(True)
+            groups.append({"params": self.free, "lr": self.config.training.lr})
+        optimizer = adamw(groups, self.config)
+        self._sculptor.attach(optimizer)
+        count = sum(p.numel() for group in groups for p in group["params"])
+        return Begun(optimizer, count, subspaces)
