@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sculpt.report import Results, tables
 from sculpt.runs.checkpoint import CheckpointError
-from sculpt.runs.directory import RunError, RunWarning
+from sculpt.runs.directory import RunError, RunWarning, check_out
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.preview import preview
 from sculpt.runs.start import resume, run
@@ -31,6 +31,7 @@ def train_command(file: Path, overrides: Sequence[str], dry_run: bool, skip_bad_
         more = ("data.skip_bad_rows=true",) if skip_bad_rows else ()
         config = read_config(file, (*overrides, *more))
         if dry_run:
+            check_out(config.out)
             console.print(preview(Prepared(config)), highlight=False, markup=False, soft_wrap=True)
             return None
         return run(config, Lines(console))

@@ -1,23 +1,20 @@
 """What a run is about to do: data, ranks, memory and time, before anything is spent on it.
 
-Nothing is written. The model is loaded, and one batch of the first task passes through it, forward
-and backward, for the time.
+Nothing is written. For the time, the model is loaded and each thing is done once; see
+`sculpt.runs.duration`.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections import Counter
 
-import torch
-
 from sculpt.data.examples import Example
+from sculpt.runs.duration import Duration, duration_of
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.space import Disk, Memory, free_bytes, space_of
 from sculpt.runs.strategies import Strategy
 from sculpt.tables import text_table
-from sculpt.targets import Target
 
 
 def preview(prepared: Prepared) -> str:
@@ -29,7 +26,7 @@ def preview(prepared: Prepared) -> str:
             _data(prepared),
             _ranks(prepared.strategy),
             _space(memory, disk, free_bytes(config.out)),
-            _time(prepared, prepared.strategy.targets),
+            _time(duration_of(prepared)),
         )
     )
 
@@ -98,39 +95,19 @@ def _space(memory: Memory, disk: Disk, free: int) -> str:
     return "Memory and disk (estimate)\n" + text_table(("part", "size"), shown, note=note)
 
 
-def _time(prepared: Prepared, targets: list[Target]) -> str:
-    training, learner = prepared.config.training, prepared.learner
-    batch = prepared.rows[0][: training.batch_size]
-    learner.model.requires_grad_(False)
-    for target in targets:
-        target.parameter.requires_grad_(True)
-    start = time.perf_counter()
-    loss, tokens = learner.loss(batch)
-    forward = time.perf_counter() - start
-    torch.autograd.backward(loss)
-    loss.item()
-    step = time.perf_counter() - start
-    learner.model.zero_grad(set_to_none=True)
-    speed = tokens / step
-    train = sum(
-        training.steps_for(len(rows)) * training.batch_size * _mean_length(rows) / speed
-        for rows in prepared.rows
+def _time(took: Duration) -> str:
+    step = f"one step of {took.rows} rows, {took.tokens} tokens, measured once, plain"
+    rows = (
+        (step, took.step),
+        ("training, all tasks", took.training),
+        ("subspaces, all tasks", took.subspaces),
+        ("certificates, all tasks", took.certificates),
+        (f"tests, {took.tested:,} rows", took.tests),
+        ("together", took.total),
     )
-    tested = sum(
-        (len(prepared.tasks) - index) * len(task.test) for index, task in enumerate(prepared.tasks)
-    )
-    test = tested * forward / len(batch)
-    rows = [
-        (f"one step of {len(batch)} rows, {tokens} tokens, measured once, plain", _minutes(step)),
-        ("training, all tasks", _minutes(train)),
-        (f"tests, {tested:,} rows, free answers not counted", _minutes(test)),
-    ]
-    note = "Subspaces and certificates come on top, once for each task."
-    return "Time (estimate)\n" + text_table(("part", "time"), rows, note=note)
-
-
-def _mean_length(rows: list) -> float:  # type: ignore[type-arg]
-    return statistics.fmean(len(row.ids) for row in rows)
+    note = "From one step, one matrix of each shape, and one batch of tests as the model is now."
+    shown = [(name, _minutes(seconds)) for name, seconds in rows]
+    return "Time (estimate)\n" + text_table(("part", "time"), shown, note=note)
 
 
 def _megabytes(size: int) -> str:

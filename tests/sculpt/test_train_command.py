@@ -47,9 +47,25 @@ def test_train_then_nothing_left_to_resume(run_file: Path) -> None:
 def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
     done = invoke("train", str(run_file), "--dry-run")
     assert done.exit_code == 0, done.output
-    for words in ("very", "question, answer", "q_proj", "32 x 32", "weights", "one step of 2 rows"):
+    for words in (
+        "very",
+        "question, answer",
+        "q_proj",
+        "32 x 32",
+        "weights",
+        "disk: checkpoints",
+        "one step of 2 rows",
+        "subspaces, all tasks",
+        "certificates, all tasks",
+    ):
         assert words in done.output, words
-    assert not (run_file.parent / "run").exists()
+    out = run_file.parent / "run"
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").touch()
+    refused = invoke("train", str(run_file), "--dry-run")
+    assert refused.exit_code == 1
+    assert "is not empty" in refused.output
 
 
 @pytest.mark.parametrize(
