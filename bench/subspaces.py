@@ -175,7 +175,8 @@ def compare(name: str, W: Tensor, arguments: argparse.Namespace) -> Iterator[dic
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     for share in arguments.trainable:
         rank = min(W.shape) - int(share * min(W.shape))
-        listed = methods(rank)
+        left_out = set(arguments.without)
+        listed = {name: way for name, way in methods(rank).items() if name not in left_out}
         spent: dict[str, list[float]] = {method: [] for method in listed}
         found: dict[str, Bases] = {}
         for _ in range(arguments.repeat):
@@ -256,6 +257,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="*", default=["256x256", "576x1536", "1024x2752"])
     parser.add_argument("--spectra", nargs="+", choices=SPECTRA, default=SPECTRA)
     parser.add_argument("--trainable", nargs="+", type=float, default=[0.125, 0.25, 0.5])
+    parser.add_argument("--without", nargs="+", default=[], help="methods to leave out, by name")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--real", action="store_true", help="weights of SmolLM2 and MiniLM too")
