@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sculpt.config import SculptConfig
+from sculpt.distributed.processes import Processes
+from sculpt.distributed.sharding import local
 from sculpt.matrices import (
     LOW_PRECISION,
     CompactMatrix,
@@ -20,6 +22,7 @@ from sculpt.matrices import (
 from sculpt.originals import Original
 from sculpt.subspaces import Bases
 from sculpt.targets import Target
+from sculpt_kernels import is_divided
 
 
 def make_matrix(target: Target, bases: Bases, original: Original, config: SculptConfig) -> Matrix:
@@ -60,15 +63,16 @@ def place_of_original(config: SculptConfig, target: Target) -> str:
 def groups(matrices: list[Matrix], together: bool) -> list[list[int]]:
     """Indices of matrices that follow in common launches: one layout each.
 
-    One by one otherwise: on a CPU launches cost nothing, and originals that are elsewhere must not
-    all be here at once.
+    One by one otherwise: on a CPU launches cost nothing, and originals that are elsewhere, or bases
+    that are gathered, must not all be here at once.
     """
     found: dict[Any, list[int]] = {}
     for index, matrix in enumerate(matrices):
         key: Any = index
         if together and isinstance(matrix, CompactMatrix):
             weight = matrix.weight
-            if not matrix.recompute or matrix.original.is_on(weight.device):
+            here = not matrix.recompute or matrix.original.is_on(weight.device)
+            if here and not is_divided(weight):
                 layout = (weight.shape, weight.stride(), weight.dtype, weight.device)
                 key = (layout, matrix.trained.shape, matrix.state.U is None, matrix.recompute)
         found.setdefault(key, []).append(index)
@@ -110,18 +114,23 @@ def reserve(matrices: list[Matrix]) -> None:
         torch.empty(4 * largest, device=compact[0].weight.device)
 
 
-def drop_nonfinite_gradients(optimizer: torch.optim.Optimizer) -> bool:
+def drop_nonfinite_gradients(optimizer: torch.optim.Optimizer, processes: Processes) -> bool:
     """Take all gradients away where one is not finite: nothing is changed by a step without them.
 
     Returns:
-        Whether that was so. While a CUDA graph is captured nothing is looked at.
+        Whether that was so, on any process. While a CUDA graph is captured nothing is looked at.
     """
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for p in held if p.grad is not None]
-    if not grads or (grads[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+    grads = [local(p.grad) for p in held if p.grad is not None]
+    if grads and grads[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    if bool(torch.isfinite(torch.nn.utils.get_total_norm(grads, norm_type=float("inf")))):
-        return False
-    for parameter in held:
-        parameter.grad = None
-    return True
+    grads = [grad for grad in grads if grad.numel()]
+    bad = bool(grads) and not bool(
+        torch.isfinite(torch.nn.utils.get_total_norm(grads, norm_type=float("inf")))
+    )
+    if any(is_divided(p) for p in held):
+        bad = processes.any(bad)
+    if bad:
+        for parameter in held:
+            parameter.grad = None
+    return bad

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sculpt.distributed.sharding import average, local, whole
 from sculpt.targets import Place
-from sculpt_kernels import compact_embedding, compact_linear, compact_weight, project
+from sculpt_kernels import compact_embedding, compact_linear, compact_weight, is_divided, project
 
 PREFIX = "sculpt_"
 
@@ -60,9 +61,11 @@ class Coordinates:
         Raises:
             RuntimeError: the coordinates have changed since.
         """
-        if not self.guarded or C._version == self.version:
+        divided = is_divided(C)
+        # What happens to a divided tensor is not counted.
+        if not self.guarded or (C._version == self.version and not divided):
             return
-        if not torch.equal(C.detach(), self.folded):
+        if not torch.equal(local(C.detach()), local(self.folded)):
             raise RuntimeError(
                 f"the coordinates of {name!r} have changed but its weight has not followed: a step "
                 "would be lost. Call sculptor.attach(optimizer) before the first step, or "
@@ -84,10 +87,12 @@ class Compact(nn.Module):
     def sculpt_inputs(self, parameter: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """`U`, `V` and the coordinates whose gradient stays in the allowed set."""
         state = self.sculpt[parameter]
-        C = self._parameters[coordinates_name(parameter)]
+        C: Tensor | None = self._parameters[coordinates_name(parameter)]
         assert C is not None
         if not torch.compiler.is_compiling():
             state.check_current(C, f"{type(self).__name__}.{parameter}")
+        if is_divided(C):
+            C = average(C)
         if state.removed is None:
             return state.U, state.V, C
         confined: Tensor = _Confined.apply(C, state.removed, state.U is None)  # type: ignore[no-untyped-call]
@@ -99,7 +104,7 @@ class Compact(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for state in self.sculpt.values():
-            was = state.C.detach().new_empty(0)
+            was = local(state.C.detach()).new_empty(0)
             now = fn(was)
             if (now.dtype, now.device) != (was.dtype, was.device):
                 raise RuntimeError(
@@ -180,11 +185,12 @@ def remove(place: Place) -> None:
 @cache
 def _compact_class(kind: Any, parameter: str) -> Any:
     """The class that `kind` becomes when one of its parameters gets coordinates."""
-    if parameter == "weight" and kind is nn.Linear:
-        return CompactLinear
-    if parameter == "weight" and kind is nn.Embedding:
-        return CompactEmbedding
-    if parameter == "weight" and kind.__name__ == "Conv1D":
+    # fully_shard puts a class of its own in front of a module's.
+    plain = kind.__bases__[-1] if kind.__bases__[0].__name__ == "FSDPModule" else kind
+    for layer, compact in ((nn.Linear, CompactLinear), (nn.Embedding, CompactEmbedding)):
+        if parameter == "weight" and plain is layer:
+            return compact if kind is layer else type(kind.__name__, (compact, kind), {})
+    if parameter == "weight" and plain.__name__ == "Conv1D":
         return type("CompactConv1D", (Compact, kind), {"forward": _conv1d_forward})
     reader = {parameter: property(_reader(parameter))}
     if issubclass(kind, CompactOther):
@@ -198,6 +204,9 @@ def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
 
 def _reader(parameter: str) -> Callable[[Any], Tensor]:
     def read(self: CompactOther) -> Tensor:
+        stored = self._parameters[parameter]
+        if is_divided(stored):  # Asked for by fully_shard, between computations.
+            return stored
         live = self.__dict__.get("sculpt_live")
         return self.sculpt_weight(parameter) if live is None else live[parameter]
 
@@ -221,7 +230,7 @@ class _Confined(torch.autograd.Function):
 
 def away_from(C: Tensor, removed: Tensor, left: bool) -> Tensor:
     """Coordinates without their part in the span of `removed`, on their longer side."""
-    removed = removed.to(C.dtype)
+    removed = (removed if is_divided(C) else whole(removed)).to(C.dtype)
     if left:
         return project(C, removed, form="left")
     return project(C, V=removed, form="right")

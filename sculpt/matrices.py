@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sculpt.layers import Coordinates, away_from, install, remove
+from sculpt.distributed.sharding import as_shard, zeros
+from sculpt.layers import Coordinates, away_from, coordinates_name, install, remove
 from sculpt.originals import Original
 from sculpt.subspaces import Bases
 from sculpt.targets import Target
@@ -57,8 +58,14 @@ class Matrix(ABC):
         return math.sqrt(self.target.parameter.numel() / self.trained.numel())
 
     def before(self) -> Tensor:
-        """`W₀` `(..., m, n)`, on the device of `W`."""
-        return self.target.oriented(self.original.get(self.target.parameter.device))
+        """`W₀` `(..., m, n)`, on the device of `W` and divided as it is."""
+        weight = self.target.parameter.detach()
+        return self.target.oriented(as_shard(weight, self.original.get(weight.device)))
+
+    def check_in_place(self) -> None:  # noqa: B027  (engines that train the weight have no other)
+        """Raises:
+        RuntimeError: the module trains something else by now.
+        """
 
     @abstractmethod
     def follow(self, seed: Tensor) -> None:
@@ -94,7 +101,7 @@ class CompactMatrix(Matrix):
         rows = weight.shape[-2] if U is None else U.shape[-1]
         columns = weight.shape[-1] if V is None else V.shape[-1]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        C = torch.zeros(*weight.shape[:-2], rows, columns, dtype=dtype, device=weight.device)
+        C = zeros(weight, (*weight.shape[:-2], rows, columns), dtype)
         self.state = Coordinates(nn.Parameter(C), U, V, bases.removed, torch.zeros_like(C))
         target.parameter.requires_grad_(False)
         for place in target.places:
@@ -103,6 +110,14 @@ class CompactMatrix(Matrix):
     @property
     def trained(self) -> nn.Parameter:
         return self.state.C
+
+    def check_in_place(self) -> None:
+        place = self.target.places[0]
+        if place.module._parameters[coordinates_name(place.parameter)] is not self.state.C:
+            raise RuntimeError(
+                f"the coordinates of {self.name!r} were replaced during the task, as fully_shard "
+                "and accelerate do: call fully_shard(model) first, then begin_task()"
+            )
 
     def follow(self, seed: Tensor) -> None:
         follow_together([self], [seed])

@@ -15,7 +15,7 @@ class Original:
     """A weight as it was before the task: on its device, in host memory, or in a file.
 
     Args:
-        weight: copied.
+        weight: copied; the shard of one that is divided over processes.
         keep: `"device"`, `"cpu"` or `"disk"`.
         directory: where files go.
     """

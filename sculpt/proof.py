@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from sculpt.certificate import Certificate, LeakRow, measure, severity
 from sculpt.distributed.processes import Processes
+from sculpt.distributed.sharding import whole
 from sculpt.distributed.shares import rounds
-from sculpt.matrices import LOW_PRECISION, Matrix
-from sculpt_kernels import split
+from sculpt.matrices import LOW_PRECISION, Matrix, Side
+from sculpt_kernels import is_divided, split
 
 
 def certify(
@@ -27,8 +29,14 @@ def certify(
     """Measure each matrix, every process some of them; see `Sculptor.verify`."""
     rows: dict[int, LeakRow] = {}
     for indices in rounds([matrix.target.shape for matrix in matrices], processes.size):
-        mine = indices[processes.rank]
-        row = None if mine is None else asdict(_row(matrices[mine], constraint, independent))
+        own = None
+        for owner, index in enumerate(indices):
+            if index is not None and (
+                owner == processes.rank or is_divided(matrices[index].weight)
+            ):
+                passing = Evidence.of(matrices[index], independent)
+                own = passing if owner == processes.rank else own
+        row = None if own is None else asdict(_row(own, constraint))
         for index, values in zip(indices, processes.tell(row), strict=True):
             if index is not None:
                 rows[index] = LeakRow(**values)
@@ -38,30 +46,64 @@ def certify(
     return Certificate(ordered, task, "recomputed" if independent else "complement", others)
 
 
-def _row(matrix: Matrix, constraint: str, independent: bool) -> LeakRow:
+@dataclass(frozen=True)
+class Evidence:
+    """What is judged of a matrix, whole on this process.
+
+    Attributes:
+        before, weight: `W₀`, `W` `(..., m, n)`; truth: what `W` stands for, where that is more.
+        sides: bases of the left and the right side; `None`: to be found again, at rank `preserved`.
+    """
+
+    name: str
+    before: Tensor
+    weight: Tensor
+    truth: Tensor | None
+    sides: tuple[Side, Side] | None
+    preserved: int
+
+    @classmethod
+    def of(cls, matrix: Matrix, independent: bool) -> Evidence:
+        weight = matrix.weight
+        truth = matrix.truth() if weight.dtype in LOW_PRECISION else None
+        if truth is not None and truth.dtype == weight.dtype:
+            truth = None  # The gradient engine has no other truth.
+        sides = None
+        if not independent:
+            (U, of_U), (V, of_V) = matrix.protected()
+            sides = ((whole(U), of_U), (whole(V), of_V))
+        return cls(
+            matrix.name,
+            whole(matrix.before()),
+            whole(weight),
+            None if truth is None else whole(truth),
+            sides,
+            matrix.target.preserved,
+        )
+
+
+def _row(matrix: Evidence, constraint: str) -> LeakRow:
     """The leak of a matrix; of a stack, that of its worst member."""
-    before, weight = matrix.before(), matrix.weight
-    truth = matrix.truth() if weight.dtype in LOW_PRECISION else weight
-    stored = weight if truth.dtype != weight.dtype else None
-    sides = None if independent else matrix.protected()
+    weight, truth = matrix.weight, matrix.truth
     rows = []
     for at in [...] if weight.ndim == 2 else range(len(weight)):
-        if sides is None:
-            high = split(before[at].double(), rank=matrix.target.preserved, part="high")
+        if matrix.sides is None:
+            high = split(matrix.before[at].double(), rank=matrix.preserved, part="high")
             left, right = (high.U, True), (high.V, True)
         else:
             left, right = (
-                (torch.linalg.qr(basis[at].double()).Q, protected) for basis, protected in sides
+                (torch.linalg.qr(basis[at].double()).Q, protected)
+                for basis, protected in matrix.sides
             )
         name = matrix.name if at is ... else f"{matrix.name}[{at}]"
         rows.append(
             measure(
                 name,
-                before[at],
-                truth[at],
+                matrix.before[at],
+                weight[at] if truth is None else truth[at],
                 left,
                 right,
-                stored=None if stored is None else stored[at],
+                stored=None if truth is None else weight[at],
                 constraint=constraint,
             )
         )

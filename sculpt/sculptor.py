@@ -22,6 +22,7 @@ from sculpt.config import SculptConfig
 from sculpt.distributed.agreement import check_agreement, check_replicas, refuse_wrappers
 from sculpt.distributed.decompose import find_all
 from sculpt.distributed.processes import Processes
+from sculpt.distributed.sharding import device_of, local, reshard, sharded_modules
 from sculpt.engines import drop_nonfinite_gradients, follow_all, make_matrix, place_of_original
 from sculpt.matrices import Matrix
 from sculpt.originals import Original
@@ -121,7 +122,8 @@ class Sculptor:
         if unknown:
             raise ValueError(f"subspaces names {unknown[0]!r}, which is no target of this model")
         refuse_wrappers(self.model)
-        processes = Processes(self._group, targets.chosen[0].parameter.device)
+        reshard(sharded_modules(self.model))
+        processes = Processes(self._group, device_of(targets.chosen[0].parameter))
         check_agreement(processes, self.config, name, targets.chosen)
         found = find_all(targets.chosen, self.config, given, processes, progress)
         self._start(targets.chosen, found, name)
@@ -157,7 +159,8 @@ class Sculptor:
                 "was here. engine='update' and engine='compact' are exact",
                 stacklevel=3,
             )
-        self._processes = Processes(self._group, targets[0].parameter.device)
+        self._sharded = sharded_modules(self.model)
+        self._processes = Processes(self._group, device_of(targets[0].parameter))
         self._task_name, self._task_id = name, uuid.uuid4().hex
         self.skipped_steps = 0
         task: dict[str, Matrix] = {}
@@ -173,7 +176,7 @@ class Sculptor:
         if keep == "disk" and self._files is None:
             self._files = tempfile.TemporaryDirectory(prefix="sculpt-")
         directory = None if self._files is None else Path(self._files.name)
-        return Original(weight.to(target.parameter.device), keep, directory)
+        return Original(local(weight.detach()).to(target.parameter.device), keep, directory)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and what trains: coordinates by module name, then other parameters by theirs."""
@@ -238,7 +241,7 @@ class Sculptor:
         self._first_step = False
         if not self.config.skip_nonfinite:
             return
-        self._left_out = drop_nonfinite_gradients(optimizer)
+        self._left_out = drop_nonfinite_gradients(optimizer, self._processes)
         if self._left_out:
             self.skipped_steps += 1
             warnings.warn(
@@ -331,15 +334,13 @@ class Sculptor:
         """
         matrices = list(self._running().values())
         assert self._seeds is not None
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        flags = {names[id(p)]: flag for p, flag in self._requires_grad.items()}
         about = {
             "config": state.config_to_json(self.config),
             "id": self._task_id,
             "task": self._task_name,
             "skipped_steps": self.skipped_steps,
             "seed": int(self._seeds[0]),
-            "requires_grad": flags,
+            "requires_grad": state.flags_by_name(self.model, self._requires_grad),
             "matrices": {matrix.name: state.describe(matrix) for matrix in matrices},
         }
         with self._processes.first_alone() as first:
@@ -377,8 +378,7 @@ class Sculptor:
         known = about["matrices"]
         targets = state.targets_of(model, sculptor.config, known)
         found = [state.bases_of(target, known[target.name], fixed) for target in targets]
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(about["requires_grad"].get(name, parameter.requires_grad))
+        state.put_flags(model, about["requires_grad"])
         originals = {
             target.name: sculptor._original(target, fixed[f"{target.name}/original"])
             for target in targets
@@ -394,4 +394,7 @@ class Sculptor:
     def _running(self) -> dict[str, Matrix]:
         if self._task is None:
             raise RuntimeError("no task is running; call begin_task() first")
+        reshard(self._sharded)
+        for matrix in self._task.values():
+            matrix.check_in_place()
         return self._task

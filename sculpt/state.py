@@ -126,6 +126,16 @@ def moving_tensors(matrix: Matrix) -> dict[str, Tensor]:
     return {}
 
 
+def flags_by_name(model: nn.Module, flags: Mapping[nn.Parameter, bool]) -> dict[str, bool]:
+    return {name: flags[p] for name, p in model.named_parameters() if p in flags}
+
+
+def put_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """`requires_grad` as it was before the task."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+
+
 def targets_of(model: nn.Module, config: SculptConfig, known: Mapping[str, Any]) -> list[Target]:
     """The targets that were saved, with their ranks.
 

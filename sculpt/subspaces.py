@@ -42,22 +42,29 @@ def splitter(config: SculptConfig) -> Split:
 
 
 def find_bases(
-    target: Target, config: SculptConfig, split: Split, given: Subspace | None = None
+    target: Target,
+    config: SculptConfig,
+    split: Split,
+    given: Subspace | None = None,
+    stored: Tensor | None = None,
 ) -> Bases:
     """The bases that the configured engine needs for `target`.
+
+    Args:
+        stored: the weight as its module stores it, where the module itself has only a part.
 
     Raises:
         TypeError, ValueError: the weight is not finite, or `given` does not fit.
     """
-    weight = target.oriented(target.parameter.detach())
+    weight = target.oriented(target.parameter.detach() if stored is None else stored)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    stored = weight.dtype if config.basis_dtype == "weight" else dtype
+    basis = weight.dtype if config.basis_dtype == "weight" else dtype
     if config.chosen_engine == "gradient":
-        stored = weight.dtype  # Gradients have the dtype of the weight.
-    find = partial(_split_each, target, split, weight, stored)
+        basis = weight.dtype  # Gradients have the dtype of the weight.
+    find = partial(_split_each, target, split, weight, basis)
     m, n = weight.shape[-2:]
     if config.chosen_engine == "compact":
-        low = find("low") if given is None else _checked(target, config, given, weight, stored)
+        low = find("low") if given is None else _checked(target, config, given, weight, basis)
         bases = Bases(low.U, low.V, None, "none", low.energy, low.method)
         if config.coordinates == "thin" or m == n:
             return bases
@@ -73,7 +80,7 @@ def find_bases(
     complement = "none"
     if m == n:
         best = plan(
-            (m, n), target.preserved, form=config.constraint, dtype=stored, device=weight.device
+            (m, n), target.preserved, form=config.constraint, dtype=basis, device=weight.device
         )
         complement = "both" if best.complement == "both" else "none"
     found = find("low" if complement == "both" else "high")

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sculpt.config import SculptConfig
+from sculpt.distributed.sharding import why_not_divided
 from sculpt.ranks import preserved_rank
+from sculpt_kernels import is_divided
 
 # Layers of other packages that keep their weights in a quantised form of their own.
 QUANTISED = ("bitsandbytes", "hqq", "gptqmodel", "awq", "auto_gptq", "optimum.quanto", "torchao")
@@ -187,7 +189,11 @@ def _refusal(place: Place) -> str | None:
     kind = type(module).__name__
     if isinstance(module, nn.modules.conv._ConvNd) or weight.ndim > 3:
         return f"{kind} has a weight of shape {tuple(weight.shape)}, which is not a matrix"
-    if type(weight) not in (nn.Parameter, FakeTensor):  # Shapes without values will do.
+    if is_divided(weight):
+        reason = why_not_divided(weight)
+        if reason is not None:
+            return reason
+    elif type(weight) not in (nn.Parameter, FakeTensor):  # Shapes without values will do.
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if not torch.is_floating_point(weight):
         return f"its weight is {weight.dtype}, not a floating dtype"

@@ -16,6 +16,7 @@ from sculpt_kernels.linear import compact_linear
 from sculpt_kernels.plan import Plan, plan
 from sculpt_kernels.project import project, project_, project_many_
 from sculpt_kernels.randomized import range_finder, rsvd
+from sculpt_kernels.sharded import is_divided
 from sculpt_kernels.split_plan import SplitPlan, plan_split
 from sculpt_kernels.subspace import Subspace, split
 from sculpt_kernels.weight import compact_embedding, compact_weight
@@ -33,6 +34,7 @@ __all__ = [
     "compress",
     "expand_add_",
     "expand_add_many_",
+    "is_divided",
     "leak",
     "orthonormalize",
     "plan",

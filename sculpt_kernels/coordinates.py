@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks, native_backend, triton_backend
+from sculpt_kernels import checks, native_backend, sharded, triton_backend
 from sculpt_kernels.backend import choose
 from sculpt_kernels.panels import compute_dtype, matrices, product, row_panels
 from sculpt_kernels.plan import arrange
 from sculpt_kernels.rounding import store
 from sculpt_kernels.tracing import is_traced
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def compress(
@@ -24,7 +29,7 @@ def compress(
     """Coordinates `Uᵀ G V` of `G` in the bases `U`, `V`.
 
     Args:
-        G: `(..., m, n)`, any strides.
+        G: `(..., m, n)`, any strides; a `DTensor` too (its coordinates are whole on each process).
         U: `(..., m, r)`; V: `(..., n, s)`; dtype and device of `G`; two-dimensional to share.
         out_dtype: dtype of the result; float64 inputs are accumulated in float64.
 
@@ -34,6 +39,8 @@ def compress(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
+    if sharded.is_divided(G):
+        return sharded.compress(G, U, V, out_dtype)
     if is_traced(G):
         result: Tensor = torch.ops.sculpt_kernels.compress(G, U, V, out_dtype, backend)
         return result
@@ -95,7 +102,8 @@ def expand_add_(
     up or down at random so that the mean is exact; equal seeds give equal bits on every backend.
 
     Args:
-        W: `(..., m, n)`, any strides; written in place.
+        W: `(..., m, n)`, any strides; written in place. A `DTensor` is written shard by shard, with
+            other random bits in every shard; the others may be divided too.
         C: `(..., r, s)`, any floating dtype.
         U: `(..., m, r)`; V: `(..., n, s)`; the dtype of `W` or float32, both alike. One of them
             may be `None`, the identity: `r = m`, or `s = n`.
@@ -109,6 +117,9 @@ def expand_add_(
             before `W` is changed.
         RuntimeError: the backend cannot run here.
     """
+    if sharded.is_divided(W):
+        _expand_add_shard(W, C, U, V, alpha, rounding, seed, base, backend)
+        return W
     if is_traced(W):
         torch.ops.sculpt_kernels.expand_add_(
             W, C, U, V, *checks.number_or_tensor(alpha), rounding, *checks.int_or_tensor(seed),
@@ -165,6 +176,42 @@ def run_expand_add(
         assert X is not None
         assert core is not None
         _expand_add_matrix(X, core, A, B, start, seed, index * W.shape[-2])
+
+
+@torch.no_grad()
+def _expand_add_shard(
+    W: DTensor,
+    C: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    alpha: float | Tensor,
+    rounding: str,
+    seed: int | Tensor | None,
+    base: Tensor | None,
+    backend: str,
+) -> None:
+    """Each process changes its shard; what travels is `C`, and the basis of the side that is whole.
+
+    What is elsewhere than the shard, which may be offloaded, follows it.
+    """
+    checks.matrix("W", W)
+    checks.bases_and_coordinates(W, U, V, C)
+    checks.scalar("alpha", alpha, W)
+    checks.rounding(rounding, seed, "W", W)
+    if base is not None and base.shape != W.shape:
+        raise ValueError(f"base must have the shape {tuple(W.shape)}; got {tuple(base.shape)}")
+    division = sharded.Division.of("W", W)
+    X = W.to_local()
+    left, core, right = (
+        None if part is None else part.to(X.device) for part in division.factors(U, C, V)
+    )
+    assert core is not None
+    if base is not None:
+        base = division.along(base, division.axis).to(X.device)
+    if seed is not None:
+        seed = seed + division.coordinate
+    chosen = expand_add_backend(backend, X, core, left, right, rounding, base)
+    run_expand_add(chosen, X, core, left, right, alpha, rounding, seed, base)
 
 
 def check_expand_add(

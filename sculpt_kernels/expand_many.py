@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks, triton_backend
-from sculpt_kernels.coordinates import check_expand_add, expand_add_backend, run_expand_add
+from sculpt_kernels.coordinates import (
+    check_expand_add,
+    expand_add_,
+    expand_add_backend,
+    run_expand_add,
+)
+from sculpt_kernels.sharded import is_divided
 from sculpt_kernels.tracing import is_traced
 
 _Call = tuple[
@@ -59,6 +65,15 @@ def expand_add_many_(
                              f"got {len(value)}")  # fmt: skip
     if seeds is not None and (seeds.ndim != 1 or len(seeds) != len(Ws)):
         raise ValueError(f"seeds must have shape ({len(Ws)},); got {checks.describe(seeds)}")
+    if any(is_divided(W) for W in Ws):
+        for i, (W, C, U, V) in enumerate(zip(Ws, Cs, Us, Vs, strict=True)):
+            seed, base = (None if each is None else each[i] for each in (seeds, bases))
+            with checks.within(f"matrix {i}"):
+                expand_add_(
+                    W, C, U, V, alpha=alpha, rounding=rounding, seed=seed, base=base,
+                    backend=backend,
+                )  # fmt: skip
+        return
     if Ws and is_traced(Ws[0]):
         torch.ops.sculpt_kernels.expand_add_many_(
             Ws, Cs, Us, Vs, *checks.number_or_tensor(alpha), rounding, seeds, bases or [], backend

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sculpt_kernels import checks
+from sculpt_kernels.sharded import whole
 
 
 def compact_linear(
@@ -27,7 +28,8 @@ def compact_linear(
         x: `(..., n)`, the dtype of `W` (under autocast everything follows autocast).
         W: `(m, n)`, any strides, must not require grad: it moves through `C` alone.
         bias: `(m,)` or `None`; may require grad.
-        U: `(m, r)`; V: `(n, s)`; constants, cast to the dtype of the computation where needed.
+        U: `(m, r)`; V: `(n, s)`; constants, cast to the dtype of the computation where needed; a
+            `DTensor` is gathered when it is used, `V` in the forward and `U` in the backward.
             `None` is the identity: `r = m`, or `s = n` (then `x` itself is saved).
         C: `(r, s)`, any floating dtype; its gradient has that dtype.
 
@@ -71,7 +73,7 @@ class _CompactLinear(torch.autograd.Function):
             wants_x = ctx.needs_input_grad[0]
             xV = None
             if wants_C:
-                xV = x if V is None else x.flatten(0, -2) @ V.to(dtype)
+                xV = x if V is None else x.flatten(0, -2) @ whole(V, dtype)
             ctx.save_for_backward(xV, U if wants_C else None, W if wants_x else None)
         ctx.C_dtype = C.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -89,6 +91,6 @@ class _CompactLinear(torch.autograd.Function):
             if wants_bias:
                 dbias = flat.sum(0).to(ctx.bias_dtype)
             if wants_C:
-                dyU = flat if U is None else flat @ U.to(dy.dtype)
+                dyU = flat if U is None else flat @ whole(U, dy.dtype)
                 dC = (dyU.mT @ xV.flatten(0, -2)).to(ctx.C_dtype)
         return dx, None, dbias, None, None, dC

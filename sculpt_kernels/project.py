@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks, factored, quick_checks, split_precision, sweep, triton_backend
+from sculpt_kernels import (
+    checks,
+    factored,
+    quick_checks,
+    sharded,
+    split_precision,
+    sweep,
+    triton_backend,
+)
 from sculpt_kernels.backend import choose
 from sculpt_kernels.panels import (
     REORDERED,
@@ -47,7 +55,8 @@ def project_(
     `core` is the projection of "Sculpting Subspaces" (arXiv 2504.07097).
 
     Args:
-        G: `(..., m, n)`, float64, float32, bfloat16 or float16, any strides; written in place.
+        G: `(..., m, n)`, float64, float32, bfloat16 or float16, any strides; written in place. A
+            `DTensor` that is divided along one dimension is projected where it is.
         U: `(..., m, r)`, orthonormal columns, dtype and device of `G`; two-dimensional to share one
             basis over a batch; `None` for `form="right"`. `r = 0` leaves that side alone.
         V: `(..., n, s)`, likewise for the right side; `None` for `form="left"`. `r != s` is legal.
@@ -70,6 +79,10 @@ def project_(
         TypeError, ValueError: an argument does not fit; raised before `G` is changed.
         RuntimeError: the backend cannot run here.
     """
+    if sharded.is_divided(G):
+        _refuse_divided(backend, check, precision)
+        sharded.project_(G, U, V, form, complement)
+        return G
     if is_traced(G):
         torch.ops.sculpt_kernels.project_(G, U, V, form, backend, check, complement, precision)
         return G
@@ -88,6 +101,15 @@ def project_(
         checks.choice("precision", precision, checks.PRECISIONS)
     _run(G, left, right, form, backend, complement, precision)
     return G
+
+
+def _refuse_divided(backend: str, check: bool, precision: str) -> None:
+    """What shards do not have."""
+    if backend not in ("auto", "torch") or check or precision != "standard":
+        raise ValueError(
+            "a DTensor takes backend 'auto' or 'torch', check=False and precision='standard'; "
+            f"got {backend!r}, {check!r} and {precision!r}"
+        )
 
 
 def project(
@@ -112,6 +134,12 @@ def project(
     Returns:
         `(..., m, n)`, detached from autograd.
     """
+    if sharded.is_divided(G):
+        _refuse_divided(backend, check, precision)
+        copy = G.detach().to(checks.out_dtype(out_dtype, G.dtype), copy=True)
+        assert sharded.is_divided(copy)
+        sharded.project_(copy, U, V, form, complement)
+        return copy
     if is_traced(G):
         result: Tensor = torch.ops.sculpt_kernels.project(
             G, U, V, form, backend, check, complement, precision, out_dtype

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sculpt_kernels import checks
+from sculpt_kernels.sharded import whole
 
 
 def compact_weight(W: Tensor, U: Tensor | None, V: Tensor | None, C: Tensor) -> Tensor:
@@ -86,11 +87,11 @@ class _CompactWeight(torch.autograd.Function):
         with torch.autocast(dW.device.type, enabled=False):
             # The longer side first, so that what stays in between is small.
             if U is not None and (V is None or dW.shape[-2] >= dW.shape[-1]):
-                dC = U.to(dW.dtype).mT @ dW
-                dC = dC if V is None else dC @ V.to(dW.dtype)
+                dC = whole(U, dW.dtype).mT @ dW
+                dC = dC if V is None else dC @ whole(V, dW.dtype)
             else:
-                dC = dW if V is None else dW @ V.to(dW.dtype)
-                dC = dC if U is None else U.to(dW.dtype).mT @ dC
+                dC = dW if V is None else dW @ whole(V, dW.dtype)
+                dC = dC if U is None else whole(U, dW.dtype).mT @ dC
         return None, None, None, dC.to(ctx.C_dtype)
 
 
@@ -118,10 +119,10 @@ class _CompactEmbedding(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.padding_idx is not None:
                 rows = rows.masked_fill((ids == ctx.padding_idx).unsqueeze(-1), 0)
-            image = rows if V is None else rows @ V.to(dy.dtype)
+            image = rows if V is None else rows @ whole(V, dy.dtype)
             if U is None:
                 dC = image.new_zeros(ctx.C_shape, dtype=ctx.C_dtype)
                 dC.index_add_(0, ids, image.to(ctx.C_dtype))
             else:
-                dC = (U[ids].to(dy.dtype).mT @ image).to(ctx.C_dtype)
+                dC = (whole(U)[ids].to(dy.dtype).mT @ image).to(ctx.C_dtype)
         return None, None, None, None, dC, None

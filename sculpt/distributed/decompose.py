@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes
+from sculpt.distributed.sharding import like_shards, whole
 from sculpt.distributed.shares import rounds
 from sculpt.subspaces import Bases, find_bases, splitter
 from sculpt.targets import Target
@@ -38,12 +40,13 @@ def find_all(
     found: dict[int, Bases] = {}
     for indices in rounds([target.shape for target in targets], processes.size):
         mine = indices[processes.rank]
+        weight = _own(targets, indices, processes.rank)
         bases: Bases | None = None
         error: Exception | None = None
         if mine is not None:
             target = targets[mine]
             try:
-                bases = find_bases(target, config, split, given.get(target.name))
+                bases = find_bases(target, config, split, given.get(target.name), weight)
             except (TypeError, ValueError) as problem:
                 error = problem
         processes.fail_together(error)
@@ -52,10 +55,31 @@ def find_all(
             if index is None:
                 continue
             own = bases if owner == processes.rank else None
-            found[index] = _receive(own, heads[owner], owner, processes)
+            received = _receive(own, heads[owner], owner, processes)
+            found[index] = divide(targets[index], received)
             if progress is not None:
                 progress(len(found), len(targets), targets[index].name)
     return [found[index] for index in range(len(targets))]
+
+
+def _own(targets: list[Target], indices: list[int | None], rank: int) -> Tensor | None:
+    """The whole weight of this process, where weights are divided; each passes by in turn."""
+    own = None
+    for owner, index in enumerate(indices):
+        if index is not None:
+            passing = whole(targets[index].parameter.detach())
+            own = passing if owner == rank else own
+    return own
+
+
+def divide(target: Target, bases: Bases) -> Bases:
+    """Bases of which every process keeps some rows, where it keeps a part of the weight."""
+    weight = target.oriented(target.parameter.detach())
+    U, V, removed = (
+        None if part is None else like_shards(weight, part, stack=weight.ndim == 3)
+        for part in (bases.U, bases.V, bases.removed)
+    )
+    return replace(bases, U=U, V=V, removed=removed)
 
 
 def _describe(bases: Bases) -> dict[str, Any]:

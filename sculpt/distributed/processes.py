@@ -80,6 +80,13 @@ class Processes:
             if text is not None:
                 raise RuntimeError(f"rank {rank} failed: {text}")
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any of them."""
+        flag = torch.tensor(int(here), device=self.device)
+        if self.size > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
+        return bool(flag)
+
     @contextmanager
     def first_alone(self) -> Iterator[bool]:
         """A block that the first process goes through, `True`, while the others wait at its end.
