@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
+
+from sculpt.nearest import did_you_mean
 
 DEFAULT_UNFREEZE_RANK_RATIO = 0.25
 
@@ -73,10 +74,9 @@ class SculptConfig:
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(
-                    f"SculptConfig has no field {name!r}{hint} Known fields: {', '.join(known)}"
+                    f"SculptConfig has no field {name!r}{did_you_mean(name, known) or '.'} "
+                    f"Known fields: {', '.join(known)}"
                 )
         return super().__new__(cls)
 
@@ -187,4 +187,5 @@ def _check_targets(targets: Any) -> None:
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
-        raise ValueError(f"{name} must be one of {options}; got {value!r}")
+        hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be one of {options}; got {value!r}{hint}")

@@ -7,7 +7,6 @@ everything that configures them there (`WANDB_PROJECT`, `MLFLOW_TRACKING_URI`,
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sculpt.certificate import Certificate
+from sculpt.nearest import did_you_mean
 from sculpt.task import TaskRow
 
 
@@ -101,10 +101,9 @@ def check_names(names: Sequence[str]) -> None:
     known = integration_utils.INTEGRATION_TO_CALLBACK
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(
-                f"no logger is called {name!r}{hint} There are: {', '.join(sorted(known))}"
+                f"no logger is called {name!r}{did_you_mean(name, known) or '.'} "
+                f"There are: {', '.join(sorted(known))}"
             )
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from sculpt.config import SculptConfig
 from sculpt.data.config import DataConfig
+from sculpt.models.directory import check_directory
 from sculpt.runs.config import CheckpointConfig, RunConfig, TrainingConfig, describe
 from sculpt.runs.methods import Method
 from sculpt.runs.space import free_bytes
@@ -52,11 +53,11 @@ class DemoSettings:
                 f"--model {self.model} and --quick exclude each other: "
                 "--quick runs the built-in encoder"
             )
-        if self.model is not None and not (self.model / "config.json").is_file():
-            raise DemoError(
-                f"--model {self.model} has no config.json: expected the directory of a Hugging "
-                "Face causal language model"
-            )
+        if self.model is not None:
+            try:
+                check_directory(self.model)
+            except ValueError as error:
+                raise DemoError(f"--{error}") from error
         if self.seed < 0:
             raise DemoError(f"--seed {self.seed}: expected 0 or more")
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from sculpt.models.directory import check_directory
 
 ATTENTION = "sculpt_maskless_sdpa"
 
@@ -43,17 +44,8 @@ def find_source(model: Any) -> Source:
     if isinstance(model, PreTrainedConfig):
         return _checked(Source(type(model).__name__, model, None))
     path = Path(model)
-    if path.suffix == ".gguf":
-        raise ValueError(f"model={str(path)!r}: {_GGUF}")
-    if not path.exists():
-        raise ValueError(f"model={str(path)!r} does not exist{_nearby(path)}")
-    if path.is_dir():
-        _check_directory(path)
-    elif path.suffix != ".json":
-        raise ValueError(
-            f"model={str(path)!r} is a file; expected a Hugging Face model directory or a "
-            "config.json"
-        )
+    if not (path.is_file() and path.suffix == ".json"):
+        check_directory(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
@@ -62,41 +54,6 @@ def find_source(model: Any) -> Source:
         ) from error
     directory = path if path.is_dir() else path.parent
     return _checked(Source(directory.resolve().name, config, directory))
-
-
-_GGUF = (
-    "GGUF files hold quantised weights, which cannot take an exact update. Convert it once: "
-    "AutoModelForCausalLM.from_pretrained(directory, gguf_file=name).save_pretrained(new)"
-)
-
-
-def _check_directory(path: Path) -> None:
-    if (path / "config.json").is_file():
-        return
-    if any(path.glob("*.gguf")):
-        raise ValueError(f"model={str(path)!r}: {_GGUF}")
-    if (path / "adapter_config.json").is_file():
-        raise ValueError(
-            f"model={str(path)!r} is a PEFT adapter, not a model; merge it into its base "
-            "(merge_and_unload) and save that"
-        )
-    inside = sorted(child.name for child in path.iterdir())[:8]
-    raise ValueError(
-        f"model={str(path)!r} has no config.json; expected a Hugging Face model directory, found "
-        f"{', '.join(inside) or 'nothing'}"
-    )
-
-
-def _nearby(path: Path) -> str:
-    parent = path.parent
-    while not parent.is_dir():
-        parent = parent.parent
-    wrong, *rest = path.relative_to(parent).parts
-    close = difflib.get_close_matches(wrong, [child.name for child in parent.iterdir()], n=1)
-    if close:
-        whole = parent.joinpath(close[0], *rest)
-        return f"; did you mean {str(whole if whole.exists() else parent / close[0])!r}?"
-    return "; expected a Hugging Face model directory on this machine, or a config.json"
 
 
 def _checked(source: Source) -> Source:

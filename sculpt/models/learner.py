@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from sculpt.data.examples import Example, Task
+from sculpt.models.directory import check_directory
 from sculpt.models.encoding import Encoded
 
 
@@ -88,10 +89,7 @@ def load_pretrained(kind: str, path: Path, dtype: torch.dtype, **options: Any) -
     """
     import transformers
 
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"model={path}: no config.json there, expected a Hugging Face model directory"
-        )
+    check_directory(path)
     try:
         model = getattr(transformers, kind).from_pretrained(path, dtype=dtype, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sculpt.data.examples import Task
+from sculpt.models.directory import check_directory
 from sculpt.models.learner import Learner
 
 KINDS = ("causal", "seq2seq", "classification", "nearest")
@@ -20,12 +21,9 @@ def kind_of(path: Path) -> str:
 
     Raises `ValueError` where that file is missing or names none of the architectures known here.
     """
+    check_directory(path)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"model={path}: no config.json there, expected a Hugging Face model directory"
-        ) from None
     except ValueError as error:
         raise ValueError(f"model={path}: config.json is not JSON: {error}") from None
     names = config.get("architectures") or []

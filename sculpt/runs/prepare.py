@@ -12,6 +12,7 @@ from sculpt.data.examples import DataError, Example, Task
 from sculpt.data.rows import BadRows
 from sculpt.data.tasks import read_tasks
 from sculpt.logs import check_loggers
+from sculpt.models.directory import check_directory
 from sculpt.models.encoding import Encoded
 from sculpt.models.learner import Learner
 from sculpt.models.load import load_learner
@@ -32,6 +33,7 @@ class Prepared:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        check_directory(config.model)
         check_lm_eval(config.evaluation.lm_eval)
         check_loggers(config.loggers)
         self.bad = BadRows(config.data.skip_bad_rows)

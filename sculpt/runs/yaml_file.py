@@ -6,7 +6,6 @@ ruamel.yaml, not PyYAML: it knows where each value stands, refuses a key given t
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from sculpt.nearest import did_you_mean
 from sculpt.runs.config import RunConfig, describe
 
 Place = tuple[str | int, ...]
@@ -163,7 +163,5 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
+    others = f"; known: {', '.join(known)}" if known else ""
+    return did_you_mean(name, known) or others

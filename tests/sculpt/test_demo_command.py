@@ -118,7 +118,7 @@ def test_output_is_readable_without_a_terminal(finished: tuple[Path, str]) -> No
         (["--steps", "0"], "steps=0"),
         (["--lr", "0"], "lr=0.0"),
         (["--seed", "-1"], "--seed -1"),
-        (["--model", "no/such/place"], "--model no/such/place has no config.json"),
+        (["--model", "no/such/place"], "--model='no/such/place' does not exist"),
     ],
 )
 def test_bad_input_is_refused_before_anything(

@@ -72,7 +72,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
     ("arguments", "message"),
     [
         (["training.stepss=3"], "unknown field 'training.stepss'; did you mean 'steps'?"),
-        (["model=nowhere"], "model=nowhere: no config.json there"),
+        (["model=nowhere"], "model='nowhere' does not exist; expected"),
         (["sculpt.target_modules=[nothing]"], "target_modules=['nothing'] matches nothing"),
         (["training.max_tokens=4"], "do not fit into max_tokens=4"),
         (["device=tpu9"], "device='tpu9' cannot be used"),
