@@ -47,7 +47,7 @@ def demo(
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the examples drawn and their order.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Run directory, new or empty [runs/demo-<time>].")
+        Path | None, typer.Option(help="Run directory, new or empty; by default runs/demo-TIME.")
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Another causal model: a Hugging Face directory.")
@@ -94,13 +94,6 @@ def demo(
     console.print(f"Run directory: {run_directory}", highlight=False, soft_wrap=True)
 
 
-app.command()(inspect)
-app.command()(verify)
-app.command()(doctor)
-app.command("import")(import_model)
-app.command()(report)
-
-
 @app.command()
 def train(
     run_file: Annotated[Path, typer.Argument(help="YAML: model, out, data, training, ...")],
@@ -128,6 +121,12 @@ def resume(
     from sculpt.runs.console import resume_command
 
     resume_command(run_dir)
+
+
+for command in (inspect, verify, report):
+    app.command()(command)
+app.command("import")(import_model)
+app.command()(doctor)
 
 
 if __name__ == "__main__":

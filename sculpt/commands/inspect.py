@@ -28,7 +28,9 @@ def inspect(
     tokens: Annotated[int, typer.Option(help="Tokens of one optimizer step.")] = 4096,
     sequence: Annotated[int | None, typer.Option(help="Tokens of one sequence.")] = None,
     micro_batches: Annotated[int, typer.Option(help="Passes that a step accumulates.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights [the model's].")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights; by default the model's.")
+    ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Layers are recomputed in the backward.")
     ] = False,
