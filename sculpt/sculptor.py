@@ -316,9 +316,7 @@ class Sculptor:
         self._requires_grad, self._others, self._attached = {}, {}, []
         self._task = self._task_name = self._seeds = self._files = None
 
-    def save(
-        self, path: str | os.PathLike[str], *, previous: str | os.PathLike[str] | None = None
-    ) -> None:
+    def save(self, path: FilePath, *, previous: FilePath | None = None) -> None:
         """Write the running task to a directory: safetensors and JSON, atomically, never pickle.
 
         The model's weights and the optimizer are the caller's to save. float32 weights, and
@@ -334,24 +332,18 @@ class Sculptor:
         """
         matrices = list(self._running().values())
         assert self._seeds is not None
+        checksums = state.weight_checksums(matrices, self._processes)
         about = {
+            "format": state.FORMAT,
             "config": state.config_to_json(self.config),
             "id": self._task_id,
             "task": self._task_name,
             "skipped_steps": self.skipped_steps,
             "seed": int(self._seeds[0]),
             "requires_grad": state.flags_by_name(self.model, self._requires_grad),
-            "matrices": {matrix.name: state.describe(matrix) for matrix in matrices},
+            "matrices": {m.name: state.describe(m, checksums.get(m.name)) for m in matrices},
         }
-        with self._processes.first_alone() as first:
-            if first:
-                state.write(
-                    Path(path),
-                    about,
-                    lambda: {k: t for m in matrices for k, t in state.fixed_tensors(m).items()},
-                    {k: t for m in matrices for k, t in state.moving_tensors(m).items()},
-                    None if previous is None else Path(previous),
-                )
+        state.save(matrices, Path(path), about, previous, self._processes)
 
     @property
     def weights_follow(self) -> bool:
@@ -359,24 +351,30 @@ class Sculptor:
         return all(state.derives_weight(matrix) for matrix in self._running().values())
 
     @classmethod
-    def load(cls, model: nn.Module, path: FilePath) -> Sculptor:
+    def load(
+        cls, model: nn.Module, path: FilePath, *, group: ProcessGroup | None = None
+    ) -> Sculptor:
         """The sculptor that `save` wrote, its task running; nothing is decomposed again.
 
         Make an optimizer from `parameters()` or `param_groups(lr)`, give it its saved state, and
         `attach` it.
 
         Args:
-            model: a plain model with the weights of the moment of saving.
-            path: directory written by `save`.
+            model: a plain model with the weights of the moment of saving, divided or not.
+            path: directory written by `save`, by any number of processes.
+            group: as for `Sculptor`.
 
         Raises:
             FileNotFoundError, ValueError: there is no such save, it is damaged, or the model does
                 not fit it. The model has not been changed then, except for an error in its weights.
         """
-        about, fixed, moving = state.read(Path(path))
-        sculptor = cls(model, SculptConfig(**about["config"]))
+        about = state.read_about(Path(path))
+        sculptor = cls(model, SculptConfig(**about["config"]), group=group)
+        reshard(sharded_modules(model))
         known = about["matrices"]
         targets = state.targets_of(model, sculptor.config, known)
+        processes = Processes(group, device_of(targets[0].parameter))
+        fixed, moving = state.read(Path(path), about, targets, processes)
         found = [state.bases_of(target, known[target.name], fixed) for target in targets]
         state.put_flags(model, about["requires_grad"])
         originals = {
@@ -387,8 +385,10 @@ class Sculptor:
         sculptor._task_id, sculptor.skipped_steps = about["id"], about["skipped_steps"]
         assert sculptor._seeds is not None
         sculptor._seeds += about["seed"] - int(sculptor._seeds[0])
-        for name, matrix in sculptor._running().items():
-            state.resume(matrix, known[name], moving)
+        matrices = list(sculptor._running().values())
+        for matrix in matrices:
+            state.resume(matrix, moving)
+        state.check_weights(matrices, known, processes)
         return sculptor
 
     def _running(self) -> dict[str, Matrix]:

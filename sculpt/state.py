@@ -3,6 +3,8 @@
 path/sculptor.json               configuration, task, ranks, counters, checksums
 path/task.safetensors            bases and original weights: fixed for the length of a task
 path/coordinates.safetensors     coordinates, and what the engine keeps beside the weights
+
+A task that is divided over processes has folders of these, see `sculpt.distributed.saving`.
 """
 
 from __future__ import annotations
@@ -21,15 +23,44 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sculpt.config import SculptConfig
-from sculpt.files import replacing_file, write_json
+from sculpt.distributed import saving
+from sculpt.distributed.processes import Processes
+from sculpt.distributed.saving import ABOUT
+from sculpt.distributed.sharding import as_shard, local, whole, zeros
+from sculpt.distributed.shares import rounds
+from sculpt.files import checksum, link, replacing_file, write_json
 from sculpt.matrices import CompactMatrix, Matrix, UpdateMatrix
 from sculpt.subspaces import Bases
 from sculpt.targets import Target, find_targets
+from sculpt_kernels import is_divided
 
 FORMAT = 1
-ABOUT = "sculptor.json"
+FilePath = str | os.PathLike[str]
 FIXED = "task.safetensors"
 MOVING = "coordinates.safetensors"
+
+
+def save(
+    matrices: list[Matrix],
+    path: Path,
+    about: dict[str, Any],
+    previous: FilePath | None,
+    processes: Processes,
+) -> None:
+    """Write a task: shards by every process, or all by the first one."""
+    moving = {k: t for m in matrices for k, t in moving_tensors(m).items()}
+    last = None if previous is None else Path(previous)
+
+    def fixed() -> dict[str, Tensor]:
+        return {k: t for m in matrices for k, t in fixed_tensors(m).items()}
+
+    if any(is_divided(matrix.weight) for matrix in matrices):
+        known = None if last is None else same_task(last, about["id"])
+        saving.write(path, about, fixed, moving, last, processes.tell(known)[0], processes)
+        return
+    with processes.first_alone() as first:
+        if first:
+            write(path, about, fixed, moving, last)
 
 
 def write(
@@ -44,22 +75,24 @@ def write(
     Where `previous` has a save of the same task, its fixed part is linked, not written again.
     """
     path.mkdir(parents=True, exist_ok=True)
-    checksum = None if previous is None else _same_task(previous, about["id"])
-    if previous is None or checksum is None:
-        checksum = _save(path / FIXED, fixed())
-    elif previous.resolve() != path.resolve():
-        with replacing_file(path / FIXED) as temporary:
-            _link(previous / FIXED, temporary)
-    checksums = {FIXED: checksum, MOVING: _save(path / MOVING, moving)}
-    write_json(path / ABOUT, {"format": FORMAT, **about, "checksums": checksums})
+    known = None if previous is None else same_task(previous, about["id"])
+    if previous is None or known is None or "divided" in known:
+        fixed_sum = _save(path / FIXED, fixed())
+    else:
+        fixed_sum = known["checksums"][FIXED]
+        if previous.resolve() != path.resolve():
+            with replacing_file(path / FIXED) as temporary:
+                link(previous / FIXED, temporary)
+    checksums = {FIXED: fixed_sum, MOVING: _save(path / MOVING, moving)}
+    write_json(path / ABOUT, {**about, "checksums": checksums})
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """What `write` wrote.
+def read_about(path: Path) -> dict[str, Any]:
+    """The description of a save.
 
     Raises:
         FileNotFoundError: there is no such save.
-        ValueError: it is of another format, incomplete, or was changed.
+        ValueError: it is of another format.
     """
     about_path = path / ABOUT
     if not about_path.is_file():
@@ -67,25 +100,63 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tenso
             f"path must be a directory written by Sculptor.save; {path} has no {ABOUT}"
         )
     try:
-        about = json.loads(about_path.read_text(encoding="utf-8"))
-        version = about["format"]
-        checksums = about["checksums"]
+        about: dict[str, Any] = json.loads(about_path.read_text(encoding="utf-8"))
+        version, _ = about["format"], about["checksums"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{about_path} is not a sculptor's description: {error}") from error
     if version != FORMAT:
         raise ValueError(f"{about_path} has format {version}; this version reads format {FORMAT}")
+    return about
+
+
+def read(
+    path: Path, about: Mapping[str, Any], targets: list[Target], processes: Processes
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The fixed and the moving tensors of a save, divided as the weights of `targets` are now.
+
+    Raises:
+        ValueError: the save is incomplete, or was changed.
+    """
+    by_name = {target.name: target for target in targets}
+    if "divided" in about:
+        rooms = {
+            part: {
+                key: _room(by_name, key, tuple(shape), getattr(torch, dtype))
+                for key, (shape, dtype) in about["tensors"][part].items()
+            }
+            for part in ("task", "coordinates")
+        }
+        saving.read(path, about, rooms, processes)
+        return rooms["task"], rooms["coordinates"]
     parts = []
     for name in (FIXED, MOVING):
         file = path / name
         if not file.is_file():
             raise ValueError(f"{path} is incomplete: {name} is missing")
-        if _checksum(file) != checksums.get(name):
+        if checksum(file) != about["checksums"].get(name):
             raise ValueError(f"{file} was changed: {ABOUT} has another checksum of it")
         try:
             parts.append(load_file(file))
         except SafetensorError as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
-    return about, parts[0], parts[1]
+    for part in parts:
+        for key, tensor in part.items():
+            if is_divided(by_name[key.rsplit("/", 1)[0]].parameter):
+                room = _room(by_name, key, tuple(tensor.shape), tensor.dtype)
+                part[key] = saving.fill(room, tensor)
+    return parts[0], parts[1]
+
+
+def _room(
+    targets: Mapping[str, Target], key: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Where the tensor that is saved as `key` goes: divided as the weight, or as bases are."""
+    name, part = key.rsplit("/", 1)
+    stored = targets[name].parameter.detach()
+    if part == "original":
+        return torch.empty_like(stored)
+    weight = targets[name].oriented(stored)
+    return torch.empty_like(weight, dtype=dtype) if part == "delta" else zeros(weight, shape, dtype)
 
 
 def config_to_json(config: SculptConfig) -> dict[str, Any]:
@@ -97,7 +168,7 @@ def config_to_json(config: SculptConfig) -> dict[str, Any]:
     return values
 
 
-def describe(matrix: Matrix) -> dict[str, Any]:
+def describe(matrix: Matrix, checksum: int | None) -> dict[str, Any]:
     """What JSON holds of one matrix."""
     bases = matrix.bases
     return {
@@ -106,7 +177,7 @@ def describe(matrix: Matrix) -> dict[str, Any]:
         "complement": bases.complement,
         "energy": bases.energy,
         "method": bases.method,
-        "weight": None if derives_weight(matrix) else _weight_checksum(matrix.target),
+        "weight": checksum,
     }
 
 
@@ -114,8 +185,9 @@ def fixed_tensors(matrix: Matrix) -> dict[str, Tensor]:
     bases = matrix.bases
     parts = {"U": bases.U, "V": bases.V, "removed": bases.removed}
     found = {f"{matrix.name}/{key}": part for key, part in parts.items() if part is not None}
-    device = matrix.target.parameter.device
-    return {**found, f"{matrix.name}/original": matrix.original.get(device)}
+    weight = matrix.target.parameter.detach()
+    original = as_shard(weight, matrix.original.get(weight.device))
+    return {**found, f"{matrix.name}/original": original}
 
 
 def moving_tensors(matrix: Matrix) -> dict[str, Tensor]:
@@ -172,26 +244,17 @@ def bases_of(target: Target, about: Mapping[str, Any], fixed: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def resume(matrix: Matrix, about: Mapping[str, Any], moving: Mapping[str, Tensor]) -> None:
-    """Put back what had moved.
-
-    Raises:
-        ValueError: the weight cannot be derived and the model's is not the one that was saved.
-    """
+def resume(matrix: Matrix, moving: Mapping[str, Tensor]) -> None:
+    """Put back what had moved."""
     if isinstance(matrix, CompactMatrix):
         matrix.state.folded.copy_(moving[f"{matrix.name}/folded"])
         matrix.trained.copy_(moving[f"{matrix.name}/C"])
         if matrix.recompute:
             matrix.write(matrix.state.folded)
-        if torch.equal(matrix.trained, matrix.state.folded):
+        if torch.equal(local(matrix.trained), local(matrix.state.folded)):
             matrix.state.note_current()
     elif isinstance(matrix, UpdateMatrix) and matrix.delta is not None:
         matrix.delta.copy_(moving[f"{matrix.name}/delta"])
-    if about["weight"] is not None and about["weight"] != _weight_checksum(matrix.target):
-        raise ValueError(
-            f"model does not fit: the weight of {matrix.name!r} is not the one of the moment of "
-            "saving; load the model that was saved beside it first"
-        )
 
 
 def derives_weight(matrix: Matrix) -> bool:
@@ -199,38 +262,50 @@ def derives_weight(matrix: Matrix) -> bool:
     return isinstance(matrix, CompactMatrix) and matrix.recompute
 
 
-def _weight_checksum(target: Target) -> int:
-    """CRC-32 of the weight's bytes."""
-    flat = target.parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+def weight_checksums(matrices: list[Matrix], processes: Processes) -> dict[str, int]:
+    """CRC-32 of the weights that do not follow from what is saved, each found by one process."""
+    matrices = [matrix for matrix in matrices if not derives_weight(matrix)]
+    found: dict[str, int] = {}
+    for indices in rounds([matrix.target.shape for matrix in matrices], processes.size):
+        own = {}
+        for owner, index in enumerate(indices):
+            if index is not None:
+                passing = whole(matrices[index].target.parameter.detach())
+                if owner == processes.rank:
+                    own[matrices[index].name] = _bytes_checksum(passing)
+        for part in processes.tell(own):
+            found.update(part)
+    return found
+
+
+def check_weights(matrices: list[Matrix], known: Mapping[str, Any], processes: Processes) -> None:
+    """Raises:
+    ValueError: a weight cannot be derived and the model's is not the one that was saved.
+    """
+    for name, value in weight_checksums(matrices, processes).items():
+        if value != known[name]["weight"]:
+            raise ValueError(
+                f"model does not fit: the weight of {name!r} is not the one of the moment of "
+                "saving; load the model that was saved beside it first"
+            )
+
+
+def _bytes_checksum(weight: Tensor) -> int:
+    flat = weight.cpu().contiguous().view(-1).view(torch.uint8)
     return zlib.crc32(flat.numpy().data)
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> int:
     with replacing_file(path) as temporary:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-        return _checksum(temporary)
+        return checksum(temporary)
 
 
-def _same_task(previous: Path, identity: str) -> int | None:
-    """The checksum of the fixed part in `previous`, or None where it is of another task."""
+def same_task(previous: Path, identity: str) -> dict[str, Any] | None:
+    """The description in `previous`, or None where it is of another task."""
     try:
-        about = json.loads((previous / ABOUT).read_text(encoding="utf-8"))
-        checksum: int = about["checksums"][FIXED]
-    except (OSError, ValueError, KeyError):
+        about = read_about(previous)
+    except (OSError, ValueError):
         return None
-    return checksum if about.get("id") == identity and (previous / FIXED).exists() else None
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # Another file system, or one without links.
-        target.write_bytes(source.read_bytes())
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            value = zlib.crc32(block, value)
-    return value
+    complete = "divided" in about or (previous / FIXED).exists()
+    return about if about.get("id") == identity and complete else None

@@ -55,7 +55,9 @@ def divided(*, checkpointing=False, dtype=torch.float32, **options):
 
 def whole(weights):
     return {
-        name.replace("_checkpoint_wrapped_module.", ""): weight.full_tensor()
+        name.replace("_checkpoint_wrapped_module.", ""): getattr(
+            weight, "full_tensor", weight.clone
+        )()
         for name, weight in weights.items()
     }
 
