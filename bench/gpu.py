@@ -4,6 +4,7 @@
     python -m bench.gpu --only project adamw --minutes 4
     python -m bench.gpu --only subspaces     # splits and the library's decompositions, a 7B model
     python -m bench.gpu --only training      # steps of a 7B model, plain and peers beside it
+    python -m bench.gpu --only continual --model DIR --data DIR   # task order 1 by every method
     python -m bench.gpu --tiny               # rehearsal on any machine, small shapes
 
 Needs torch and, on a GPU, Triton; run it in the repository's root, nothing has to be installed.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench import cases as C
-from bench.gpu_parts import subspaces, training
+from bench.gpu_parts import continual, subspaces, training
 from bench.gpu_parts.launches import part_graph, part_many
 from bench.gpu_parts.run import Run, off, random
 from bench.timing import ceilings
@@ -145,6 +146,7 @@ PARTS = {
     "coordinates": part_coordinates,
     "subspaces": subspaces.part_subspaces,
     "training": training.part_training,
+    "continual": continual.part_continual,
 }
 
 
@@ -165,22 +167,30 @@ def table(run: Run) -> str:
                      f"{best['roofline']:8.0%}")  # fmt: skip
     lines += subspaces.table(run.results.get("subspaces", []))
     lines += training.table(run.results.get("training", []))
+    lines += continual.table(run.results.get("continual", []))
     failed = [check["what"] for check in run.results["checks"] if not check["ok"]]
     lines.append(f"checks failed: {', '.join(failed) if failed else 'none'}; "
                  f"skipped: {len(run.results['skipped'])}; {run.results['seconds']} s")  # fmt: skip
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--tiny", action="store_true", help="small shapes, seconds in all")
     parser.add_argument("--minutes", type=float, default=8.5, help="time budget")
     parser.add_argument("--out", type=Path,
                         default=Path(os.environ.get("OUT", "bench/results")))  # fmt: skip
-    run = Run(parser.parse_args(arguments))
-    if run.device.type != "cuda" and not run.options.tiny:
+    parser.add_argument("--model", type=Path, help="a model directory, for the part continual")
+    parser.add_argument("--data", type=Path, help="its folder of data sets")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not options.tiny:
         parser.error("no CUDA device here; --tiny rehearses on the CPU")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    run = Run(parse(arguments))
     # Rates and correctness come first whatever was asked for.
     for name in ("ceilings", "checks", *run.options.only):
         if name in ("ceilings", "checks") and run.results.get(f"{name} done"):

@@ -23,7 +23,7 @@ class EncoderLearner(Classifying):
     """A BERT-like encoder, mean pooling, and cosine similarity to the labels of all `tasks`.
 
     scale: multiplies the cosine similarities, which are the logits after it.
-    Raises `ValueError` when two tasks share a label.
+    Tasks may share a label. Raises `ValueError` when they ask for it in different words.
     """
 
     def __init__(
@@ -36,13 +36,22 @@ class EncoderLearner(Classifying):
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, tasks, **options)
-        if len(self.labels) != sum(len(task.labels) for task in tasks):
-            raise ValueError(f"labels={self.labels}: expected no label in two tasks")
         self.scale = scale
         around = self.encoder
-        texts = [f"{task.train[0].suffix} {label}" for task in tasks for label in task.labels]
+        texts: dict[str, str] = {}
+        for task in tasks:
+            for label in task.labels:
+                text = f"{task.train[0].suffix} {label}"
+                if texts.setdefault(label, text) != text:
+                    raise ValueError(
+                        f"label {label!r} of task {task.name!r} is asked for by {text!r}, and by "
+                        f"{texts[label]!r} in an earlier task: expected the same"
+                    )
         with torch.no_grad():
-            rows = [(*around.leading, *around.plain(text), *around.trailing) for text in texts]
+            rows = [
+                (*around.leading, *around.plain(texts[label]), *around.trailing)
+                for label in self.labels
+            ]
             self.head = self._embed(rows)  # [labels, d]
 
     @classmethod

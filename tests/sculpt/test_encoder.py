@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,15 @@ def test_score_tells_all_labels_from_own_labels(learner: EncoderLearner, task: T
     assert score.among_labels == own_labels / len(task.test)
 
 
-def test_tasks_must_not_share_labels(learner: EncoderLearner) -> None:
-    with pytest.raises(ValueError, match="no label in two tasks"):
-        EncoderLearner(learner.model, learner.tokenizer, [VERY, VERY])
+def test_a_shared_label_is_one_label_and_asked_for_in_the_same_words(
+    learner: EncoderLearner,
+) -> None:
+    again = EncoderLearner(learner.model, learner.tokenizer, [VERY, VERY])
+    assert again.labels == list(VERY.labels)
+    assert again.head.shape[0] == len(VERY.labels)
+    other = replace(VERY, train=[replace(e, suffix=" Answer :") for e in VERY.train])
+    with pytest.raises(ValueError, match=r"asked for by ' Answer : very good', and by ' Verdict :"):
+        EncoderLearner(learner.model, learner.tokenizer, [VERY, other])
 
 
 def test_saved_directory_is_plain(learner: EncoderLearner, tmp_path: Path) -> None:

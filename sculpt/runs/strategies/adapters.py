@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sculpt.runs.directory import RunError
 from sculpt.runs.methods import LoraConfig
 from sculpt.runs.strategies import budget
 from sculpt.runs.strategies.base import Advance, Begun, Cost, Setting, Strategy, begun, freeze
@@ -25,7 +26,7 @@ RANK = 16
 class Adapter(Strategy):
     """What both share. The weights under an adapter stay as they were until it is merged.
 
-    Raises `ImportError` without `peft`, and `ValueError` for a matrix that it has no adapter for.
+    Raises `RunError` without `peft`, and `ValueError` for a matrix that it has no adapter for.
     """
 
     kinds: tuple[str, ...] = ("Linear",)
@@ -172,10 +173,10 @@ class Osf(Adapter):
 
 
 def check_peft(method: str) -> None:
-    """Raises `ImportError`, saying what to install, where the library is not there."""
+    """Raises `RunError`, saying what to install, where the library is not there."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"method={method!r} needs the peft library: pip install 'peft>=0.21.2,<0.22'"
+        raise RunError(
+            f"method={method!r}: peft is not installed: pip install 'sculpt[peft]'"
         ) from error

@@ -1,0 +1,172 @@
+"""The runner of task sequences: skips, resumes, searches, and shows what the files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import continual, gpu
+from bench.continual import VARIANTS, Plan, compute, describe, fields, run_config, searched
+from bench.continual_table import accuracy, draw, read, table
+from bench.gpu_parts.continual import part_continual
+from bench.gpu_parts.run import Run
+from bench.rehearsal import tiny_data, tiny_model
+from sculpt.files import write_json
+from sculpt.runs.start import run
+
+BASE = {
+    "training.steps": 2,
+    "training.batch_size": 4,
+    "training.lr": 1e-3,
+    "data.test_rows": 6,
+    "checkpoint.models": "none",
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model and data, and runs in this process, which is quicker."""
+    tiny_model(tmp_path / "tiny")
+    tiny_data(tmp_path / "data")
+
+    def at_once(config: Any, about: dict[str, Any], path: Path, threads: int) -> bool:
+        compute(config, about, path, threads)
+        return True
+
+    monkeypatch.setattr(continual, "in_a_process", at_once)
+    return tmp_path
+
+
+def call(here: Path, *more: str) -> int:
+    values = [f"{key}={json.dumps(value)}" for key, value in BASE.items()]
+    places = ("--model", here / "tiny", "--data", here / "data", "--out", here / "out")
+    paths = ("--work", here / "work", "--threads", "1")
+    return continual.main([*values, *more, *map(str, places + paths)])
+
+
+def test_runs_leave_a_file_each_and_are_not_done_twice(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--orders", "1", "3", "--variants", "plain", "frozen")
+    more += ("--variant", "half", "sculpt.unfreeze_rank_ratio=0.5")
+    assert call(here, *more) == 0
+    files = {path.name: path for path in (here / "out").glob("*.json")}
+    assert len(files) == 6
+    before = {name: path.read_bytes() for name, path in files.items()}
+    found = json.loads(before["run-tiny-order-3-half-seed-0.json"])
+    assert [task["name"] for task in found["tasks"]] == ["yahoo", "amazon", "agnews", "dbpedia"]
+    assert found["config"]["sculpt"]["unfreeze_rank_ratio"] == 0.5
+    assert found["config"]["budget"] == "match"
+    assert len(found["generated"]) == 4
+    assert found["seconds"]["train"] > 0
+    assert found["peak_memory_bytes"] > 0
+    assert found["leak"]["leak"] <= found["leak"]["limit"]
+    assert str(here) not in json.dumps(found)
+    shown = capsys.readouterr().out
+    assert shown.count("\n| ") == 5  # the head and its rule
+    assert (here / "out" / "continual.png").stat().st_size > 1000
+    assert call(here, *more, "--seeds", "0") == 0
+    assert "of 6" not in capsys.readouterr().out
+    assert {name: path.read_bytes() for name, path in files.items()} == before
+
+
+def test_an_interrupted_run_is_taken_up(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("plain", "1", 0, VARIANTS["plain"])
+    work = here / "work" / plan.name(here / "tiny")
+    config = run_config(
+        plan, {**BASE, "model": str(here / "tiny"), "budget": "match"}, here / "data", work
+    )
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(now: Any) -> None:
+        if (now.task, now.phase) == ("yahoo", "train"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(config, stop)
+    assert call(here, "--orders", "1", "--variants", "plain") == 0
+    one = json.loads((here / "out" / f"{plan.name(here / 'tiny')}.json").read_text())
+    whole = run(config.model_copy(update={"out": here / "whole"}))
+    write_json(here / "whole.json", describe(config, whole, {}))
+    assert one["generated"] == json.loads((here / "whole.json").read_text())["generated"]
+    assert not work.exists()
+
+
+def test_a_search_never_sees_test_rows_and_its_best_rate_is_used(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (here / "data").glob("*/test.json"):
+        path.rename(path.with_name("hidden"))
+    more = ("--orders", "2", "--variants", "plain", "--search", "1e-5", "1e-2")
+    assert call(here, *more, "--only-search") == 0
+    rates = {run["config"]["training"]["lr"]: accuracy(run) for run in read(here / "out")}
+    assert set(rates) == {1e-5, 1e-2}
+    best = max(rates, key=lambda lr: (rates[lr], -lr))
+    assert searched(here / "out", here / "tiny") == {"plain": best}
+    for path in (here / "data").glob("*/hidden"):
+        path.rename(path.with_name("test.json"))
+    assert call(here, *more) == 0
+    (done,) = (run for run in read(here / "out") if not run["search"])
+    assert done["config"]["training"]["lr"] == best
+    assert "held-out training rows" in capsys.readouterr().out
+
+
+def written(folder: Path, variant: str, seed: int, score: float, load: float = 1.0) -> None:
+    metrics = {"average_accuracy": score, "forgetting": 0.25}
+    values = {
+        "variant": variant, "order": "1", "seed": seed, "search": False, "short_prompts": False,
+        "date": "2026-01-02", "machine": {"cpu": "some", "threads": 1}, "load": [1.0, load],
+        "model": "tiny", "versions": {"torch": "2"}, "total_seconds": 8.0, "step_seconds": 0.5,
+        "config": {"training": {"lr": 1e-5, "steps": 3, "batch_size": 4}}, "budget": "",
+        "tasks": [{"name": "one", "train": 5, "test": 6}], "trainable_elements": 1000,
+        "metrics": {"generated": metrics, "among_labels": metrics},
+        "held_bytes": 2**20, "optimizer_state_bytes": 2**20, "peak_memory_bytes": 2**30,
+    }  # fmt: skip
+    (folder / f"run-{variant}-{seed}.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_the_table_has_means_spreads_and_the_best_first(tmp_path: Path) -> None:
+    written(tmp_path, "plain", 0, 0.4)
+    written(tmp_path, "sculpt", 0, 0.5)
+    written(tmp_path, "sculpt", 1, 0.7)
+    shown = table(tmp_path)
+    lines = [line for line in shown.splitlines() if line.startswith("| ")]
+    sculpt = "| sculpt | 1e-05 | 0.600 ± 0.141 | **0.600** | 0.600 | 0.250 | 1,000 | 2.0 | 1,024 "
+    assert lines[2] == sculpt + "| 0.50 | 8 | 2 |"
+    assert lines[3].startswith("| plain | 1e-05 | 0.400 | **0.400** |")
+    assert "no measurement" not in shown
+    written(tmp_path, "plain", 1, 0.4, load=2.0)
+    assert "no measurement of time" in table(tmp_path)
+    assert table(tmp_path / "nothing") == ""
+    draw(tmp_path / "nothing", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_short_prompts_lose_instruction_and_options(tmp_path: Path) -> None:
+    short = continual.shorten(tiny_data(tmp_path / "data"), tmp_path / "short")
+    long = json.loads((tmp_path / "data/yahoo/test.json").read_text())
+    rows = json.loads((short / "yahoo/test.json").read_text())
+    assert [row["answer"] for row in rows] == [row["answer"] for row in long]
+    for row, whole in zip(rows, long, strict=True):
+        assert whole["prompt"] == f"Choose one.\nOption: Health, Sports \n{row['prompt']}"
+
+
+def test_a_field_without_a_value_is_refused() -> None:
+    assert fields(["training.lr=1e-5", "method=ewc"]) == {"training.lr": 1e-5, "method": "ewc"}
+    with pytest.raises(ValueError, match="'training': expected key=value"):
+        fields(["training"])
+
+
+def test_the_gpu_part_rehearses(tmp_path: Path) -> None:
+    options = gpu.parse(["--tiny", "--only", "continual", "--out", str(tmp_path)])
+    part_continual(now := Run(options))
+    assert [row["variant"] for row in now.results["continual"]] == list(VARIANTS)
+    assert now.results["skipped"] == []
+    for row in now.results["continual"]:
+        assert 0 <= row["average_accuracy"] <= 1
+        assert (row["trainable"] == 0) == (row["variant"] == "frozen")
