@@ -39,6 +39,16 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Columns that share their tasks, and so their charts. first: number of the first colour."""
+
+    title: str
+    tasks: list[str]
+    columns: list[Column]
+    first: int
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run directory says."""
 
@@ -48,6 +58,15 @@ class Run:
     versions: dict[str, Any]
     tasks: list[str]
     columns: list[Column]
+
+    @property
+    def about(self) -> str:
+        """What it trained, in one line."""
+        model = str(self.config.get("model", "a model")).replace("\\", "/").rstrip("/")
+        return (
+            f"{len(self.tasks)} tasks in a row, {', then '.join(self.tasks)}, on "
+            f"{model.rpartition('/')[2]}, seed {self.config.get('seed', '-')}."
+        )
 
     @property
     def sculpt_config(self) -> SculptConfig | None:
@@ -124,9 +143,10 @@ def report(
     columns = [column for run in runs for column in run.columns]
     if len(runs) > 1:
         for column in columns:
-            column.name = f"{column.run}: {column.name}"
+            if column.name != column.run:
+                column.name = f"{column.run}: {column.name}"
     _make_unique(columns)
-    placed = [(run, columns.index(run.columns[0])) for run in runs]
+    groups = _groups(runs, columns)
     template = resources.files("sculpt.html").joinpath("report.html.j2").read_text("utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"share": _share, "shade": _shade, "short": _short}
@@ -141,15 +161,22 @@ def report(
             }
             for name in (GENERATED, AMONG)
         ],
-        same_tasks=len({tuple(run.tasks) for run in runs}) == 1,
+        abouts=list(dict.fromkeys(run.about for run in runs)),
         figures=_figures(columns),
-        curves=[(run, first, _curves(run, first)) for run, first in placed],
-        forgetting=[(run, _forgetting(run, first)) for run, first in placed],
+        curves=[(group, _curves(group)) for group in groups],
+        forgetting=[(group, _forgetting(group)) for group in groups],
         times=charts.stacks({c.name: c.result.seconds for c in columns}, "seconds by phase", "s"),
         leaks=[(c, _grid_of_leaks(c)) for c in columns if c.result.certificates],
         spectra=[(run, _spectra(run, with_spectra, progress)) for run in runs if _has_spectra(run)],
         metrics=METRICS,
     )
+
+
+def _groups(runs: list[Run], columns: list[Column]) -> list[Group]:
+    """One of all runs, where they have the same tasks; otherwise one of each."""
+    if len({tuple(run.tasks) for run in runs}) == 1:
+        return [Group("", runs[0].tasks, columns, 0)]
+    return [Group(run.name, run.tasks, run.columns, columns.index(run.columns[0])) for run in runs]
 
 
 def _make_unique(columns: list[Column]) -> None:
@@ -227,16 +254,17 @@ def _row(
     }
 
 
-def _curves(run: Run, first: int) -> str:
-    series = {column.name: column.result.losses for column in run.columns}
-    return charts.curves(series, run.tasks, f"training loss of {run.name}", first)
+def _curves(group: Group) -> str:
+    series = {column.name: column.result.losses for column in group.columns}
+    label = f"training loss {group.title}".rstrip()
+    return charts.curves(series, group.tasks, label, group.first)
 
 
-def _forgetting(run: Run, first: int) -> str:
+def _forgetting(group: Group) -> str:
     """Best score ever minus the last one, of each task but the last."""
-    tasks = run.tasks[:-1]
+    tasks = group.tasks[:-1]
     series = {}
-    for column in run.columns:
+    for column in group.columns:
         matrix = column.result.generated
         series[column.name] = [
             max((row[j] for row in matrix if math.isfinite(row[j])), default=math.nan)
@@ -245,7 +273,8 @@ def _forgetting(run: Run, first: int) -> str:
         ]
     if not tasks:
         return ""
-    return charts.bars(tasks, series, f"forgetting in {run.name}", signed=True, first=first)
+    label = f"forgetting {group.title}".rstrip()
+    return charts.bars(tasks, series, label, signed=True, first=group.first)
 
 
 def _place(name: str) -> tuple[str, int]:

@@ -123,6 +123,19 @@ def test_runs_stand_side_by_side(tmp_path):
     assert "<two>" not in text
 
 
+def test_runs_of_the_same_tasks_share_their_charts(tmp_path):
+    runs = [write(tmp_path / name, method("sculpt")) for name in ("sculpt", "b")]
+    page = Page(report(runs))
+    assert "sculpt: sculpt" not in page.text, "a run that is called like its method"
+    assert "b: sculpt" in page.text
+    assert page.text.count("tasks in a row") == 1
+    assert page.tags.count("svg") == 3, "forgetting, losses and times: one each, on one scale"
+    other = write(tmp_path / "c", method("sculpt"), tasks=("one", "three"))
+    page = Page(report([*runs, other]))
+    assert page.text.count("tasks in a row") == 2
+    assert page.tags.count("svg") == 7
+
+
 def test_a_broken_matrix_is_red(tmp_path):
     run = write(tmp_path / "a", method("sculpt", leak=1e-3))
     assert report([run]).count('class="over"') == len(NAMES)
