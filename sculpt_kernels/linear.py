@@ -22,7 +22,9 @@ def compact_linear(
 
         dx = dy W        dbias = Σ dy        dC = (dy U)ᵀ (x V)
 
-    so `dW` (`m x n`) is never formed and `x V` (`T x s`) is saved instead of `x` (`T x n`).
+    so `dW` (`m x n`) is never formed and `x V` (`T x s`) is saved instead of `x` (`T x n`), before
+    the dense product is computed: non-reentrant checkpointing, which stops at the last saved tensor
+    of what it computes anew, leaves out the dense product of a last layer.
 
     Args:
         x: `(..., n)`, the dtype of `W` (under autocast everything follows autocast).
@@ -49,11 +51,21 @@ def compact_linear(
     if bias is not None and bias.shape != W.shape[:1]:
         raise ValueError(f"bias must have shape ({W.shape[0]},); got {checks.describe(bias)}")
     checks.bases_and_coordinates(W, U, V, C)
-    out: Tensor = _CompactLinear.apply(x, W, bias, U, V, C)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        C = C.detach()  # no backward will come, so `x V` is not needed
+    shape = _Backward.apply(x, W, bias, U, V, C)  # type: ignore[no-untyped-call]
+    out: Tensor = _Forward.apply(x.detach(), W, bias, shape)  # type: ignore[no-untyped-call]
     return out
 
 
-class _CompactLinear(torch.autograd.Function):
+def _dtype_of(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class _Backward(torch.autograd.Function):
+    """Saves all that the backward needs; the result stands for `y`: its shape, but one element."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -64,20 +76,17 @@ class _CompactLinear(torch.autograd.Function):
         V: Tensor | None,
         C: Tensor,
     ) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            x = x.to(dtype)
-            y = torch.nn.functional.linear(x, W.to(dtype), None if bias is None else bias.to(dtype))
-            wants_C = ctx.needs_input_grad[5]
-            wants_x = ctx.needs_input_grad[0]
-            xV = None
-            if wants_C:
-                xV = x if V is None else x.flatten(0, -2) @ whole(V, dtype)
-            ctx.save_for_backward(xV, U if wants_C else None, W if wants_x else None)
+        dtype = _dtype_of(x)
+        wants_x, wants_C = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        xV = None
+        if wants_C:
+            with torch.autocast(x.device.type, enabled=False):
+                xV = x.to(dtype) if V is None else x.to(dtype).flatten(0, -2) @ whole(V, dtype)
+        ctx.save_for_backward(xV, U if wants_C else None, W if wants_x else None)
         ctx.C_dtype = C.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        shape = (*x.shape[:-1], W.shape[0])
+        return x.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
 
     @staticmethod
     @once_differentiable
@@ -94,3 +103,20 @@ class _CompactLinear(torch.autograd.Function):
                 dyU = flat if U is None else flat @ whole(U, dy.dtype)
                 dC = (dyU.mT @ xV.flatten(0, -2)).to(ctx.C_dtype)
         return dx, None, dbias, None, None, dC
+
+
+class _Forward(torch.autograd.Function):
+    """`x Wᵀ + bias`, nothing saved; its gradient goes on to `_Backward`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, shape: Tensor) -> Tensor:
+        dtype = shape.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(
+                x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype)
+            )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, dy

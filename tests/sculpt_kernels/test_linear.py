@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from sculpt_kernels import compact_linear, orthonormalize, reference
 
@@ -132,6 +134,42 @@ def test_accumulates_over_two_uses():
     once = C.grad.clone()
     (compact_linear(x, W, b, U, V, C) + compact_linear(x, W, b, U, V, C)).sum().backward()
     torch.testing.assert_close(C.grad, 3 * once)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_computes_no_last_dense_product_anew(reentrant):
+    m, n, r, s, tokens = 64, 96, 8, 12, 50
+    x, W, b, U, V, C = problem(m, n, r, s, (tokens,), torch.float64)
+    C.requires_grad_(), x.requires_grad_()
+    plain = torch.autograd.grad(compact_linear(2 * x, W, b, U, V, C).sum(), (x, C))
+    with FlopCounterMode(display=False) as counted:
+        y = checkpoint(lambda x: compact_linear(2 * x, W, b, U, V, C), x, use_reentrant=reentrant)
+        y.sum().backward()
+    torch.testing.assert_close((x.grad, C.grad), plain, rtol=0, atol=0)
+    forward, compressed = 2 * tokens * m * n, 2 * tokens * n * s
+    backward = 2 * tokens * (m * n + m * r + r * s)
+    # The reentrant variant first runs under no_grad, where nothing is saved, and then all anew.
+    first = forward + (0 if reentrant else compressed)
+    anew = compressed + (forward if reentrant else 0)
+    assert counted.get_total_flops() == first + anew + backward
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_without_a_graph_break(checkpointed, autocast):
+    x, W, b, U, V, C = problem(16, 24, 4, 3, (2, 8), torch.float32)
+    leaves = [t.requires_grad_() for t in (x, b, C)]
+
+    def layer(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return compact_linear(torch.tanh(x), W, b, U, V, C)
+
+    def call(x: Tensor) -> Tensor:
+        return (checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)).sum()
+
+    expected = torch.autograd.grad(call(x), leaves)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), leaves), expected)
 
 
 def test_autocast_gives_low_precision_output_and_full_precision_gradients():
