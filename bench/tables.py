@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import RATIOS
+from bench.continual_table import table as continual_table
 from bench.subspace_table import subspaces
 from bench.training import table as training_table
 
@@ -37,15 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     page = HERE / "README.md"
     before = page.read_text(encoding="utf-8")
-    after = filled(before, sorted((HERE / "results").glob("*.json"), key=lambda path: path.stem))
+    files = sorted((HERE / "results").glob("*.json"), key=lambda path: path.stem)
+    after = filled(before, files, continual_table(HERE / "results/continual"))
     if options.check:
         return int(before != after)
     page.write_text(after, encoding="utf-8")
     return 0
 
 
-def filled(page: str, files: Iterable[Path]) -> str:
-    """The page with the tables of these files between its two marks."""
+def filled(page: str, files: Iterable[Path], *more: str) -> str:
+    """The page with the tables of these files, and `more`, between its two marks."""
     head, rest = page.split(BEGIN)
     _, tail = rest.split(END)
     parts = []
@@ -54,7 +56,7 @@ def filled(page: str, files: Iterable[Path]) -> str:
         write = next((w for name, w in WRITERS.items() if path.name.startswith(name)), None)
         if write is not None and (content.get("rows") or content.get("memory")):
             parts.append(write(path.name, content))
-    return head + "\n\n".join([BEGIN, *parts, END]) + tail
+    return head + "\n\n".join([BEGIN, *parts, *filter(None, more), END]) + tail
 
 
 def cpu(name: str, content: Row) -> str:
