@@ -111,6 +111,14 @@ class CompactMatrix(Matrix):
     def trained(self) -> nn.Parameter:
         return self.state.C
 
+    def adopt(self, parameter: nn.Parameter) -> None:
+        """Let `parameter`, which others hold already, be the coordinates, with their values."""
+        parameter.data = self.state.C.data
+        self.state.C = parameter
+        for place in self.target.places:
+            place.module._parameters[coordinates_name(place.parameter)] = parameter
+        self.state.note_current()
+
     def check_in_place(self) -> None:
         place = self.target.places[0]
         if place.module._parameters[coordinates_name(place.parameter)] is not self.state.C:

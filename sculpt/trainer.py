@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,16 @@ from transformers.utils import logging
 
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
+from sculpt.distributed.processes import Processes
+from sculpt.distributed.sharding import device_of
 from sculpt.files import write_json
 from sculpt.logs import Loggers, certificate_metrics, task_metrics
+from sculpt.matrices import CompactMatrix
 from sculpt.rates import convert_rates
 from sculpt.sculptor import Sculptor
 from sculpt.state import config_to_json
 from sculpt.task import TaskTable
+from sculpt_kernels import is_divided
 
 FOLDER = "sculptor"
 CERTIFICATE = "certificate.json"
@@ -68,19 +73,28 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         self._handles: list[Any] = []
         self._loggers: Loggers | None = None
         self._saved: Path | None = None
+        self._waiting = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Begin the task: the optimizer does not exist yet."""
         _refuse_what_is_not_supported(args)
-        if self.sculptor is not None:
+        if self.sculptor is not None or self._waiting:
             raise RuntimeError(
                 "this SculptCallback belongs to another Trainer already: make a new one for each"
             )
-        self.sculptor = Sculptor(more["model"], self.config)
+        # FSDP2 divides the model when training begins, and a task begins on the divided model.
+        self._waiting = _fsdp_version(args) is not None
+        if not self._waiting:
+            self._begin(more["model"])
+
+    def _begin(self, model: nn.Module) -> None:
+        self.sculptor = Sculptor(model, self.config)
         self.table = self.sculptor.begin_task(name=self.name)
         logger.info(str(self.table))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if self._waiting:
+            self._begin_divided(state, more["model"], _plain(more["optimizer"]))
         if self.sculptor is None:
             raise RuntimeError(
                 "SculptCallback was added to a finished Trainer; pass it to the constructor, "
@@ -96,7 +110,9 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
                 "the Trainer made a new model after it was constructed (model_init): pass a model, "
                 "not model_init"
             )
-        optimizer = getattr(more["optimizer"], "optimizer", more["optimizer"])
+        optimizer = _plain(more["optimizer"])
+        here = device_of(next(more["model"].parameters()))
+        Processes(None, here).require_equal({"training steps": state.max_steps})
         if state.global_step > 0:
             self._resume(_saved_state(args, state.global_step), optimizer)
         self.sculptor.attach(optimizer)
@@ -114,6 +130,29 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         assert self.table is not None
         begun = {**task_metrics(self.table.rows), "sculpt/subspace_seconds": self.table.seconds}
         self._loggers.log(begun, state.global_step)
+
+    def _begin_divided(self, state: Any, model: nn.Module, optimizer: Optimizer) -> None:
+        """Begin on the model that accelerate has divided; its optimizer holds dense weights."""
+        if not any(is_divided(parameter) for parameter in model.parameters()):
+            raise RuntimeError(
+                "fsdp was asked for, but accelerate has not divided the model: it does so on "
+                "accelerators only"
+            )
+        if state.global_step > 0:
+            raise RuntimeError(
+                "resuming from a checkpoint is not supported with fsdp: start the task again, or "
+                "train it in a loop of your own with Sculptor.save and Sculptor.load"
+            )
+        self._waiting = False
+        weights = dict(model.named_parameters())
+        self._begin(model)
+        assert self.sculptor is not None
+        trained = {
+            weights.get(f"{name}.weight", weights.get(name)): parameter
+            for name, parameter in self.sculptor.named_parameters()
+        }
+        for group in optimizer.param_groups:
+            group["params"] = [trained[p] for p in group["params"] if p in trained]
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Put beside the checkpoint what a restart needs; what does not change is linked."""
@@ -158,8 +197,8 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
     def _resume(self, path: Path, optimizer: Optimizer | None) -> None:
         """Go on from `path`; the model has the weights of that moment already.
 
-        The optimizer was made, and given its saved state, for the coordinates of the task that
-        began with the Trainer; those of the saved one take their place in it.
+        Optimizer and wrappers were made for the coordinates of the task that began with the
+        Trainer; these go on with the values of the saved ones.
         """
         assert self.sculptor is not None
         model = self.sculptor.model
@@ -181,8 +220,9 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
             )
         _check_same_weights(model, weights, path)
         if optimizer is not None:
-            after = dict(self.sculptor.named_parameters())
-            _replace(optimizer, {before[name]: after[name] for name in before})
+            for matrix in self.sculptor._running().values():
+                if isinstance(matrix, CompactMatrix):
+                    matrix.adopt(before[matrix.name])
         self._saved = path
 
 
@@ -192,14 +232,38 @@ def _settings(config: SculptConfig) -> dict[str, Any]:
 
 
 def _refuse_what_is_not_supported(args: Any) -> None:
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise RuntimeError(
-            f"SculptCallback trains in one process on one device; this is {args.world_size} "
-            f"processes with {args.n_gpu} devices each (CUDA_VISIBLE_DEVICES=0 leaves one)"
+            f"SculptCallback trains on one device in each process; this one has {args.n_gpu} "
+            "(torchrun --nproc-per-node makes a process for each, CUDA_VISIBLE_DEVICES=0 leaves "
+            "one)"
         )
-    for name in ("deepspeed", "fsdp"):
-        if getattr(args, name, None):
-            raise RuntimeError(f"SculptCallback does not work with {name}={getattr(args, name)!r}")
+    if args.deepspeed:
+        raise RuntimeError(
+            f"SculptCallback does not work with deepspeed={args.deepspeed!r}, which replaces the "
+            "optimizer; use fsdp with version 2, or DistributedDataParallel"
+        )
+    version = _fsdp_version(args)
+    if version not in (None, 2):
+        raise RuntimeError(
+            f"SculptCallback does not work with FSDP version {version}, which flattens matrices "
+            "away; set fsdp_config={'version': 2}, or fsdp_version: 2 for accelerate launch"
+        )
+
+
+def _fsdp_version(args: Any) -> int | None:
+    """As the arguments of the Trainer say, or `accelerate launch`; None without FSDP."""
+    if args.fsdp:
+        return int((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return int(os.environ.get("FSDP_VERSION", "1"))
+    return None
+
+
+def _plain(optimizer: Any) -> Optimizer:
+    """The one that accelerate wraps."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
 
 
 def _saved_state(args: Any, step: int) -> Path:
@@ -217,12 +281,3 @@ def _check_same_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], p
                 f"{path} is not of the checkpoint that the Trainer loaded: {name} differs. Set "
                 "TrainingArguments(resume_from_checkpoint=...) to the directory that is resumed"
             )
-
-
-def _replace(optimizer: Optimizer, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Let the optimizer hold other parameters in the same places, with the same state."""
-    for group in optimizer.param_groups:
-        group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
-    for old, parameter in new.items():
-        if old in optimizer.state and old is not parameter:
-            optimizer.state[parameter] = optimizer.state.pop(old)
