@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
 from sculpt.sculptor import Sculptor
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveRanks",
     "Certificate",
     "RunConfig",
     "SculptCallback",

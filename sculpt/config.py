@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.nearest import did_you_mean
 
 DEFAULT_UNFREEZE_RANK_RATIO = 0.25
@@ -21,6 +22,8 @@ class SculptConfig:
             directions, in (0, 1). The default, where no rank is chosen otherwise, is 0.25.
         effective_rank: instead: the *preserved* rank `h`, PEFT's meaning: an int counts directions,
             a float in (0, 1) is a fraction of `k`.
+        ranks: instead: an `AdaptiveRanks`, or a mapping of its fields: ranks that adapt to each
+            layer.
         target_modules: PEFT's rules: `"all-linear"` (every linear layer and every stack of expert
             matrices, but no output embedding or classification head), a regular expression that
             matches the full module name, or a list of name suffixes. Embeddings and the output
@@ -57,6 +60,7 @@ class SculptConfig:
 
     unfreeze_rank_ratio: float | None = None
     effective_rank: int | float | None = None
+    ranks: AdaptiveRanks | None = None
     target_modules: str | Sequence[str] = "all-linear"
     rank_pattern: Mapping[str, int | float] = field(default_factory=dict)
     constraint: str = "strict"
@@ -81,14 +85,19 @@ class SculptConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.unfreeze_rank_ratio is not None and self.effective_rank is not None:
+        choices = ("unfreeze_rank_ratio", "effective_rank", "ranks")
+        given = [name for name in choices if getattr(self, name) is not None]
+        if len(given) > 1:
             raise ValueError(
-                "unfreeze_rank_ratio and effective_rank exclude each other; got "
-                f"unfreeze_rank_ratio={self.unfreeze_rank_ratio!r} (trainable fraction) and "
-                f"effective_rank={self.effective_rank!r} (preserved rank)"
+                f"{given[0]} and {given[1]} exclude each other; got "
+                + ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
+                + " (unfreeze_rank_ratio is the trainable fraction, effective_rank the preserved "
+                "rank)"
             )
-        if self.unfreeze_rank_ratio is None and self.effective_rank is None:
+        if not given:
             object.__setattr__(self, "unfreeze_rank_ratio", DEFAULT_UNFREEZE_RANK_RATIO)
+        if self.ranks is not None:
+            object.__setattr__(self, "ranks", _adaptive(self.ranks))
         if self.unfreeze_rank_ratio is not None:
             _check_ratio(self.unfreeze_rank_ratio)
         if self.effective_rank is not None:
@@ -135,6 +144,21 @@ class SculptConfig:
                 f"coordinates={self.coordinates!r} is for engine='compact'; "
                 f"engine={self.chosen_engine!r} moves in the whole allowed set already"
             )
+
+
+def _adaptive(ranks: Any) -> AdaptiveRanks:
+    if isinstance(ranks, AdaptiveRanks):
+        return ranks
+    if not isinstance(ranks, Mapping):
+        raise TypeError(f"ranks must be an AdaptiveRanks or a mapping of its fields; got {ranks!r}")
+    known = [f.name for f in fields(AdaptiveRanks)]
+    for name in ranks:
+        if name not in known:
+            raise TypeError(
+                f"ranks has no field {name!r}{did_you_mean(name, known)}. "
+                f"Known fields: {', '.join(known)}"
+            )
+    return AdaptiveRanks(**ranks)
 
 
 def _check_ratio(ratio: Any) -> None:

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
 from sculpt import state
+from sculpt.adaptive.allocate import adapt
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
 from sculpt.distributed.agreement import check_agreement, check_replicas, refuse_wrappers
@@ -97,7 +98,10 @@ class Sculptor:
         """Choose ranks and subspaces from the current weights and make the model trainable in them.
 
         Args:
-            calibration: for ranks that adapt to data; uniform ranks take none.
+            calibration: batches of the task before (for the first task, of its own) for ranks that
+                adapt to data; others take none. A batch is a mapping of keyword arguments of the
+                model, a tensor, a tuple, or a function of the model (one that returns a loss, for
+                `importance="fisher"`). In several processes each passes its own.
             name: of the task, for tables and certificates.
             subspaces: trailing bases by module name, where they are known already; float32 for
                 float32, bfloat16 and float16 weights, float64 for float64.
@@ -108,13 +112,12 @@ class Sculptor:
 
         Raises:
             RuntimeError: a task is running.
-            TypeError, ValueError: a weight is not finite, or a given basis does not fit. Nothing
-                has been changed then.
+            TypeError, ValueError: a weight is not finite, a given basis does not fit, calibration
+                data are missing or cannot be used, or a budget cannot be met. Nothing has been
+                changed then.
         """
         if self._task is not None:
             raise RuntimeError("a task is running; call end_task() before begin_task()")
-        if calibration is not None:
-            raise ValueError("calibration is not used by uniform ranks; pass calibration=None")
         start = time.perf_counter()
         targets = find_targets(self.model, self.config)
         given = dict(subspaces or {})
@@ -125,9 +128,10 @@ class Sculptor:
         reshard(sharded_modules(self.model))
         processes = Processes(self._group, device_of(targets.chosen[0].parameter))
         check_agreement(processes, self.config, name, targets.chosen)
-        found = find_all(targets.chosen, self.config, given, processes, progress)
-        self._start(targets.chosen, found, name)
-        rows = [TaskRow.of(matrix) for matrix in self._running().values()]
+        chosen, importance = adapt(self.model, targets.chosen, self.config, calibration, processes)
+        found = find_all(chosen, self.config, given, processes, progress)
+        self._start(chosen, found, name)
+        rows = [TaskRow.of(m, importance.get(m.name)) for m in self._running().values()]
         seconds = time.perf_counter() - start
         return TaskTable(name, rows, targets.left_out, seconds, list(self._others))
 

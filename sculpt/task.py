@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from sculpt.adaptive.importance import Importance
 from sculpt.matrices import Matrix
 from sculpt.tables import text_table
 
@@ -19,6 +21,8 @@ class TaskRow:
         trainable_elements: numbers that the optimizer moves.
         energy: share of `‖W‖²_F` in the preserved directions; the least of a stack.
         method: how its subspaces were found.
+        importance: of the layer, 1 in the mean; `None` for uniform ranks, and where `note` says why
+            there is none.
     """
 
     name: str
@@ -28,9 +32,11 @@ class TaskRow:
     trainable_elements: int
     energy: float
     method: str
+    importance: float | None = None
+    note: str = ""
 
     @classmethod
-    def of(cls, matrix: Matrix) -> TaskRow:
+    def of(cls, matrix: Matrix, importance: Importance | None = None) -> TaskRow:
         target, bases = matrix.target, matrix.bases
         return cls(
             target.name,
@@ -40,6 +46,8 @@ class TaskRow:
             matrix.trained.numel(),
             bases.energy,
             bases.method,
+            None if importance is None else importance.value,
+            "" if importance is None else importance.note,
         )
 
 
@@ -72,21 +80,23 @@ class TaskTable:
             f"{title}{len(self.rows)} matrices, {self.trainable_elements:,} trainable elements "
             f"({share:.1%} of {self.dense_elements:,} weights), subspaces in {self.seconds:.1f} s"
         )
-        table = text_table(
-            ("matrix", "shape", "preserved", "trainable", "elements", "energy kept", "method"),
-            [
-                (
-                    row.name,
-                    " x ".join(map(str, row.shape)),
-                    str(row.preserved),
-                    str(row.trainable_rank),
-                    f"{row.trainable_elements:,}",
-                    f"{row.energy:.4f}",
-                    row.method,
-                )
-                for row in self.rows
-            ],
-        )
+        columns: dict[str, Callable[[TaskRow], str]] = {
+            "matrix": lambda row: row.name,
+            "shape": lambda row: " x ".join(map(str, row.shape)),
+            "preserved": lambda row: str(row.preserved),
+            "trainable": lambda row: str(row.trainable_rank),
+            "elements": lambda row: f"{row.trainable_elements:,}",
+            "energy kept": lambda row: f"{row.energy:.4f}",
+            "method": lambda row: row.method,
+        }
+        if any(row.importance is not None for row in self.rows):
+            columns["importance"] = lambda row: (
+                "-" if row.importance is None else f"{row.importance:.3f}"
+            )
+        if any(row.note for row in self.rows):
+            columns["note"] = lambda row: row.note
+        cells = [[show(row) for show in columns.values()] for row in self.rows]
+        table = text_table(list(columns), cells)
         left_out = "\n".join(
             f"  {name}: {'trains unprotected, ' if name in self.others else ''}{reason}"
             for name, reason in self.left_out.items()

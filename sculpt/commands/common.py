@@ -95,6 +95,11 @@ def run_fields(run: Path) -> dict[str, Any]:
     # The demo keeps one setting in a flat file, a run all of them in a section.
     section = config.get("config", config) if isinstance(config, dict) else None
     if isinstance(section, dict) and isinstance(section.get("sculpt"), dict):
+        if section["sculpt"].get("ranks") is not None:
+            raise ValueError(
+                f"--run {run}: its ranks adapt to each matrix and task; results.json has them "
+                "under 'subspaces': give --ratio and --rank-pattern"
+            )
         return dict(section["sculpt"])
     if isinstance(section, dict) and isinstance(section.get("ratio"), float):
         return {"unfreeze_rank_ratio": section["ratio"]}

@@ -17,6 +17,7 @@ from sculpt.html.spectra import Progress, Spectrum, cost, spectra
 from sculpt.metrics import METRICS, summary
 from sculpt.report import ACCURACIES, AMONG, GENERATED
 from sculpt.runs.state import MethodResult
+from sculpt.ranks import with_ranks
 from sculpt.stored_weights import StoredWeights, StoredWeightsError
 
 # About a minute on two cores.
@@ -74,12 +75,18 @@ class Run:
         fields = self.config.get("sculpt")
         try:
             if isinstance(fields, dict):
-                return SculptConfig(**fields)
+                config = SculptConfig(**fields)
+                return config if config.ranks is None else with_ranks(config, self._last_ranks())
             if isinstance(self.config.get("ratio"), float):
                 return SculptConfig(unfreeze_rank_ratio=self.config["ratio"])
         except (TypeError, ValueError):
             return None
         return None
+
+    def _last_ranks(self) -> dict[str, int]:
+        """Preserved rank of each matrix in the last task."""
+        chosen = [c.result.subspaces[-1] for c in self.columns if c.result.subspaces]
+        return {row["name"]: row["preserved"] for rows in chosen for row in rows}
 
 
 def read_run(path: Path) -> Run:

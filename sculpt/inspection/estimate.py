@@ -302,6 +302,8 @@ def _described(config: SculptConfig) -> str:
     how = engine if engine != "compact" else f"compact, {config.coordinates} coordinates"
     if config.effective_rank is not None:
         return f"{how}, effective_rank={config.effective_rank} preserved"
+    if config.ranks is not None:
+        return f"{how}, ranks adapt around {1 - config.ranks.trr:.4g} of the directions"
     return f"{how}, {config.unfreeze_rank_ratio:.4g} of the directions train"
 
 

@@ -193,7 +193,10 @@ class RunConfig(Section):
 
     @field_serializer("sculpt")
     def _plain_sculpt(self, value: SculptConfig) -> dict[str, Any]:
-        return {name: item for name, item in vars(value).items() if item is not None}
+        found = {name: item for name, item in vars(value).items() if item is not None}
+        if value.ranks is not None:
+            found["ranks"] = {n: item for n, item in vars(value.ranks).items() if item is not None}
+        return found
 
 
 def describe(item: ErrorDetails, field: str | None = None) -> str:

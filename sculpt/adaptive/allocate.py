@@ -1,0 +1,191 @@
+"""From the importance of layers to their preserved ranks, under one budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sculpt.adaptive.config import AdaptiveRanks
+from sculpt.adaptive.importance import Importance, from_data, from_weights, squared_values
+from sculpt.config import SculptConfig
+from sculpt.distributed.processes import Processes
+from sculpt.engines import trained_elements
+from sculpt.ranks import floor_inside, pattern_rank
+from sculpt.targets import Target
+
+TOLERANCE = 0.01
+"""To which a budget is met."""
+
+COPIES = 5
+"""Of the coordinates: they, those in the weight, gradients and two moments."""
+
+
+def adapt(
+    model: nn.Module,
+    targets: list[Target],
+    config: SculptConfig,
+    calibration: Any,
+    processes: Processes,
+) -> tuple[list[Target], dict[str, Importance]]:
+    """Targets with the ranks that `config.ranks` gives them, and the scaled importance of each.
+
+    Layers that `rank_pattern` names keep what it says. A layer that could not be measured counts as
+    one of mean importance, which is the uniform rank where there is no budget.
+
+    Raises:
+        TypeError, ValueError: the calibration data cannot be used, or the budget cannot be met.
+    """
+    ranks = config.ranks
+    if ranks is None:
+        if calibration is not None:
+            raise ValueError("calibration is not used by uniform ranks; pass calibration=None")
+        return targets, {}
+    assert isinstance(ranks, AdaptiveRanks)
+    if ranks.from_data and calibration is None:
+        raise ValueError(
+            f"ranks with importance={ranks.importance!r} need data of the task before (or of the "
+            "first task): begin_task(calibration=batches)"
+        )
+    if not ranks.from_data and calibration is not None:
+        raise ValueError(
+            f"calibration is not used by importance={ranks.importance!r}; pass calibration=None"
+        )
+    free = [t for t in targets if pattern_rank(t.name, min(t.shape[-2:]), config) is None]
+    if ranks.from_data:
+        preserved = [target.preserved for target in free]
+        raw = from_data(model, free, ranks.importance, preserved, calibration, processes)
+    else:
+        raw = from_weights(free, ranks.importance)
+    scaled = scale(raw)
+    chosen = _under_budget(targets, config, ranks, scaled)
+    named = {target.name for target in targets} - scaled.keys()
+    return chosen, scaled | {name: Importance(None, "rank_pattern") for name in named}
+
+
+def scale(raw: dict[str, Importance]) -> dict[str, Importance]:
+    """To a mean of 1 over the layers that were measured; the others are of mean importance."""
+    values = [item.value for item in raw.values() if item.value is not None]
+    mean = math.fsum(values) / len(values) if values else 0.0
+    scaled = {}
+    for name, item in raw.items():
+        if item.value is None:
+            scaled[name] = Importance(None, f"{item.note}: as if of mean importance")
+        elif mean == 0.0:
+            scaled[name] = Importance(None, "no layer has any importance: all alike")
+        else:
+            scaled[name] = Importance(item.value / mean)
+    return scaled
+
+
+def preserved_rank(k: int, importance: float, ranks: AdaptiveRanks, strength: float = 1.0) -> int:
+    """`floor(k (mrr + strength · importance (trr - mrr)))` within `1 ... k - 1`."""
+    retained = ranks.mrr + strength * importance * (ranks.trr - ranks.mrr)
+    return floor_inside(min(1.0, retained) * k, k)
+
+
+def _under_budget(
+    targets: list[Target],
+    config: SculptConfig,
+    ranks: AdaptiveRanks,
+    scaled: dict[str, Importance],
+) -> list[Target]:
+    """The targets with their ranks; `strength` is 1 without a budget, and found with one."""
+
+    def ranked(strength: float) -> list[Target]:
+        return [
+            replace(target, preserved=_rank(target, scaled[target.name], ranks, strength))
+            if target.name in scaled
+            else target
+            for target in targets
+        ]
+
+    budget = ranks.budget
+    if budget is None:
+        return ranked(1.0)
+    name, wanted = budget
+    if name == "trainable_elements" and isinstance(wanted, float):
+        wanted *= sum(target.parameter.numel() for target in targets)
+    spent = _spending(name, targets, config)
+    # What is spent falls with the strength, but for the energy, which rises.
+    sign = 1 if name == "protected_energy" else -1
+    low, high = 0.0, 1.0
+    while high < 2**40 and sign * spent(ranked(high)) < sign * wanted:
+        low, high = high, 2 * high
+    for _ in range(80):
+        middle = (low + high) / 2
+        if sign * spent(ranked(middle)) < sign * wanted:
+            low = middle
+        else:
+            high = middle
+    best = _between(ranked(low), ranked(high), spent, wanted)
+    if abs(spent(best) - wanted) > TOLERANCE * wanted:
+        least, most = sorted((spent(ranked(0.0)), spent(ranked(2.0**40))))
+        raise ValueError(
+            f"ranks.{name}={budget[1]} cannot be met to {TOLERANCE:.0%}: the nearest is "
+            f"{spent(best):,.6g}; with mrr={ranks.mrr} and these layers it goes from {least:,.6g} "
+            f"to {most:,.6g}"
+        )
+    return best
+
+
+def _rank(target: Target, item: Importance, ranks: AdaptiveRanks, strength: float) -> int:
+    value = 1.0 if item.value is None else item.value
+    return preserved_rank(min(target.shape[-2:]), value, ranks, strength)
+
+
+def _between(
+    one: list[Target], other: list[Target], spent: Callable[[list[Target]], float], wanted: float
+) -> list[Target]:
+    """The nearest to `wanted` on the way from one to the other, a direction of a layer at a time.
+
+    Layers of the same importance jump together, further than a budget of 1 % may allow.
+    """
+    best, now = one, list(one)
+    for index, last in enumerate(other):
+        while now[index].preserved < last.preserved:
+            now[index] = replace(now[index], preserved=now[index].preserved + 1)
+            if abs(spent(now) - wanted) < abs(spent(best) - wanted):
+                best = list(now)
+    return best
+
+
+def _spending(
+    name: str, targets: list[Target], config: SculptConfig
+) -> Callable[[list[Target]], float]:
+    """What targets with their ranks cost, in the unit of the budget."""
+    if name == "protected_energy":
+        return _energy(targets)
+    if config.chosen_engine != "compact":
+        raise ValueError(
+            f"ranks.{name} needs engine='compact', where it depends on the ranks; "
+            f"got engine={config.chosen_engine!r}"
+        )
+    if name == "trainable_elements":
+        return lambda ranked: sum(trained_elements(target, config) for target in ranked)
+    return lambda ranked: sum(_bytes(target, config) for target in ranked)
+
+
+def _bytes(target: Target, config: SculptConfig) -> int:
+    (m, n), t = target.shape[-2:], target.trainable_rank
+    wide = torch.promote_types(target.parameter.dtype, torch.float32).itemsize
+    basis = target.parameter.element_size() if config.basis_dtype == "weight" else wide
+    columns = (m + n) * t
+    if config.coordinates == "full" and m != n:
+        columns = min(m, n) * t + max(m, n) * target.preserved
+    count = math.prod(target.shape[:-2])
+    return COPIES * trained_elements(target, config) * wide + count * columns * basis
+
+
+def _energy(targets: list[Target]) -> Callable[[list[Target]], float]:
+    kept: dict[str, list[float]] = {}
+    for target in targets:
+        squares = squared_values(target)
+        squares = squares.reshape(-1, squares.shape[-1]).sum(0)
+        kept[target.name] = squares.cumsum(0).tolist()
+    total = math.fsum(sums[-1] for sums in kept.values()) or 1.0
+    return lambda ranked: math.fsum(kept[t.name][t.preserved - 1] for t in ranked) / total

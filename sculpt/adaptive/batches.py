@@ -1,0 +1,78 @@
+"""Calibration data: what a batch may be, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Run = Callable[[nn.Module], Any]
+"""Passes a batch through the model, and returns what the model does, or the loss."""
+
+
+def runs(calibration: Any, model: nn.Module) -> Iterator[Run]:
+    """One function for each batch, which is looked at before it is passed on.
+
+    Args:
+        calibration: an iterable of batches. A batch is a mapping of keyword arguments of the model,
+            a tensor or a tuple of positional ones, or a function of the model.
+
+    Raises:
+        TypeError, ValueError: it is no such iterable, it is empty, or a tensor is on another device
+            than the model or not finite.
+    """
+    if isinstance(calibration, str | bytes | Mapping | Tensor) or not isinstance(
+        calibration, Iterable
+    ):
+        raise TypeError(
+            "calibration must be an iterable of batches (mappings, tensors, tuples or functions of "
+            f"the model); got {type(calibration).__name__}"
+        )
+    device = next(model.parameters()).device
+    empty = True
+    for number, batch in enumerate(calibration):
+        _check(batch, f"calibration[{number}]", device)
+        empty = False
+        yield _run(batch)
+    if empty:
+        raise ValueError("calibration is empty; expected at least one batch")
+
+
+def _check(batch: Any, name: str, device: torch.device) -> None:
+    if isinstance(batch, Mapping):
+        for key, value in batch.items():
+            _check_value(value, f"{name}[{key!r}]", device)
+    elif isinstance(batch, list | tuple):
+        for index, value in enumerate(batch):
+            _check_value(value, f"{name}[{index}]", device)
+    elif isinstance(batch, Tensor):
+        _check_value(batch, name, device)
+    elif not callable(batch):
+        raise TypeError(
+            f"{name} must be a mapping, a tensor, a tuple or a function of the model; got "
+            f"{type(batch).__name__}"
+        )
+
+
+def _check_value(value: Any, name: str, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        return
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the model on {device}; move it there")
+    if value.numel() == 0:
+        raise ValueError(f"{name} is empty, {tuple(value.shape)}")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} has values that are not finite")
+
+
+def _run(batch: Any) -> Run:
+    if isinstance(batch, Mapping):
+        return lambda model: model(**batch)
+    if isinstance(batch, list | tuple):
+        return lambda model: model(*batch)
+    if isinstance(batch, Tensor):
+        return lambda model: model(batch)
+    run: Run = batch
+    return run
