@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes
@@ -112,6 +113,30 @@ def reserve(matrices: list[Matrix]) -> None:
         )
         # The small product, its two 16-bit parts, and the change of the coordinates.
         torch.empty(4 * largest, device=compact[0].weight.device)
+
+
+def rate_groups(
+    matrices: Iterable[Matrix], others: Iterable[nn.Parameter], lr: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups, one for each rate; see `Sculptor.param_groups`."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for matrix in matrices:
+        groups.setdefault(matrix.rate_factor, []).append(matrix.trained)
+    for parameter in others:
+        groups.setdefault(1.0, []).append(parameter)
+    return [{"params": params, "lr": lr * factor} for factor, params in groups.items()]
+
+
+def check_holds(optimizer: torch.optim.Optimizer, matrices: Collection[Matrix]) -> None:
+    """Raise `ValueError` where the optimizer does not hold the coordinates of every matrix."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [matrix.name for matrix in matrices if id(matrix.trained) not in held]
+    if missing:
+        raise ValueError(
+            f"optimizer holds {len(matrices) - len(missing)} of the {len(matrices)} trainable "
+            f"coordinates of this task (first missing: {missing[0]!r}); make it from "
+            "sculptor.parameters() or sculptor.param_groups(lr), after begin_task()"
+        )
 
 
 def drop_nonfinite_gradients(optimizer: torch.optim.Optimizer, processes: Processes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from sculpt.files import replacing_file
 
 if TYPE_CHECKING:
     from sculpt.report import Results
+    from sculpt.task import TaskRow
 
 INK, MUTED, EMPTY = "#1b1f24", "#6b7480", "#f1f3f5"
 
@@ -59,6 +61,56 @@ def plot_matrices(results: Results, path: Path) -> None:
     note = f"{results.config['model']}, seed {results.config['seed']}. Share of test texts "
     note += "answered with exactly the right label; read down a column: what pales is forgotten."
     figure.text(0.012, 0.893, note, fontsize=10, color=MUTED)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary)
+
+
+def plot_ranks(rows: Sequence[TaskRow], path: Path, title: str = "What each layer got") -> None:
+    """Draw importance and retained fraction of every matrix, by kind and depth, into `path`.
+
+    A kind of matrix is a row of cells, its layers from the first to the last; what was not measured
+    stays empty.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds: dict[str, list[TaskRow]] = {}
+    for row in rows:
+        kinds.setdefault(row.name.rpartition(".")[2], []).append(row)
+    depth = max(len(members) for members in kinds.values())
+    figure = Figure(figsize=(12, 1.7 + 0.42 * len(kinds)), dpi=160, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.085, right=0.965, top=1 - 0.85 / figure.get_figheight(),
+                           bottom=0.55 / figure.get_figheight(), wspace=0.1)  # fmt: skip
+    pictures: tuple[tuple[str, str, Callable[[TaskRow], float]], ...] = (
+        (
+            "importance (mean 1)",
+            "PuBu",
+            lambda r: math.nan if r.importance is None else r.importance,
+        ),
+        ("retained share of the directions", "YlGnBu", lambda r: r.preserved / min(r.shape[-2:])),
+    )
+    for axis, (name, colours, value) in zip(axes, pictures, strict=True):
+        cells = [[value(row) for row in members] for members in kinds.values()]
+        cells = [line + [math.nan] * (depth - len(line)) for line in cells]
+        finite = [cell for line in cells for cell in line if not math.isnan(cell)]
+        image = axis.imshow(cells, vmin=0.0, vmax=max([1.0, *finite]), cmap=colours, aspect="auto")
+        axis.set_facecolor(EMPTY)
+        axis.set_title(name, fontsize=10.5, color=INK, loc="left")
+        axis.set_xlabel("layer", fontsize=9.5, color=MUTED)
+        axis.set_xticks(range(0, depth, max(1, depth // 8)))
+        axis.set_yticks(
+            range(len(kinds)), kinds if axis is axes[0] else [], fontsize=9.5, color=INK
+        )
+        axis.tick_params(length=0, labelcolor=INK)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+        bar = figure.colorbar(image, ax=axis, fraction=0.03, pad=0.015)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=8.5, color=MUTED, labelcolor=MUTED, length=2)
+    figure.text(0.012, 1 - 0.32 / figure.get_figheight(), title, fontsize=13, fontweight="bold",
+                color=INK)  # fmt: skip
     with replacing_file(path) as temporary:
         figure.savefig(temporary)
 

@@ -24,7 +24,14 @@ from sculpt.distributed.agreement import check_agreement, check_replicas, refuse
 from sculpt.distributed.decompose import find_all
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, local, reshard, sharded_modules
-from sculpt.engines import drop_nonfinite_gradients, follow_all, make_matrix, place_of_original
+from sculpt.engines import (
+    check_holds,
+    drop_nonfinite_gradients,
+    follow_all,
+    make_matrix,
+    place_of_original,
+    rate_groups,
+)
 from sculpt.matrices import Matrix
 from sculpt.originals import Original
 from sculpt.proof import certify
@@ -202,12 +209,7 @@ class Sculptor:
         Raises:
             RuntimeError: no task is running.
         """
-        groups: dict[float, list[nn.Parameter]] = {}
-        for matrix in self._running().values():
-            groups.setdefault(matrix.rate_factor, []).append(matrix.trained)
-        if self._others:
-            groups.setdefault(1.0, []).extend(self._others.values())
-        return [{"params": params, "lr": lr * factor} for factor, params in groups.items()]
+        return rate_groups(self._running().values(), self._others.values(), lr)
 
     def attach(self, optimizer: Optimizer) -> None:
         """Keep the weights current: from now on each `optimizer.step()` ends by updating them.
@@ -221,14 +223,7 @@ class Sculptor:
         matrices = self._running()
         if self._attached:
             raise RuntimeError("an optimizer is attached already; one task takes one optimizer")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, matrix in matrices.items() if id(matrix.trained) not in held]
-        if missing:
-            raise ValueError(
-                f"optimizer holds {len(matrices) - len(missing)} of the {len(matrices)} trainable "
-                f"coordinates of this task (first missing: {missing[0]!r}); make it from "
-                "sculptor.parameters() or sculptor.param_groups(lr), after begin_task()"
-            )
+        check_holds(optimizer, matrices.values())
         self._first_step = True
         self._attached = [
             optimizer.register_step_pre_hook(self._before_step),

@@ -237,7 +237,8 @@ def bases_of(target: Target, about: Mapping[str, Any], fixed: Mapping[str, Tenso
         )
     device = target.parameter.device
     U, V, removed = (
-        None if part is None else part.to(device)
+        # In memory of its own: a file's may lie at an odd address, where products round otherwise.
+        None if part is None else part.to(device, copy=True)
         for part in (fixed.get(f"{target.name}/{key}") for key in ("U", "V", "removed"))
     )
     return Bases(U, V, removed, about["complement"], about["energy"], about["method"])

@@ -52,6 +52,7 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         config: what to sculpt and how much of it.
         name: of the task, for tables and certificates.
         independent: see `Sculptor.verify`.
+        calibration: see `Sculptor.begin_task`.
 
     Attributes:
         sculptor: None before the Trainer is made.
@@ -60,13 +61,19 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: SculptConfig, *, name: str | None = None, independent: bool = False
+        self,
+        config: SculptConfig,
+        *,
+        name: str | None = None,
+        independent: bool = False,
+        calibration: Any = None,
     ) -> None:
         if not isinstance(config, SculptConfig):
             raise TypeError(f"config must be a SculptConfig; got {type(config).__name__}")
         self.config = config
         self.name = name
         self.independent = independent
+        self.calibration = calibration
         self.sculptor: Sculptor | None = None
         self.table: TaskTable | None = None
         self.certificate: Certificate | None = None
@@ -89,7 +96,7 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
 
     def _begin(self, model: nn.Module) -> None:
         self.sculptor = Sculptor(model, self.config)
-        self.table = self.sculptor.begin_task(name=self.name)
+        self.table = self.sculptor.begin_task(self.calibration, self.name)
         logger.info(str(self.table))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:

@@ -82,10 +82,10 @@ def scale(raw: dict[str, Importance]) -> dict[str, Importance]:
     return scaled
 
 
-def preserved_rank(k: int, importance: float, ranks: AdaptiveRanks, strength: float = 1.0) -> int:
-    """`floor(k (mrr + strength · importance (trr - mrr)))` within `1 ... k - 1`."""
-    retained = ranks.mrr + strength * importance * (ranks.trr - ranks.mrr)
-    return floor_inside(min(1.0, retained) * k, k)
+def preserved_rank(k: int, importance: float, ranks: AdaptiveRanks, shift: float = 0.0) -> int:
+    """`floor(k (mrr + importance (trr - mrr) + shift))` within `1 ... k - 1`."""
+    retained = min(1.0, ranks.mrr + importance * (ranks.trr - ranks.mrr))
+    return floor_inside((retained + shift) * k, k)
 
 
 def _under_budget(
@@ -94,11 +94,11 @@ def _under_budget(
     ranks: AdaptiveRanks,
     scaled: dict[str, Importance],
 ) -> list[Target]:
-    """The targets with their ranks; `strength` is 1 without a budget, and found with one."""
+    """The targets with their ranks; `shift` is 0 without a budget, and found with one."""
 
-    def ranked(strength: float) -> list[Target]:
+    def ranked(shift: float) -> list[Target]:
         return [
-            replace(target, preserved=_rank(target, scaled[target.name], ranks, strength))
+            replace(target, preserved=_rank(target, scaled[target.name], ranks, shift))
             if target.name in scaled
             else target
             for target in targets
@@ -106,17 +106,15 @@ def _under_budget(
 
     budget = ranks.budget
     if budget is None:
-        return ranked(1.0)
+        return ranked(0.0)
     name, wanted = budget
     if name == "trainable_elements" and isinstance(wanted, float):
         wanted *= sum(target.parameter.numel() for target in targets)
     spent = _spending(name, targets, config)
-    # What is spent falls with the strength, but for the energy, which rises.
+    # What is spent falls with the retained fractions, but for the energy, which rises.
     sign = 1 if name == "protected_energy" else -1
-    low, high = 0.0, 1.0
-    while high < 2**40 and sign * spent(ranked(high)) < sign * wanted:
-        low, high = high, 2 * high
-    for _ in range(80):
+    low, high = -1.0, 1.0
+    for _ in range(60):
         middle = (low + high) / 2
         if sign * spent(ranked(middle)) < sign * wanted:
             low = middle
@@ -124,18 +122,17 @@ def _under_budget(
             high = middle
     best = _between(ranked(low), ranked(high), spent, wanted)
     if abs(spent(best) - wanted) > TOLERANCE * wanted:
-        least, most = sorted((spent(ranked(0.0)), spent(ranked(2.0**40))))
+        least, most = sorted((spent(ranked(-1.0)), spent(ranked(1.0))))
         raise ValueError(
             f"ranks.{name}={budget[1]} cannot be met to {TOLERANCE:.0%}: the nearest is "
-            f"{spent(best):,.6g}; with mrr={ranks.mrr} and these layers it goes from {least:,.6g} "
-            f"to {most:,.6g}"
+            f"{spent(best):,.6g}; in these layers it goes from {least:,.6g} to {most:,.6g}"
         )
     return best
 
 
-def _rank(target: Target, item: Importance, ranks: AdaptiveRanks, strength: float) -> int:
+def _rank(target: Target, item: Importance, ranks: AdaptiveRanks, shift: float) -> int:
     value = 1.0 if item.value is None else item.value
-    return preserved_rank(min(target.shape[-2:]), value, ranks, strength)
+    return preserved_rank(min(target.shape[-2:]), value, ranks, shift)
 
 
 def _between(

@@ -34,7 +34,8 @@ class AdaptiveRanks:
         memory_bytes: budget: of bases, coordinates, their copy, gradients and two moments.
         protected_energy: budget: preserved share of `Σ ‖W‖²_F` over all layers, in (0, 1).
 
-    With a budget `r = mrr + s I (trr - mrr)`, and `s` is found so that the budget is met to 1 %.
+    With a budget all retained fractions `min(r, 1)` are shifted by the same amount, which is found
+    so that the budget is met to 1 %.
 
     Raises:
         TypeError, ValueError: a value does not fit; the message names the field.

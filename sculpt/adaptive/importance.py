@@ -192,7 +192,7 @@ def _backward(output: Any) -> None:
             "that computes one, or functions of the model that return it"
         )
     if not bool(torch.isfinite(loss.detach())):
-        raise ValueError(f"calibration gives a loss that is not finite, {float(loss)}")
+        raise ValueError(f"calibration gives a loss that is not finite, {float(loss.detach())}")
     if loss.requires_grad:  # No layer that is measured was reached otherwise.
         torch.autograd.backward(loss)
 

@@ -15,9 +15,9 @@ from sculpt.config import SculptConfig
 from sculpt.html import charts
 from sculpt.html.spectra import Progress, Spectrum, cost, spectra
 from sculpt.metrics import METRICS, summary
+from sculpt.ranks import with_ranks
 from sculpt.report import ACCURACIES, AMONG, GENERATED
 from sculpt.runs.state import MethodResult
-from sculpt.ranks import with_ranks
 from sculpt.stored_weights import StoredWeights, StoredWeightsError
 
 # About a minute on two cores.

@@ -132,6 +132,7 @@ class RunConfig(Section):
     lora, olora, replay, ewc, l2sp: what these methods are told; for the method that runs only.
     budget: "match": adapters train as many values as sculpt would, and the results say how near
         that came, or why it cannot be; "own": each method as it is configured.
+    calibration_rows: of the task before (the first task: its own), for ranks that adapt to data.
     dtype: of the weights. device: "auto" is a GPU where there is one. seed: of everything random.
     certificate: "complement" is cheap; "independent" decomposes every weight afresh in float64.
     loggers: services that are told loss, scores and leaks: "tensorboard", "wandb", "mlflow", ...
@@ -144,6 +145,7 @@ class RunConfig(Section):
     method: Method = "sculpt"
     training: TrainingConfig = TrainingConfig()
     sculpt: SculptConfig = Field(SculptConfig(), validate_default=False)
+    calibration_rows: Count = 64
     lora: LoraConfig | None = None
     olora: OLoraConfig | None = None
     replay: ReplayConfig | None = None

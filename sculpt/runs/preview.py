@@ -77,6 +77,8 @@ def _ranks(strategy: Strategy) -> str:
     ]
     header = ("matrices", "count", "shape", "preserved", "trainable", "values that train")
     title = f"Ranks, method {strategy.config.method}\n"
+    if strategy.config.method == "sculpt" and strategy.config.sculpt.ranks is not None:
+        title = "Ranks, method sculpt, of layers of mean importance: others adapt\n"
     return title + text_table(header, rows, note=strategy.budget)
 
 

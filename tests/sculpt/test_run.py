@@ -14,14 +14,18 @@ from safetensors.torch import load_file
 from tiny_language import VERY
 from tiny_runs import run_config, write_lines
 
+from sculpt.html.page import report
 from sculpt.models.causal import CausalLearner
 from sculpt.models.encoding import Encoded
+from sculpt.plots import plot_ranks
 from sculpt.runs.config import RunConfig, TrainingConfig
 from sculpt.runs.directory import RunDirectory, RunError, locked
 from sculpt.runs.loop import TrainingError
+from sculpt.runs.prepare import Prepared
 from sculpt.runs.start import run
 from sculpt.runs.state import MethodResult, Progress
 from sculpt.runs.strategies import STRATEGIES
+from sculpt.sculptor import Sculptor
 
 TRAINED = {
     f"model.layers.{layer}.{part}_proj.weight"
@@ -215,3 +219,33 @@ def test_long_documents_are_learned_whole(
     score = result.methods["sculpt"]
     assert 0 <= score.generated[0][0] <= 1
     assert score.more["next_token"] == score.generated
+
+
+@pytest.mark.parametrize("importance", ["cosine", "fisher"])
+def test_ranks_adapt_to_rows_of_the_task_before(
+    tmp_path: Path, seen: list[tuple[tuple[int, ...], ...]], importance: str
+) -> None:
+    ranks = {"mrr": 0.2, "trr": 0.6, "importance": importance}
+    config = run_config(tmp_path, sculpt={"ranks": ranks}, calibration_rows=2)
+    results = run(config)
+    prepared = Prepared(config)
+    first = {row.ids for row in prepared.rows[0]}
+    calibrations = [batches[0] for batches in seen if len(batches) == 1]
+    assert len(calibrations) == 4  # two rows for each of two tasks, one by one
+    assert set(calibrations) <= first
+    for rows in results.methods["sculpt"].subspaces:
+        assert len({row["preserved"] / min(row["shape"]) for row in rows}) > 3
+        assert sum(row["importance"] for row in rows) / len(rows) == pytest.approx(1)
+    assert RunDirectory(config.out).described()[0].sculpt == config.sculpt
+    page = report([config.out])
+    assert "ranks" in page
+
+
+def test_a_picture_shows_what_each_layer_got(tmp_path: Path) -> None:
+    config = run_config(tmp_path, sculpt={"ranks": {}})
+    prepared = Prepared(config)
+    sculptor = Sculptor(prepared.learner.model, config.sculpt)
+    rows = prepared.rows[0]
+    table = sculptor.begin_task([lambda _: prepared.learner.loss(rows)[0]])
+    plot_ranks(table.rows, tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")

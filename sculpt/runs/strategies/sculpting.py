@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from pathlib import Path
 
+from sculpt.adaptive.batches import Run
 from sculpt.certificate import Certificate
 from sculpt.engines import recomputes, trained_elements
-from sculpt.runs.strategies.base import Advance, Begun, Cost, Setting, Strategy, adamw, freeze
+from sculpt.runs.strategies.base import (
+    Advance,
+    Begun,
+    Cost,
+    Setting,
+    Strategy,
+    adamw,
+    batches_of,
+    freeze,
+)
 from sculpt.sculptor import Sculptor
 from sculpt.targets import Target
 from sculpt.task import TaskRow
@@ -28,9 +39,22 @@ class Sculpt(Strategy):
 
     def begin_task(self, task: int, advance: Advance) -> Begun:
         table = self._sculptor.begin_task(
-            name=self.setting.names[task], progress=lambda done, total, _: advance(done, total)
+            self._calibration(task),
+            self.setting.names[task],
+            progress=lambda done, total, _: advance(done, total),
         )
         return self._begun(table.rows)
+
+    def _calibration(self, task: int) -> list[Run] | None:
+        """Rows of the task before, or of the first one for itself, one by one: no padding."""
+        ranks = self.config.sculpt.ranks
+        if ranks is None or not ranks.from_data:
+            return None
+        rows = self.setting.rows[max(0, task - 1)]
+        count = min(self.config.calibration_rows, len(rows))
+        drawn = islice(batches_of(rows, self.config.training, self.config.seed, size=1), count)
+        learner = self.setting.learner
+        return [lambda _, row=row: learner.loss(row)[0] for row in drawn]  # type: ignore[misc]
 
     def save(self, folder: Path, previous: Path | None) -> None:
         """Bases and coordinates: subspaces are not searched again."""
