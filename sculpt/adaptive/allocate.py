@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.adaptive.importance import Importance, from_data, from_weights, squared_values
@@ -45,7 +46,12 @@ def adapt(
         if calibration is not None:
             raise ValueError("calibration is not used by uniform ranks; pass calibration=None")
         return targets, {}
-    assert isinstance(ranks, AdaptiveRanks)
+    divided = next((t.name for t in targets if isinstance(t.parameter, DTensor)), None)
+    if divided is not None:
+        raise ValueError(
+            f"ranks that adapt are measured on whole matrices, and {divided!r} is divided by "
+            "fully_shard: run begin_task() once before it, and pass its ranks as rank_pattern"
+        )
     if ranks.from_data and calibration is None:
         raise ValueError(
             f"ranks with importance={ranks.importance!r} need data of the task before (or of the "
