@@ -81,13 +81,42 @@ def project_adamw_(
     source = G
     if project == "update":
         source = torch.empty_like(G, dtype=dtype)
-        _direction(source, W, G, exp_avg, exp_avg_sq, scalars)
+        direction_(source, W, G, exp_avg, exp_avg_sq, scalars)
     A, B, A2, B2 = factors(source.to(dtype), U, V, form)
+    return step_(
+        W, source, exp_avg, exp_avg_sq, A, B, A2, B2, gradient=project == "gradient", lr=lr,
+        scalars=scalars, copy=copy, rounding=rounding, seed=seed, config=config,
+    )  # fmt: skip
+
+
+def step_(
+    W: Tensor,
+    D: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A2: Tensor | None = None,
+    B2: Tensor | None = None,
+    *,
+    gradient: bool,
+    lr: float | Tensor,
+    scalars: dict[str, float | Tensor],
+    copy: Tensor | None = None,
+    rounding: str = "nearest",
+    seed: int | Tensor | None = None,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """The last pass of `project_adamw_`, once the factors of `P(D) = D - A Bᵀ - A2 B2ᵀ` are known.
+
+    `D` is the gradient with `gradient`, else the direction that `direction_` wrote.
+    """
+    dtype = A.dtype
     segments = 2 if A2 is not None else 1 if A.shape[-1] else 0
     if segments < 2:
         A2, B2 = A, B
     config = host.choose("adamw both" if segments == 2 else "adamw", dtype, W.device, config)
-    views = host.batches(W, source, exp_avg, exp_avg_sq, W if copy is None else copy, A, B, A2, B2)
+    views = host.batches(W, D, exp_avg, exp_avg_sq, W if copy is None else copy, A, B, A2, B2)
     for first, (w, g, f, s, c, a, b, a2, b2) in views:
         count, m, n = w.shape
         host.launch(
@@ -121,7 +150,7 @@ def project_adamw_(
             **strides("b", "lnk", b),
             **strides("a2", "lmk", a2),
             **strides("b2", "lnk", b2),
-            GRADIENT=project == "gradient",
+            GRADIENT=gradient,
             COPY=copy is not None,
             ALIKE=all(x.stride()[1:] == w.stride()[1:] for x in (g, f, s, c)),
             NEAR=host.near(config, w, g, f, s, c),
@@ -144,7 +173,7 @@ def _rest(beta: float | Tensor, device: torch.device) -> float | Tensor:
     return value if isinstance(value, Tensor) else 1.0 - value
 
 
-def _direction(
+def direction_(
     D: Tensor,
     W: Tensor,
     G: Tensor,
@@ -152,6 +181,7 @@ def _direction(
     exp_avg_sq: Tensor,
     scalars: dict[str, float | Tensor],
 ) -> None:
+    """`D <- m̂ / (sqrt(v̂) + eps) + weight_decay W` from moments that take in `G` on the way."""
     config = _DIRECTION_CONFIG
     for _, (d, w, g, f, s) in host.batches(D, W, G, exp_avg, exp_avg_sq):
         count, m, n = w.shape
