@@ -22,7 +22,7 @@ WRAP_LATER = (
 
 
 def refuse_wrappers(model: nn.Module) -> None:
-    """Refuse what hides weights from the modules that use them, by name.
+    """Refuse what leaves the modules without the values of their weights, by name.
 
     Raises:
         ValueError: the model is inside of such a wrapper.
@@ -40,6 +40,11 @@ def refuse_wrappers(model: nn.Module) -> None:
                 "away; use torch.distributed.fsdp.fully_shard (FSDP2)"
             )
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values: after fully_shard, "
+                "model.to_empty(device=...) and load the weights, then begin_task()"
+            )
         if hasattr(parameter, "ds_id"):
             raise ValueError(
                 f"{name} is partitioned by DeepSpeed ZeRO-3, which leaves modules without their "
