@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -13,9 +14,9 @@ from sculpt.data.rows import BadRows
 from sculpt.data.tasks import read_tasks
 from sculpt.logs import check_loggers
 from sculpt.models.directory import check_directory
-from sculpt.models.encoding import Encoded
 from sculpt.models.learner import Learner
 from sculpt.models.load import load_learner
+from sculpt.models.packed_rows import PackedRows
 from sculpt.runs.config import RunConfig
 from sculpt.runs.lm_eval import check_lm_eval
 from sculpt.runs.strategies import STRATEGIES, Setting
@@ -53,23 +54,23 @@ class Prepared:
         )
         self.learner.model.to(device_of(config))
         self.tasks: list[Task] = []
-        self.rows: list[list[Encoded]] = []
+        self.rows: list[PackedRows] = []
         self.cut: list[int] = []
         for task in tasks:
             train, rows = self._fitting(task.train)
             test, test_rows = self._fitting(task.test)
             self.tasks.append(replace(task, train=train, test=test))
             self.rows.append(rows)
-            self.cut.append(sum(row.cut > 0 for row in (*rows, *test_rows)))
+            self.cut.append(rows.cut + test_rows.cut)
         names = [task.name for task in self.tasks]
         self.strategy = STRATEGIES[config.method](Setting(self.learner, config, names, self.rows))
 
-    def _fitting(self, examples: Sequence[Example]) -> tuple[list[Example], list[Encoded]]:
+    def _fitting(self, examples: Sequence[Example]) -> tuple[list[Example], PackedRows]:
         fitting: list[Example] = []
-        rows: list[Encoded] = []
+        rows = PackedRows()
         for example in examples:
             try:
-                rows += self.learner.encode_all(example)
+                rows.extend(self.learner.encode_all(example))
                 fitting.append(example)
             except DataError as error:
                 self.bad.add(*str(error).split(": ", 1))
@@ -80,7 +81,7 @@ class Prepared:
         digest = hashlib.sha256()
         for task, rows in zip(self.tasks, self.rows, strict=True):
             digest.update(repr((task.name, task.labels, task.measure)).encode())
-            for row in (*rows, *task.test):
+            for row in chain(rows, task.test):
                 digest.update(repr(row).encode())
         return digest.hexdigest()
 

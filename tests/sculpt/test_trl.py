@@ -1,0 +1,76 @@
+"""`SculptCallback` in TRL's `SFTTrainer`: the losses of a plain loop over the same batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_language import tiny_model, tiny_tokenizer
+
+from sculpt import SculptCallback, SculptConfig, Sculptor
+
+CONFIG = SculptConfig(unfreeze_rank_ratio=0.25)
+LR = 1e-3
+
+
+def test_the_losses_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    texts = ["the film is good", "the song is very bad", "they say that it is long"] * 8
+    arguments = SFTConfig(
+        str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        optim="adamw_torch",
+        gradient_checkpointing=False,
+    )
+    callback = SculptCallback(CONFIG)
+    trainer = SFTTrainer(
+        tiny_model(),
+        arguments,
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tiny_tokenizer(),
+        callbacks=[callback],
+    )
+    batches: list[dict[str, torch.Tensor]] = []
+    collate = trainer.data_collator
+
+    def remember(rows: list[Any]) -> dict[str, torch.Tensor]:
+        batch = collate(rows)
+        batches.append({key: value.clone() for key, value in batch.items()})
+        return batch
+
+    trainer.data_collator = remember
+    trainer.train()
+    assert callback.certificate is not None
+    assert callback.certificate.ok
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    model = tiny_model().train()
+    sculptor = Sculptor(model, CONFIG)
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.param_groups(LR), weight_decay=0.0)
+    sculptor.attach(optimizer)
+    expected = []
+    for batch in batches[:6]:
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(sculptor.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert len(found) == 6
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found[-1] < found[0]
