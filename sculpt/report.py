@@ -77,6 +77,7 @@ def tables(results: Results) -> RenderableType:
     return Group(
         *(_matrix_table(results, accuracy) for accuracy in ACCURACIES),
         _figures_table(results),
+        *(Text(f"Budget of {n}: {r.budget}") for n, r in results.methods.items() if r.budget),
         Text(headline(results), style="bold"),
     )
 
@@ -156,6 +157,10 @@ def _megabytes(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
+def _milliseconds(seconds: float) -> str:
+    return "-" if math.isnan(seconds) else f"{1000 * seconds:,.0f} ms"
+
+
 def _seconds(*phases: str) -> Callable[[MethodResult], str]:
     return lambda result: f"{sum(result.seconds.get(phase, 0.0) for phase in phases):.1f} s"
 
@@ -171,7 +176,7 @@ _FIGURES: Sequence[tuple[str, str, Callable[[MethodResult], str], str]] = (
     (
         "time per step",
         "↓",
-        lambda result: f"{1000 * result.step_seconds:,.0f} ms",
+        lambda result: _milliseconds(result.step_seconds),
         "median: forward, backward and optimizer",
     ),
     ("time in steps", "↓", _seconds("train"), "all tasks"),
@@ -200,5 +205,11 @@ _FIGURES: Sequence[tuple[str, str, Callable[[MethodResult], str], str]] = (
         "↓",
         lambda result: _megabytes(result.optimizer_state_bytes),
         "both moments of AdamW",
+    ),
+    (
+        "held by the method",
+        "↓",
+        lambda result: _megabytes(result.held_bytes),
+        "for the trained matrices: weights before the task, bases, Fisher, earlier adapters",
     ),
 )

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from bench.continual import VARIANTS, Plan, run_config
 from bench.gpu_parts.run import Run
 from bench.rehearsal import tiny_data, tiny_model
-from sculpt.metrics import summary
 
 # Seconds that must be left for one run.
 NEEDED = 45.0
@@ -23,6 +21,9 @@ RATES = {"lora": 1e-4, "osf": 1e-4, "olora": 1e-4}
 
 
 def part_continual(run: Run) -> None:
+    # Here, so that the other parts run where these need what is not installed.
+    from bench.continual import VARIANTS
+
     tiny, options = run.options.tiny, run.options
     if not tiny and not (options.model and options.data):
         run.results["skipped"].append("continual: --model and --data name no directories")
@@ -49,6 +50,8 @@ def part_continual(run: Run) -> None:
 def _measure(
     run: Run, variant: str, changes: dict[str, Any], model: Path, data: Path, out: Path
 ) -> dict[str, Any]:
+    from bench.continual import Plan, run_config
+    from sculpt.metrics import summary
     from sculpt.runs.start import run as train
 
     tiny, cuda = run.options.tiny, run.device.type == "cuda"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from io import StringIO
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 from tiny_runs import run_config
 from torch import Tensor, nn
 
+from sculpt.html.page import report
 from sculpt.models.encoding import IGNORED, Encoded
+from sculpt.report import tables
 from sculpt.runs.directory import RunError
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.start import run
@@ -199,6 +203,16 @@ def test_frozen_answers_as_the_model_always_did(tmp_path: Path) -> None:
     assert result.generated[0][0] == result.generated[1][0]
     assert result.trainable_elements == 0
     assert result.losses == [[], []]
+
+
+def test_a_method_without_steps_is_shown_and_reported(tmp_path: Path) -> None:
+    results = run(run_config(tmp_path, method="frozen", budget="match"))
+    console = Console(width=150, record=True, file=StringIO())
+    console.print(tables(results))
+    shown = console.export_text()
+    assert "Budget of frozen: 0 trained values" in shown
+    assert "nan" not in shown
+    assert "frozen" in report([tmp_path / "run"], with_spectra=False)
 
 
 def test_lora_freezes_the_weight_and_adds_its_scaled_product(tmp_path: Path) -> None:
