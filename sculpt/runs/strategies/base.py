@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -201,3 +202,9 @@ def batches_of(
     else:
         order = bucketed_batches([len(row.ids) for row in rows], size, seed, skip=skip)
     return ([rows[index] for index in batch] for batch in order)
+
+
+def drawn(rows: Sequence[Encoded], count: int, seed: str) -> list[Encoded]:
+    """So many of them, or all where there are fewer, by the seed."""
+    places = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    return [rows[place] for place in places]

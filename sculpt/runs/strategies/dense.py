@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sculpt.models.encoding import Encoded
+from sculpt.models.packed_rows import PackedRows
 from sculpt.runs.strategies.base import (
     Advance,
     Begun,
@@ -82,7 +83,7 @@ class MultiTask(Plain):
     """
 
     def batches(self, task: int, *, skip: int) -> Iterator[list[Encoded]]:
-        rows = list(chain.from_iterable(self.setting.rows))
+        rows = PackedRows(chain.from_iterable(self.setting.rows))
         before = sum(self.steps(number) for number in range(task))
         seed = 1000 * self.config.seed
         return batches_of(rows, self.config.training, seed, skip=before + skip)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from sculpt.runs.methods import EwcConfig, L2SpConfig
-from sculpt.runs.strategies.base import Cost, Setting
+from sculpt.runs.strategies.base import Cost, Setting, drawn
 from sculpt.runs.strategies.dense import Plain
 from sculpt.targets import Target
 
@@ -46,9 +45,9 @@ class Ewc(Plain):
 
     def fisher(self, task: int) -> list[Tensor]:
         """Of all that trains, float32, on `rows` rows of the task, drawn by the seed."""
-        rows = list(self.setting.rows[task])
-        rng = random.Random(f"fisher/{self.config.seed}/{task}")
-        rows = rng.sample(rows, min(self.options.rows, len(rows)))
+        rows = drawn(
+            self.setting.rows[task], self.options.rows, f"fisher/{self.config.seed}/{task}"
+        )
         found = [torch.zeros_like(weight, dtype=torch.float32) for weight in self.trained]
         for row in rows:
             loss, _ = self.setting.learner.loss([row])

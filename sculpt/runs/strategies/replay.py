@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 
 from sculpt.models.encoding import Encoded
 from sculpt.runs.methods import ReplayConfig
-from sculpt.runs.strategies.base import Setting, batches_of
+from sculpt.runs.strategies.base import Setting, batches_of, drawn
 from sculpt.runs.strategies.dense import Plain
 
 
@@ -44,6 +43,5 @@ class Replay(Plain):
         """The rows of all tasks before this one that are kept."""
         kept: list[Encoded] = []
         for number, rows in enumerate(self.setting.rows[:task]):
-            rng = random.Random(f"replay/{self.config.seed}/{number}")
-            kept += rng.sample(list(rows), min(self.options.rows, len(rows)))
+            kept += drawn(rows, self.options.rows, f"replay/{self.config.seed}/{number}")
         return kept
