@@ -6,6 +6,7 @@ it is in is bad, and can be named by its line.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -52,7 +53,10 @@ def read_rows(path: Path, bad: BadRows) -> Iterator[Row]:
     elif path.suffix not in FILES:
         raise DataError(f"{path}: expected a file that ends in one of {', '.join(FILES)}")
     else:
-        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+        content = path.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path}:1: UTF-16 text; save it as UTF-8")
+        text = content.decode("utf-8-sig", errors="surrogateescape")
         if not text.strip():
             raise DataError(f"{path}: the file is empty")
         read = {".json": _json_list, ".csv": _csv}.get(path.suffix, _json_lines)

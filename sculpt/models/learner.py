@@ -92,7 +92,12 @@ def load_pretrained(kind: str, path: Path, dtype: torch.dtype, **options: Any) -
     check_directory(path)
     try:
         model = getattr(transformers, kind).from_pretrained(path, dtype=dtype, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever is wrong with the files, in any of several libraries
         raise ValueError(f"model={path}: {kind} cannot read it: {error}") from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise ValueError(
+            f"model={path}: no tokenizer can be read there (tokenizer.json, ...): {error}"
+        ) from error
     return model.eval(), tokenizer

@@ -31,9 +31,14 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises `ConfigError`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text") from None
     values, lines = _parse(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected fields such as `model: DIRECTORY`, got {values!r}")

@@ -181,3 +181,9 @@ def test_saved_directory_is_plain(learner: CausalLearner, tmp_path: Path) -> Non
     for name, value in learner.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
     assert again.encode(VERY.test[0]) == learner.encode(VERY.test[0])
+
+
+def test_a_directory_without_a_tokenizer_is_told_from_a_damaged_model(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer can be read there"):
+        CausalLearner.from_directory(tmp_path)

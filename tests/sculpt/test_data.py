@@ -262,3 +262,12 @@ def test_a_saved_dataset_is_read_by_its_package(
     assert [e.answer for e in read(tmp_path / "one", skip=True)[0]] == ["yes"]
     with pytest.raises(DataError, match=r"all holds the splits \['train'\]: name one"):
         read(tmp_path / "all")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_other_encodings_are_named(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.jsonl"
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    path.write_text(mark + json.dumps(ANSWER), encoding=encoding)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: UTF-16 text; save it as UTF-8"):
+        read(path)

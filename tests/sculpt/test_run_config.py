@@ -146,6 +146,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_config(tmp_path / "none.yaml")
 
 
+def test_what_is_no_text_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(GOOD.replace("first", "première").encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yaml:7: not UTF-8 text"):
+        read_config(path)
+    path.write_text(GOOD, encoding="utf-8-sig")
+    assert read_config(path) == read(tmp_path, GOOD)
+
+
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     text = GOOD.replace("steps: 10", "stepss: 10").replace("keep: 1", "keep: -1")
     with pytest.raises(ConfigError) as raised:
