@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ def watch_files(event: Callable[[str], None]) -> None:
     import safetensors.torch
     import torch
 
+    from sculpt.adaptive import importance
+
     places: tuple[tuple[Any, str, str], ...] = (
         (os, "fsync", "saving: flush"),
         (os, "replace", "saving: rename"),
@@ -103,6 +105,15 @@ def watch_files(event: Callable[[str], None]) -> None:
             return _original(*a, **k)
 
         setattr(owner, name, watched)
+
+    batches = importance.runs
+
+    def calibrated(*a: Any) -> Iterator[Any]:
+        for one in batches(*a):
+            event("calibration: within a batch")
+            yield one
+
+    importance.runs = calibrated  # type: ignore[assignment]
 
 
 def processes() -> Any:
@@ -158,6 +169,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="sculpt", choices=("sculpt", "plain"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--adaptive", action="store_true", help="ranks that adapt to data")
     choices = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests" / "sculpt"))
     from tiny_runs import run_values
@@ -165,11 +177,14 @@ def main() -> int:
     server, rng = processes(), random.Random(choices.seed)
     kills: Counter[str] = Counter()
     different = 0
+    sculpt = {"ranks": {"mrr": 0.1, "trr": 0.7}} if choices.adaptive else {}
     with tempfile.TemporaryDirectory() as folder:
         config = run_values(
             Path(folder),
             method=choices.method,
             dtype=choices.dtype,
+            sculpt=sculpt,
+            calibration_rows=3,
             training={"steps": 6, "batch_size": 2, "lr": 1e-2, "order": "bucketed"},
             checkpoint={"every_steps": 2, "models": "each"},
         )
