@@ -20,7 +20,7 @@ from sculpt import state
 from sculpt.adaptive.allocate import adapt
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
-from sculpt.distributed.agreement import check_agreement, check_replicas, refuse_wrappers
+from sculpt.distributed.agreement import check_agreement, check_replicas
 from sculpt.distributed.decompose import find_all
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, local, reshard, sharded_modules
@@ -131,7 +131,6 @@ class Sculptor:
         unknown = sorted(set(given) - {target.name for target in targets.chosen})
         if unknown:
             raise ValueError(f"subspaces names {unknown[0]!r}, which is no target of this model")
-        refuse_wrappers(self.model)
         reshard(sharded_modules(self.model))
         processes = Processes(self._group, device_of(targets.chosen[0].parameter))
         check_agreement(processes, self.config, name, targets.chosen)

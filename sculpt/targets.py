@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sculpt.config import SculptConfig
+from sculpt.distributed.refusals import refuse_hidden_weights
 from sculpt.distributed.sharding import why_not_divided
 from sculpt.ranks import preserved_rank
 from sculpt_kernels import is_divided
@@ -92,6 +93,7 @@ def find_targets(model: nn.Module, config: SculptConfig) -> Targets:
         ValueError: nothing matches, a named module is of a kind that cannot be sculpted, or a rank
             does not fit its matrix.
     """
+    refuse_hidden_weights(model)
     _refuse_quantised(model)
     wanted, refused = _wanted(model, config.target_modules)
     users = _users(model)

@@ -1,4 +1,4 @@
-"""What several processes must have in common, and wrappers that would break a task."""
+"""What several processes must have in common."""
 
 from __future__ import annotations
 
@@ -11,45 +11,10 @@ from torch import nn
 
 from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes
+from sculpt.distributed.refusals import WRAP_LATER
 from sculpt.state import config_to_json
 from sculpt.targets import Target
 from sculpt_kernels import is_divided
-
-WRAP_LATER = (
-    "call begin_task() on the plain model first, then wrap it, DistributedDataParallel(model); "
-    "every task takes a new wrapper"
-)
-
-
-def refuse_wrappers(model: nn.Module) -> None:
-    """Refuse what leaves the modules without the values of their weights, by name.
-
-    Raises:
-        ValueError: the model is inside of such a wrapper.
-    """
-    for path, module in model.named_modules():
-        kind = type(module).__name__
-        if kind == "DistributedDataParallel":
-            raise ValueError(
-                f"{path or 'model'} is a DistributedDataParallel, which averages the gradients "
-                f"that trained when it was made: {WRAP_LATER}"
-            )
-        if kind == "FullyShardedDataParallel":
-            raise ValueError(
-                f"{path or 'model'} is a FullyShardedDataParallel (FSDP1), which flattens matrices "
-                "away; use torch.distributed.fsdp.fully_shard (FSDP2)"
-            )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device and has no values: after fully_shard, "
-                "model.to_empty(device=...) and load the weights, then begin_task()"
-            )
-        if hasattr(parameter, "ds_id"):
-            raise ValueError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3, which leaves modules without their "
-                "matrices; use torch.distributed.fsdp.fully_shard (FSDP2), or ZeRO-1"
-            )
 
 
 def check_agreement(

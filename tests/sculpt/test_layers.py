@@ -241,34 +241,6 @@ def test_averaged_copies_and_wrapped_models():
     assert [row.name for row in outer.begin_task().rows] == ["module.0", "module.2"]
 
 
-def test_distributed_data_parallel_sees_coordinates_alone(tmp_path):
-    """One process: the wrapper broadcasts at the start, reduces in buckets and changes nothing."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    x = torch.randn(4, 12)
-    results = []
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    try:
-        for wrap in (lambda model: model, DistributedDataParallel):
-            model, sculptor = sculpted()
-            wrapped = wrap(model)
-            optimizer = torch.optim.AdamW(sculptor.param_groups(1e-2))
-            sculptor.attach(optimizer)
-            for _ in range(3):
-                optimizer.zero_grad()
-                wrapped(x).square().mean().backward()
-                optimizer.step()
-            assert sculptor.verify().ok
-            results.append([p.detach().clone() for p in model.parameters()])
-            reduced = [p for p in wrapped.parameters() if p.requires_grad]
-            assert [p.shape for p in reduced] == [p.shape for p in sculptor.parameters()]
-    finally:
-        torch.distributed.destroy_process_group()
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 @pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
 def test_8_bit_optimizers(package):
     """Where they are installed: their quantised states act on coordinates and cannot leak."""

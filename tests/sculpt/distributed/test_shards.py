@@ -6,12 +6,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import launch
+from small_models import KINDS
 from tasks import network, train
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import Shard
 
-from sculpt import SculptConfig
+from sculpt import SculptConfig, Sculptor
 
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -97,3 +105,153 @@ def test_same_training_as_in_one_process(size, names, tmp_path):
             losses = torch.tensor(result["losses"]), torch.tensor(alone["losses"])
             assert torch.allclose(*losses, rtol=0, atol=1e-6), name
             assert all(leak <= limit for leak, limit in result["leaks"]), name
+
+
+def half_and_replicas():
+    """Mixed precision, and shards of which there are replicas."""
+    results = {}
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("r", "s"))
+    for name, options in {"half": {"mp_policy": HALF}, "replicas": {"mesh": mesh}}.items():
+        for engine in ("compact", "update"):
+            config = SculptConfig(engine=engine)
+            results[name, engine] = train(divided(**options), config, tasks=1, steps=6)
+            weights = whole(results[name, engine]["weights"])
+            results[name, engine]["weights"] = weights
+    # Random roundings: replicas of a shard must get the same.
+    model = divided(mesh=mesh, dtype=torch.bfloat16)
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    optimizer = torch.optim.SGD(sculptor.parameters(), lr=1.0)
+    sculptor.attach(optimizer)
+    model(torch.ones(4, 13, dtype=torch.bfloat16)).square().sum().backward()
+    optimizer.step()
+    assert sculptor.verify().ok
+    results["shards"] = [parameter.to_local() for parameter in model.parameters()]
+    return results
+
+
+def test_mixed_precision_and_replicas_of_shards(tmp_path):
+    results = launch(4, half_and_replicas, tmp_path)
+    for engine in ("compact", "update"):
+        alone = train(network(), SculptConfig(engine=engine), tasks=1, steps=6)
+        for result in results:
+            assert all(leak <= limit for leak, limit in result["half", engine]["leaks"])
+            half = torch.tensor(result["half", engine]["losses"])
+            assert torch.allclose(half, torch.tensor(alone["losses"]), rtol=1e-2)
+            for name, weight in alone["weights"].items():
+                ours = result["replicas", engine]["weights"][name]
+                torch.testing.assert_close(ours, weight, rtol=0, atol=1e-6)
+    for first, second in ((0, 2), (1, 3)):
+        for a, b in zip(results[first]["shards"], results[second]["shards"], strict=True):
+            assert torch.equal(a, b)
+
+
+LAYERS = ["conv1d, fused qkv", "mixtral experts", "gpt-oss experts", "tied head and embedding"]
+
+
+def train_kind(name, wrap):
+    """Three steps on the same rows in every process."""
+    kind = KINDS[name]
+    model = wrap(kind.build())
+    config = SculptConfig(target_modules=kind.targets)
+    sculptor = Sculptor(model, config)
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=0.01)
+    sculptor.attach(optimizer)
+    for step in range(3):
+        optimizer.zero_grad()
+        kind.loss(model, step).backward()
+        optimizer.step()
+    certificate = sculptor.verify()
+    sculptor.end_task()
+    return model.state_dict(), certificate.ok
+
+
+def shard_blocks(model):
+    # From the inside out: what is inside has a group of its own.
+    for name, module in reversed(list(model.named_modules())):
+        if type(module).__name__.endswith(("DecoderLayer", "Block", "Experts")):
+            assert name
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def kinds():
+    found = {}
+    for name in LAYERS:
+        weights, ok = train_kind(name, shard_blocks)
+        found[name] = whole(weights), ok
+    return found
+
+
+def test_kinds_of_layers(tmp_path):
+    found = launch(2, kinds, tmp_path)
+    for name in LAYERS:
+        alone, _ = train_kind(name, lambda model: model)
+        for result in found:
+            weights, ok = result[name]
+            assert ok, name
+            for key, weight in alone.items():
+                assert torch.allclose(weights[key], weight, rtol=0, atol=2e-6), (name, key)
+
+
+def refusals():
+    said = []
+
+    def refused(kind, action):
+        with pytest.raises(kind) as error:
+            action()
+        said.append(str(error.value))
+
+    model = network()
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    fully_shard(model)
+    refused(RuntimeError, sculptor.parameters)
+
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(13, 8))
+    fully_shard(empty)
+    refused(ValueError, lambda: Sculptor(empty, SculptConfig()).begin_task())
+
+    flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
+    refused(ValueError, lambda: Sculptor(flat, SculptConfig()).begin_task())
+
+    zero = network()
+    zero[2].weight.ds_id = 0
+    refused(ValueError, lambda: Sculptor(zero, SculptConfig()).begin_task())
+
+    broken = divided()
+    with torch.no_grad():
+        broken[4].weight.to_local()[:1] = torch.nan
+    refused((ValueError, RuntimeError), lambda: Sculptor(broken, SculptConfig()).begin_task())
+
+    lost = divided()
+    forgetful = Sculptor(lost, SculptConfig())
+    forgetful.begin_task()
+    optimizer = torch.optim.AdamW(forgetful.parameters(), lr=0.1)
+    lost(torch.ones(2, 13)).sum().backward()
+    optimizer.step()
+    refused(RuntimeError, lambda: lost(torch.ones(2, 13)))
+
+    skipping = divided()
+    careful = Sculptor(skipping, SculptConfig())
+    careful.begin_task()
+    optimizer = torch.optim.AdamW(careful.parameters(), lr=0.1)
+    careful.attach(optimizer)
+    rows = torch.full((2, 13), torch.nan if dist.get_rank() == 1 else 1.0)
+    skipping(rows).sum().backward()
+    with pytest.warns(UserWarning, match="a step was left out"):
+        optimizer.step()
+    assert careful.skipped_steps == 1
+    return said
+
+
+def test_refusals_name_the_way_out(tmp_path):
+    for said in launch(2, refusals, tmp_path):
+        assert "call fully_shard(model) first, then begin_task()" in said[0]
+        assert "0.weight is on the meta device" in said[1]
+        assert "fully_shard (FSDP2)" in said[2]
+        assert "2.weight is partitioned by DeepSpeed ZeRO-3" in said[3]
+        assert "4.weight cannot be split" in said[4]
+        assert "Call sculptor.attach(optimizer)" in said[5]
