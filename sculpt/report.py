@@ -134,6 +134,11 @@ def _figures_table(results: Results) -> Table:
             meaning = "" if position else metric.definition  # the same for both accuracies
             table.add_row(Text(name), arrow, *cells, meaning)
         table.add_section()
+    for name in dict.fromkeys(name for result in methods.values() for name in result.general):
+        cells = [result.general.get(name, "-") for result in methods.values()]
+        table.add_row(
+            Text(name), "", *cells, "by lm-eval, before the first and after the last task"
+        )
     for name, arrow, show, meaning in _FIGURES:
         table.add_row(name, arrow, *(show(result) for result in methods.values()), meaning)
     return table

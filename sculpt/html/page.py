@@ -212,6 +212,11 @@ def _figures(columns: list[Column]) -> list[dict[str, Any]]:
                     metric.definition,
                 )
             )
+    for name in dict.fromkeys(name for c in columns for name in c.result.general):
+        cells = [c.result.general.get(name, "-") for c in columns]
+        rows.append(
+            _row(name, cells, [], "", "by lm-eval, before the first and after the last task")
+        )
     leaks = [c.result.worst_leak for c in columns]
     rows.append(
         _row(

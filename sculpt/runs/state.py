@@ -79,6 +79,12 @@ class MethodResult:
         rows = [certificate.worst for certificate in self.certificates]
         return max(rows, key=lambda row: row.leak / row.limit, default=None)
 
+    @property
+    def general(self) -> dict[str, str]:
+        """Scores of `lm-eval` before and after, e.g. `{"piqa acc": "0.780 → 0.752"}`."""
+        before, after = self.lm_eval.get("before", {}), self.lm_eval.get("after", {})
+        return {name: f"{before[name]:.3f} → {after[name]:.3f}" for name in before if name in after}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}

@@ -136,6 +136,14 @@ def test_runs_of_the_same_tasks_share_their_charts(tmp_path):
     assert page.tags.count("svg") == 7
 
 
+def test_general_ability_is_shown_before_and_after(tmp_path):
+    result = method("sculpt")
+    result.lm_eval = {"before": {"piqa acc": 0.78}, "after": {"piqa acc": 0.75}}
+    page = Page(report([write(tmp_path / "a", result)]))
+    assert "piqa acc" in page.text
+    assert "0.780 → 0.750" in page.text
+
+
 def test_a_broken_matrix_is_red(tmp_path):
     run = write(tmp_path / "a", method("sculpt", leak=1e-3))
     assert report([run]).count('class="over"') == len(NAMES)

@@ -63,6 +63,13 @@ def shown(results: Results, width: int) -> str:
     return captured.get()
 
 
+def test_general_ability_is_shown_before_and_after(results: Results) -> None:
+    assert "lm-eval" not in shown(results, 120)
+    results.methods["sculpt"].lm_eval = {"before": {"piqa acc": 0.78}, "after": {"piqa acc": 0.75}}
+    [line] = [line for line in shown(results, 140).splitlines() if "piqa acc" in line]
+    assert line.split()[:6] == ["piqa", "acc", "-", "0.780", "→", "0.750"]
+
+
 def test_tables_hold_every_figure_with_direction_and_definition(results: Results) -> None:
     text = shown(results, 120)
     flat = " ".join(text.split())
