@@ -262,9 +262,13 @@ def _expand_add_matrix(
     wide = C.dtype
     empty = C.numel() == 0
     V = None if V is None else V.to(wide)
+    both = U is not None and V is not None and not empty
+    if both and arrange("core", "none", m, n, *C.shape, False).transposed:
+        assert V is not None
+        C, V = torch.mm(C, V.t()), None
     if W.dtype == wide:
         # Products come first: where they find no memory, `W` is still as it was.
-        factors = None if empty else _factors(m, n, C, None if U is None else U.to(wide), V)
+        factors = None if empty else _factors(C, None if U is None else U.to(wide), V)
         if base is not None:
             W.copy_(base)
         if factors is not None:
@@ -274,23 +278,17 @@ def _expand_add_matrix(
     for rows in row_panels(m, n):
         total = source[rows].to(wide, copy=True)
         if not empty:
-            A = C[rows] if U is None else torch.mm(U[rows].to(wide), C)
-            total.add_(A) if V is None else total.addmm_(A, V.t())
+            core, A = (C[rows], None) if U is None else (C, U[rows].to(wide))
+            total.addmm_(*_factors(core, A, V))
         store(W[rows], total, seed, at=(row0 + rows.start, 0))
 
 
-def _factors(
-    m: int, n: int, C: Tensor, U: Tensor | None, V: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Two matrices whose product is `U C Vᵀ`, by the cheaper order."""
-    if U is None:
-        assert V is not None
-        return C, V.t()
+def _factors(C: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is `U C Vᵀ`."""
     if V is None:
+        assert U is not None
         return U, C
-    if arrange("core", "none", m, n, U.shape[1], V.shape[1], False).transposed:
-        return U, torch.mm(C, V.t())
-    return torch.mm(U, C), V.t()
+    return C if U is None else torch.mm(U, C), V.t()
 
 
 def _check_source(name: str, X: Tensor, W: Tensor) -> None:

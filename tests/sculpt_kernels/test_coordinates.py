@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import DTYPES, EPS, basis, error, gaussian
+from torch.utils.flop_counter import FlopCounterMode
 
 from sculpt_kernels import compress, expand_add_, expand_add_many_, panels, reference
 
@@ -139,6 +140,17 @@ def test_expand_add_without_coordinates(dtype):
     assert torch.equal(expand_add_(W.clone(), C, U, V), W)
     base = gaussian(6, 8, dtype=wide(dtype), seed=3)
     assert torch.equal(expand_add_(W.clone(), C, U, V, base=base), base.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n"), [(300, 40), (40, 300)])
+def test_expand_add_takes_the_cheaper_order(m, n, dtype):
+    r = 8
+    W, U, V = gaussian(m, n, dtype=dtype), basis(m, r, dtype=dtype), basis(n, r, dtype=dtype)
+    with FlopCounterMode(display=False) as counted:
+        expand_add_(W, gaussian(r, r, dtype=torch.float32), U, V, backend="torch")
+    # The product that goes into W in place is not counted, and is the same in both orders.
+    assert counted.get_total_flops() == 2 * r * r * min(m, n)
 
 
 @pytest.mark.parametrize("dtype", LOW)
