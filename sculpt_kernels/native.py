@@ -19,7 +19,7 @@ ABI = 1
 NAMES = ("libsculpt_cpu.so", "libsculpt_cpu.dylib", "sculpt_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMS = {"core": 0, "strict": 1, "left": 2, "right": 3}
-HOW_TO_BUILD = "`make native` in a checkout"
+HOW_TO_BUILD = "`make native` in a checkout, or SCULPT_NATIVE=1 pip install with a C++ compiler"
 
 _i32, _i64, _f32, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
