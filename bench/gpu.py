@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench import cases as C
-from bench.gpu_parts import continual, subspaces, training
+from bench.gpu_parts import aot, continual, subspaces, training
 from bench.gpu_parts.launches import part_graph, part_many
 from bench.gpu_parts.run import Run, off, random
 from bench.timing import ceilings
@@ -147,6 +147,7 @@ PARTS = {
     "subspaces": subspaces.part_subspaces,
     "training": training.part_training,
     "continual": continual.part_continual,
+    "aot": aot.part_aot,
 }
 
 

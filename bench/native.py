@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,15 +49,40 @@ def expand_add(data: Inputs) -> Variants:
     return found
 
 
+def _shape(text: str) -> tuple[int, int]:
+    m, n = map(int, text.split("x"))
+    return m, n
+
+
+def tables(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown, one table per operation: the yardstick's milliseconds, and ratios to it."""
+    parts = []
+    for operation in dict.fromkeys(row["case"].split()[0] for row in rows):
+        chosen = [row for row in rows if row["case"].split()[0] == operation]
+        against = chosen[0]["against"]
+        others = [name for name in chosen[0]["variants"] if name != against]
+        lines = [
+            f"| `{operation}`, rank / short side | {against}, ms | {' | '.join(others)} |",
+            "| --- |" + " ---: |" * (1 + len(others)),
+        ]
+        for row in chosen:
+            cells = [f"{row['variants'][against]['ms']:.1f}"]
+            cells += [f"{row['variants'][name]['ratio']:.2f}" for name in others]
+            lines.append(f"| {row['case'].partition(' ')[2]} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return parts
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, help="MxN ...")
     parser.add_argument("--ratios", nargs="+", default=RATIOS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="per case, after three rounds")
     parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args(arguments)
     rows = []
-    for shape in SHAPES:
+    for shape in options.shapes:
         for operation, dtype, make in (
             ("expand_add", "bfloat16", expand_add),
             ("adamw", "float32", adamw),
@@ -81,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"native-{torch.get_num_threads()}t.json"
-        about = machine() | {"isa": native.library().isa}
+        about = machine() | {"isa": native.library().isa, "date": time.strftime("%Y-%m-%d")}
         path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
         print(f"wrote {path}")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.cases import RATIOS
 from bench.continual_table import table as continual_table
+from bench.native import tables as native_tables
 from bench.subspace_table import subspaces
 from bench.training import table as training_table
 
@@ -186,9 +187,20 @@ def training(name: str, content: Row) -> str:
     return f"### Training steps, `results/{name}`\n\n{training_table([content]).rstrip()}"
 
 
+def native(name: str, content: Row) -> str:
+    about = content["machine"]
+    head = (
+        f"### Native CPU kernels, {about['threads']} threads\n\n`results/{name}`: {about['cpu']}, "
+        f"{about['isa']}, torch {about['torch']}, {about['date']}, `python -m bench.native`. "
+        "Ratios of time to the first column, medians within rounds; below 1 is faster."
+    )
+    return "\n\n".join([head, *native_tables(content["rows"])])
+
+
 WRITERS: dict[str, Callable[[str, Row], str]] = {
     "cpu-": cpu,
     "gpu-": gpu,
+    "native-": native,
     "subspaces-": subspaces,
     "training-": training,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ def test_gpu_script_rehearses_on_the_cpu(tmp_path, capsys):
         assert abs(row.get("of_optimum", 1) - 1) < 1e-5
     trained = {(row["method"], row["ratio"]) for row in results["training"]}
     assert trained == set(METHODS)
-    assert not [name for name in results["skipped"] if name.startswith("training")]
+    assert not [name for name in results["skipped"] if name.startswith(("training", "aot"))]
+    assert results["aot"]["kernels"] == 4
+    assert results["aot"]["library"] == (shutil.which("c++") is not None)
     for row in results["rows"]:
         assert all(v["us"] > 0 and v["p20"] <= v["p80"] for v in row["variants"].values())
     table = capsys.readouterr().out.strip().splitlines()
