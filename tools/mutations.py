@@ -207,6 +207,62 @@ MUTATIONS = [
         "return False",
         TESTS + "test_checks.py::test_project_in_place_refuses",
     ),
+    Mutation(
+        "native: every matrix of a batch starts at row 0",
+        "native/src/segment.h",
+        "static_cast<uint64_t>(rounding_.row0 + row)",
+        "static_cast<uint64_t>(row)",
+        TESTS + "test_native_kernels.py::test_stochastic_rounding_has_the_bits_of_torch",
+    ),
+    Mutation(
+        "native: sums over rows follow the height of the panels",
+        "native/src/sweep.cpp",
+        "fixed_rows_(p.m, PANEL_ROWS, 1)",
+        "fixed_rows_(p.m, p.panel_rows > 0 ? p.panel_rows : PANEL_ROWS, 1)",
+        TESTS + "test_native_kernels.py::test_threads_and_panels_change_no_bit",
+    ),
+    Mutation(
+        "native: ties of bfloat16 are rounded up",
+        "native/src/rows.cpp",
+        "(u + 0x7FFFu + ((u >> 16) & 1u))",
+        "(u + 0x8000u)",
+        TESTS + "test_native_kernels.py::test_conversions_are_those_of_torch",
+    ),
+    Mutation(
+        "native: one element too many is written",
+        "native/src/rows.cpp",
+        "i < n; ++i)\n      write<T>(out + i * static_cast",
+        "i <= n; ++i)\n      write<T>(out + i * static_cast",
+        TESTS + "test_native_memory.py::test_expand_add",
+    ),
+    Mutation(
+        "native: a library of another ABI is taken",
+        "sculpt_kernels/native.py",
+        "if abi != ABI:",
+        "if False:",
+        TESTS + "test_native_library.py::test_a_library_of_another_version",
+    ),
+    Mutation(
+        "ahead of time: kernels of other sources are taken",
+        "sculpt_kernels/aot/pack.py",
+        "if made_with[what] != ours:",
+        "if False:",
+        TESTS + "test_aot.py::test_a_pack_made_with_something_else",
+    ),
+    Mutation(
+        "ahead of time: a seed is part of the key",
+        "sculpt_kernels/aot/pack.py",
+        'signature[parameter.name] = "i64"',
+        "pass",
+        TESTS + "test_aot.py::test_launches_are_answered_from_the_pack",
+    ),
+    Mutation(
+        "ahead of time: tensors are counted from the wrong end",
+        "sculpt_kernels/aot/c_source.py",
+        "places = {_storage(X): i for i, X in enumerate(call.tensors.values())}",
+        "places = {_storage(X): i for i, X in enumerate(reversed(call.tensors.values()))}",
+        TESTS + "test_aot_library.py::test_launches_are_those_of_python",
+    ),
 ]
 
 
@@ -282,11 +338,21 @@ def run(tree: Path, test: str) -> bool:
     """
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     environment["TRITON_INTERPRET"] = "1" if test.startswith(INTERPRETER) else "0"
+    if test.startswith(TESTS + "test_native"):
+        build(tree)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode > 1:
         raise RuntimeError(f"pytest could not run {test}:\n{done.stdout}\n{done.stderr}")
     return done.returncode == 0
+
+
+def build(tree: Path) -> None:
+    """The native library of a copy, where its tests look for it."""
+    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or "cmake"
+    folder = ["-B", "build/native", "-DBUILD_TESTING=OFF"]
+    for command in ([cmake, "-S", ".", *folder], [cmake, "--build", "build/native", "--parallel"]):
+        subprocess.run(command, cwd=tree, check=True, stdout=subprocess.DEVNULL)
 
 
 def table(mutations: list[Mutation]) -> str:
