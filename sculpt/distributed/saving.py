@@ -47,7 +47,7 @@ def write(
     folders = {"task": f"task-{token}", "coordinates": f"coordinates-{token}"}
     if previous is None or known is None or "divided" not in known:
         tensors = fixed()
-        _write_folder(path / folders["task"], tensors, processes)
+        write_folder(path / folders["task"], tensors, processes)
         fixed_shapes = {key: _describe(tensor) for key, tensor in tensors.items()}
     else:
         fixed_shapes = known["tensors"]["task"]
@@ -58,7 +58,7 @@ def write(
                 if first:
                     source = previous / known["divided"]["task"]
                     _link_folder(source, path / folders["task"])
-    _write_folder(path / folders["coordinates"], moving, processes)
+    write_folder(path / folders["coordinates"], moving, processes)
     shapes = {
         "task": fixed_shapes,
         "coordinates": {key: _describe(tensor) for key, tensor in moving.items()},
@@ -113,7 +113,21 @@ def fill(room: Tensor, whole: Tensor) -> Tensor:
     return room.copy_(whole)
 
 
-def _write_folder(path: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
+def write_folder(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    processes: Processes,
+    *,
+    into_files: dict[str, int] | None = None,
+) -> None:
+    """Write a folder of safetensors, every process its shards.
+
+    Args:
+        into_files: number of the file that each tensor is put into, whole, in the end.
+
+    Raises:
+        OSError: on every process where one cannot write.
+    """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -123,7 +137,12 @@ def _write_folder(path: Path, tensors: Mapping[str, Tensor], processes: Processe
             warnings.simplefilter("ignore", UserWarning)
             save(
                 {key: tensor.detach() for key, tensor in tensors.items()},
-                storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
+                storage_writer=HuggingFaceStorageWriter(
+                    str(path),
+                    fqn_to_index_mapping=into_files,
+                    save_distributed=True,
+                    enable_consolidation=into_files is not None,
+                ),
                 process_group=processes.group,
                 no_dist=processes.size == 1,
             )
