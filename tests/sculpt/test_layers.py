@@ -245,18 +245,24 @@ def test_averaged_copies_and_wrapped_models():
 def test_8_bit_optimizers(package):
     """Where they are installed: their quantised states act on coordinates and cannot leak."""
     pytest.importorskip(package)
-    model, sculptor = sculpted()
     if package == "bitsandbytes":
         from bitsandbytes.optim import AdamW8bit
     else:
         from torchao.optim import AdamW8bit
+    # 64 x 64 coordinates: smaller ones keep 32-bit states in both.
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256))
+    sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=0.25))
+    sculptor.begin_task()
     optimizer = AdamW8bit(sculptor.param_groups(1e-3))
     sculptor.attach(optimizer)
-    x = torch.randn(4, 12)
+    x = torch.randn(4, 256)
     for _ in range(20):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
+    (state,) = optimizer.state.values()
+    moment = state["state1"] if package == "bitsandbytes" else state["exp_avg"].codes
+    assert moment.dtype == torch.uint8
     certificate = sculptor.verify(independent=True)
     assert certificate.ok, str(certificate)
     assert all(row.change > 1e-4 for row in certificate.rows)
