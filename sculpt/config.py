@@ -38,6 +38,13 @@ class SculptConfig:
         coordinates: of the compact engine. `"thin"`: `C` is `t x t`, trailing singular vectors on
             both sides; `"full"`: the longer side of a matrix keeps its whole complement, `C` is
             `max(m, n) x t`.
+        protect: what a task finds preserved. `"redecompose"`: the leading subspaces of the weights
+            as they are, as in the paper; `"accumulate"` (engine compact, coordinates thin): those
+            of the first task, and what every task since has learned.
+        learned_energy: for `"accumulate"`: share of `‖ΔW‖²_F` of a task whose directions join what
+            is preserved, in (0, 1).
+        when_full: for `"accumulate"`: a layer without free directions is frozen, `"freeze"`, or
+            gives the directions of least energy free again, `"release"`; both warn.
         others: parameters that are no target: `"freeze"`, or `"train"` those that require grad,
             outside of any guarantee.
         weight_update: how bfloat16 and float16 weights follow `C`: `"stochastic"` rounds each
@@ -66,6 +73,9 @@ class SculptConfig:
     constraint: str = "strict"
     engine: str = "auto"
     coordinates: str = "thin"
+    protect: str = "redecompose"
+    learned_energy: float = 0.9
+    when_full: str = "freeze"
     others: str = "freeze"
     weight_update: str = "stochastic"
     originals: str = "auto"
@@ -113,6 +123,8 @@ class SculptConfig:
         _check_choice("constraint", self.constraint, ("strict", "core"))
         _check_choice("engine", self.engine, ("auto", "compact", "update", "gradient"))
         _check_choice("coordinates", self.coordinates, ("thin", "full"))
+        _check_choice("protect", self.protect, ("redecompose", "accumulate"))
+        _check_choice("when_full", self.when_full, ("freeze", "release"))
         _check_choice("others", self.others, ("freeze", "train"))
         _check_choice("weight_update", self.weight_update, ("stochastic", "recompute"))
         _check_choice("originals", self.originals, ("auto", "cpu", "disk"))
@@ -120,6 +132,7 @@ class SculptConfig:
         if not isinstance(self.skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be True or False; got {self.skip_nonfinite!r}")
         self._check_engine()
+        self._check_protect()
         if not isinstance(self.subspace_cache, str | os.PathLike | None):
             raise TypeError(f"subspace_cache must be a path or None; got {self.subspace_cache!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -143,6 +156,17 @@ class SculptConfig:
             raise ValueError(
                 f"coordinates={self.coordinates!r} is for engine='compact'; "
                 f"engine={self.chosen_engine!r} moves in the whole allowed set already"
+            )
+
+    def _check_protect(self) -> None:
+        energy = self.learned_energy
+        if not isinstance(energy, float) or not 0.0 < energy < 1.0:
+            raise ValueError(f"learned_energy must be a float in (0, 1); got {energy!r}")
+        way = (self.chosen_engine, self.coordinates)
+        if self.protect == "accumulate" and way != ("compact", "thin"):
+            raise ValueError(
+                "protect='accumulate' needs engine='compact' and coordinates='thin'; got "
+                f"engine={way[0]!r}, coordinates={way[1]!r}"
             )
 
 

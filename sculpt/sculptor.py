@@ -17,11 +17,11 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
 from sculpt import state
-from sculpt.adaptive.allocate import adapt
+from sculpt.accumulate import Learned
 from sculpt.certificate import Certificate
+from sculpt.choice import choose
 from sculpt.config import SculptConfig
 from sculpt.distributed.agreement import check_agreement, check_replicas
-from sculpt.distributed.decompose import find_all
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, local, reshard, sharded_modules
 from sculpt.engines import (
@@ -31,6 +31,7 @@ from sculpt.engines import (
     make_matrix,
     place_of_original,
     rate_groups,
+    warn_that_gradients_leak,
 )
 from sculpt.matrices import Matrix
 from sculpt.originals import Original
@@ -66,6 +67,7 @@ class Sculptor:
             initialised; default: all of them.
 
     Attributes:
+        learned: with `protect="accumulate"`: what tasks have learned, and the room that is left.
         skipped_steps: steps of this task that were left out, their gradients not being finite.
 
     Raises:
@@ -82,6 +84,7 @@ class Sculptor:
         find_targets(model, config)
         self.model = model
         self.config = config
+        self.learned = Learned(config) if config.protect == "accumulate" else None
         self.skipped_steps = 0
         self._left_out = False
         self._task: dict[str, Matrix] | None = None
@@ -127,19 +130,18 @@ class Sculptor:
             raise RuntimeError("a task is running; call end_task() before begin_task()")
         start = time.perf_counter()
         targets = find_targets(self.model, self.config)
-        given = dict(subspaces or {})
-        unknown = sorted(set(given) - {target.name for target in targets.chosen})
-        if unknown:
-            raise ValueError(f"subspaces names {unknown[0]!r}, which is no target of this model")
         reshard(sharded_modules(self.model))
         processes = Processes(self._group, device_of(targets.chosen[0].parameter))
         check_agreement(processes, self.config, name, targets.chosen)
-        chosen, importance = adapt(self.model, targets.chosen, self.config, calibration, processes)
-        found = find_all(chosen, self.config, given, processes, progress)
-        self._start(chosen, found, name)
-        rows = [TaskRow.of(m, importance.get(m.name)) for m in self._running().values()]
+        chosen = choose(
+            self.model, targets.chosen, self.config, self.learned, calibration,
+            dict(subspaces or {}), processes, progress,
+        )  # fmt: skip
+        self._start(chosen.targets, chosen.bases, name)
+        rows = [TaskRow.of(m, chosen.importance.get(m.name)) for m in self._running().values()]
         seconds = time.perf_counter() - start
-        return TaskTable(name, rows, targets.left_out, seconds, list(self._others))
+        left_out = targets.left_out | chosen.full
+        return TaskTable(name, rows, left_out, seconds, list(self._others))
 
     def _start(
         self,
@@ -163,12 +165,7 @@ class Sculptor:
             else:
                 parameter.requires_grad_(False)
         if self.config.chosen_engine == "gradient":
-            warnings.warn(
-                "engine='gradient' projects gradients, not updates: AdamW was measured to leave "
-                "12 to 22 % of its update in the protected subspaces; end_task() says how much it "
-                "was here. engine='update' and engine='compact' are exact",
-                stacklevel=3,
-            )
+            warn_that_gradients_leak()
         self._sharded = sharded_modules(self.model)
         self._processes = Processes(self._group, device_of(targets[0].parameter))
         self._task_name, self._task_id = name, uuid.uuid4().hex
@@ -276,6 +273,8 @@ class Sculptor:
         Raises:
             RuntimeError: no task is running.
         """
+        if independent and self.learned is not None and self.learned.rooms:
+            raise ValueError("independent=True cannot find what protect='accumulate' has learned")
         return certify(
             list(self._running().values()),
             self.config.constraint,
@@ -297,12 +296,9 @@ class Sculptor:
         """
         matrices = self._running()
         if self.config.chosen_engine == "gradient":
-            worst = max(self.verify().rows, key=lambda row: row.leak)
-            warnings.warn(
-                f"engine='gradient': {worst.leak:.1%} of the update of {worst.name!r} went into "
-                "its protected subspaces in this task",
-                stacklevel=2,
-            )
+            warn_that_gradients_leak(max(self.verify().rows, key=lambda row: row.leak))
+        if self.learned is not None:
+            self.learned.add(list(matrices.values()))
         for matrix in matrices.values():
             matrix.end()
         for handle in self._attached:
@@ -341,6 +337,8 @@ class Sculptor:
             "requires_grad": state.flags_by_name(self.model, self._requires_grad),
             "matrices": {m.name: state.describe(m, checksums.get(m.name)) for m in matrices},
         }
+        if self.learned is not None:
+            self.learned.save(Path(path))
         state.save(matrices, Path(path), about, previous, self._processes)
 
     @property
@@ -380,6 +378,8 @@ class Sculptor:
             for target in targets
         }
         sculptor._start(targets, found, about["task"], originals)
+        if sculptor.learned is not None:
+            sculptor.learned.load(Path(path), processes.device)
         sculptor._task_id, sculptor.skipped_steps = about["id"], about["skipped_steps"]
         assert sculptor._seeds is not None
         sculptor._seeds += about["seed"] - int(sculptor._seeds[0])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+
+from torch import Tensor
 
 from sculpt.adaptive.batches import Run
 from sculpt.certificate import Certificate
@@ -48,7 +51,8 @@ class Sculpt(Strategy):
     def _calibration(self, task: int) -> list[Run] | None:
         """Rows of the task before, or of the first one for itself, one by one: no padding."""
         ranks = self.config.sculpt.ranks
-        if ranks is None or not ranks.from_data:
+        learned = self._sculptor.learned
+        if ranks is None or not ranks.from_data or (learned is not None and learned.rooms):
             return None
         rows = self.setting.rows[max(0, task - 1)]
         count = min(self.config.calibration_rows, len(rows))
@@ -59,6 +63,14 @@ class Sculpt(Strategy):
     def save(self, folder: Path, previous: Path | None) -> None:
         """Bases and coordinates: subspaces are not searched again."""
         self._sculptor.save(folder, previous=previous)
+
+    def memory(self) -> dict[str, Tensor]:
+        learned = self._sculptor.learned
+        return {} if learned is None else learned.tensors()
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        assert self._sculptor.learned is not None
+        self._sculptor.learned.restore(memory, next(self.model.parameters()).device)
 
     def weights_follow(self) -> bool:
         config = self.config.sculpt

@@ -1,0 +1,232 @@
+"""Which measure of importance predicts the layers whose trailing directions may be freed?
+
+For every matrix of SmolLM2-135M-Instruct: each measure of `AdaptiveRanks`, and the loss increase
+when its trailing part is perturbed at random, by as much as a step of AdamW would move it (the same
+root mean square for every matrix), averaged over both signs, which leaves the second order. The
+loss is that of next tokens on news texts; the measures see other texts than the loss.
+
+    python -m bench.importance --out bench/results     # measure; about ten minutes on two cores
+    python -m bench.importance --time --out bench/results   # add how long the pass takes
+    python -m bench.importance --plot                  # docs/images/importance.png from the file
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculpt.adaptive.importance import from_data, from_weights
+from sculpt.config import SculptConfig
+from sculpt.demo.models import smollm2
+from sculpt.demo.tasks import demo_tasks
+from sculpt.distributed.processes import Processes
+from sculpt.files import write_json
+from sculpt.targets import Target, find_targets
+from sculpt_kernels import expand_add_, split
+
+FILE = "importance-SmolLM2-135M.json"
+MEASURES = ("cosine", "fisher", "captured_energy", "effective_rank")
+CPU = torch.device("cpu")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--calibration", type=int, default=32, help="texts that measures see")
+    parser.add_argument("--texts", type=int, default=16, help="texts of the loss")
+    parser.add_argument("--tokens", type=int, default=48, help="of each text")
+    parser.add_argument("--size", type=float, default=0.3, help="of the perturbation over rms(W)")
+    parser.add_argument("--time", action="store_true", help="only the time of the pass")
+    parser.add_argument("--plot", action="store_true", help="only the picture")
+    options = parser.parse_args(arguments)
+    path = options.out / FILE
+    if options.plot:
+        plot(json.loads(path.read_text(encoding="utf-8")), Path("docs/images/importance.png"))
+        return 0
+    model, texts = load(options.calibration + options.texts, options.tokens)
+    targets = find_targets(model, SculptConfig(effective_rank=0.8)).chosen
+    if options.time:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["time"] = pass_time(model, targets, texts)
+        write_json(path, content)
+        return 0
+    start = time.perf_counter()
+    rows = measure(model, targets, texts, options)
+    content = {
+        "model": "SmolLM2-135M-Instruct",
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - start),
+        "settings": {k: v for k, v in vars(options).items() if isinstance(v, int | float)},
+        "rows": rows,
+    }
+    write_json(path, content)
+    print(table(FILE, content))
+    return 0
+
+
+def load(count: int, tokens: int) -> tuple[Any, Tensor]:
+    """The model, and `count` news texts of exactly `tokens` tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = smollm2()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    news = demo_tasks(0, train_per_task=600, test_per_task=60)[0].train
+    ids = (tokenizer(example.text)["input_ids"] for example in news)
+    return model, torch.tensor([row[:tokens] for row in ids if len(row) >= tokens][:count])
+
+
+def next_tokens(ids: Tensor, model: Any) -> Tensor:
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
+@torch.no_grad()
+def measure(model: Any, targets: list[Target], texts: Tensor, options: Any) -> list[dict[str, Any]]:
+    calibration = [partial(next_tokens, row[None]) for row in texts[: options.calibration]]
+    found = {}
+    for kind in MEASURES:
+        if kind in ("cosine", "fisher"):
+            preserved = [target.preserved for target in targets]
+            with torch.enable_grad():
+                found[kind] = from_data(
+                    model, targets, kind, preserved, calibration, Processes(None, CPU)
+                )
+        else:
+            found[kind] = from_weights(targets, kind)
+    held_out = texts[options.calibration :]
+    before = float(next_tokens(held_out, model))
+    sizes = [float(t.parameter.square().mean().sqrt()) for t in targets]
+    rms = options.size * statistics.median(sizes)
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    for target in targets:
+        W = target.parameter
+        low = split(W.double(), rank=target.preserved)
+        U, V = low.U.float(), low.V.float()
+        C = torch.randn(U.shape[1], U.shape[1], generator=generator)
+        C *= rms * W.numel() ** 0.5 / C.norm()
+        kept, losses = W.clone(), []
+        for sign in (1.0, -1.0):
+            expand_add_(W, C, U, V, alpha=sign)
+            losses.append(float(next_tokens(held_out, model)))
+            W.copy_(kept)
+        increase = sum(losses) / 2 - before
+        values = {kind: found[kind][target.name].value for kind in MEASURES}
+        rows.append({"name": target.name, **values, "loss_increase": increase})
+        print(f"{target.name}: {increase:+.5f}", flush=True)
+    return rows
+
+
+def pass_time(model: Any, targets: list[Target], texts: Tensor) -> dict[str, Any]:
+    """Medians of rounds in which the plain forward pass and the one that measures take turns."""
+    batches = [partial(next_tokens, texts[i : i + 8]) for i in range(0, 24, 8)]
+    plain, cosine = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        with torch.no_grad():
+            for batch in batches:
+                batch(model)
+        middle = time.perf_counter()
+        from_data(model, targets, "cosine", [], batches, Processes(None, CPU))
+        plain.append(middle - start)
+        cosine.append(time.perf_counter() - middle)
+    ratio = statistics.median(c / p for c, p in zip(cosine, plain, strict=True))
+    return {
+        "date": date.today().isoformat(),
+        "tokens": 3 * 8 * texts.shape[1],
+        "forward_seconds": statistics.median(plain),
+        "cosine_seconds": statistics.median(cosine),
+        "ratio": ratio,
+    }
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """Correlation of the ranks of two lists without ties to speak of."""
+    ranks = [torch.tensor(values).double().argsort().argsort().double() for values in (a, b)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def correlations(rows: list[dict[str, Any]], kind: str, truth: str) -> tuple[float, float]:
+    """Over all matrices, and the mean over kinds of matrices of that among a kind's layers."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["name"].rpartition(".")[2], []).append(row)
+    within = [
+        spearman([r[kind] for r in group], [r[truth] for r in group]) for group in groups.values()
+    ]
+    everywhere = spearman([r[kind] for r in rows], [r[truth] for r in rows])
+    return everywhere, statistics.fmean(within)
+
+
+def table(name: str, content: dict[str, Any]) -> str:
+    rows = content["rows"]
+    harmless = sum(row["loss_increase"] <= 0 for row in rows)
+    lines = [
+        f"### What predicts the layers that may be freed, `results/{name}`",
+        "",
+        f"{content['model']}, {len(rows)} matrices, {content['date']}, torch {content['torch']}, "
+        f"{content['seconds']} s. Spearman's rank correlation, over all matrices and (mean over "
+        f"the kinds of matrices) among the layers of one kind. {harmless} matrices had no loss "
+        "increase.",
+        "",
+        "| measure | with the loss increase | of one kind | with Fisher | of one kind |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for kind in MEASURES:
+        cells = [*correlations(rows, kind, "loss_increase"), *correlations(rows, kind, "fisher")]
+        lines.append(f"| {kind} | " + " | ".join(f"{value:+.2f}" for value in cells) + " |")
+    if "time" in content:
+        about = content["time"]
+        lines += [
+            "",
+            f"The cosine pass takes {about['ratio']:.2f} of a plain forward pass "
+            f"({about['cosine_seconds']:.2f} s and {about['forward_seconds']:.2f} s for "
+            f"{about['tokens']} tokens).",
+        ]
+    return "\n".join(lines)
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in content["rows"] if row["loss_increase"] > 0]
+    kinds = list(dict.fromkeys(row["name"].rpartition(".")[2] for row in rows))
+    figure = Figure(figsize=(13, 3.9), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(MEASURES), sharey=True)
+    figure.subplots_adjust(left=0.06, right=0.9, top=0.8, bottom=0.14, wspace=0.08)
+    for axis, measure_name in zip(axes, MEASURES, strict=True):
+        for number, kind in enumerate(kinds):
+            of_kind = [row for row in rows if row["name"].endswith(kind)]
+            x = [row[measure_name] for row in of_kind]
+            y = [row["loss_increase"] for row in of_kind]
+            axis.scatter(x, y, s=14, color=f"C{number}", label=kind, alpha=0.8, linewidths=0)
+        axis.set_yscale("log")
+        if measure_name == "fisher":
+            axis.set_xscale("log")
+        everywhere, within = correlations(content["rows"], measure_name, "loss_increase")
+        axis.set_title(f"{measure_name}\nρ {everywhere:+.2f}, of one kind {within:+.2f}",
+                       fontsize=10, loc="left")  # fmt: skip
+        axis.set_xlabel("importance", fontsize=9)
+        axis.tick_params(labelsize=8)
+    axes[0].set_ylabel("loss increase", fontsize=9)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    title = "Loss increase when the trailing fifth of one matrix is perturbed"
+    figure.text(0.012, 0.93, title, fontsize=13, fontweight="bold")
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
