@@ -70,8 +70,9 @@ def _library(pack: Path) -> Path | None:
         return None
     native, library = ROOT / "native", pack.parent / "libsculpt_aot.so"
     sources = [native / "aot/driver.cpp", native / "aot/launcher.cpp", pack / "pack.cpp"]
-    command = [compiler, "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden",
-               f"-I{native / 'include'}", f"-I{native / 'aot'}", f"-Wa,-I{pack}",
+    headers = [f"-I{native / folder}" for folder in ("include", "aot", "src")]
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", *headers,
+               f"-Wa,-I{pack}",
                *map(str, sources), "-ldl", "-o", str(library)]  # fmt: skip
     subprocess.run(command, check=True)
     return library

@@ -1,8 +1,6 @@
 // Runs the operations of a pack: every check comes before the first launch.
 #include "sculpt_kernels/aot.h"
 
-#include <cstdarg>
-#include <cstdio>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -11,23 +9,11 @@
 #include <vector>
 
 #include "driver.h"
+#include "refuse.h"
 #include "tables.h"
 
 namespace sculpt {
 namespace {
-
-thread_local char message[512] = "";
-
-#if defined(__GNUC__)
-__attribute__((format(printf, 1, 2)))
-#endif
-bool refuse(const char *format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(message, sizeof message, format, arguments);
-  va_end(arguments);
-  return false;
-}
 
 bool succeeded(const Driver &cuda, Result result, const char *what) {
   if (result == 0) return true;

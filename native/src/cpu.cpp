@@ -1,28 +1,16 @@
 // The C ABI: every argument is checked before anything is written.
 #include "sculpt_kernels/cpu.h"
 
-#include <cstdarg>
-#include <cstdio>
 #include <initializer_list>
 
 #include "operations.h"
+#include "refuse.h"
 #include "rows.h"
 #include "segment.h"
 
+using sculpt::refuse;
+
 namespace {
-
-thread_local char message[512] = "";
-
-#if defined(__GNUC__)
-__attribute__((format(printf, 1, 2)))
-#endif
-bool refuse(const char *format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(message, sizeof message, format, arguments);
-  va_end(arguments);
-  return false;
-}
 
 long long wide(int64_t x) { return static_cast<long long>(x); }
 
@@ -106,7 +94,7 @@ bool check_rounding(const sculpt_rounding &rounding, const char *name, const scu
 
 SCULPT_API int32_t sculpt_cpu_abi(void) { return SCULPT_CPU_ABI; }
 
-SCULPT_API const char *sculpt_cpu_error(void) { return message; }
+SCULPT_API const char *sculpt_cpu_error(void) { return sculpt::message; }
 
 SCULPT_API const char *sculpt_cpu_isa(void) { return sculpt::rows().name; }
 
