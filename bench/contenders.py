@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.llama import Llama
+from bench.timing import clock
 from sculpt import SculptConfig, Sculptor
 from sculpt.memory import optimizer_state_bytes
 from sculpt_kernels import Subspace, leak
@@ -83,7 +84,8 @@ class Contender:
     def _now(self) -> float:
         if next(self.model.parameters()).is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter()
+            return time.perf_counter()
+        return clock()
 
     @property
     def trainable(self) -> int:
@@ -167,7 +169,8 @@ def make(
     """A contender of its own model; `build` gives the same weights every time.
 
     Args:
-        method: `"plain"`, `"sculpt"`, `"osf"` or `"lora"`; the last two need PEFT.
+        method: `"plain"`, `"sculpt"`, `"sculpt/disk"` with the weights before the task in files,
+            `"osf"` or `"lora"`; the last two need PEFT.
         ratio: trainable fraction, of sculpt and OSF.
     """
     model = build()
@@ -183,8 +186,9 @@ def make(
             weight.requires_grad_(True)
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
         return Contender(method, model, optimizer, delta)
-    if method == "sculpt":
-        sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=ratio))
+    if method.startswith("sculpt"):
+        originals = "disk" if method == "sculpt/disk" else "auto"
+        sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=ratio, originals=originals))
         given = {name: found.low(preserved(found, ratio)) for name, found in known.items()}
         sculptor.begin_task(subspaces=given)
         groups = sculptor.param_groups(lr)

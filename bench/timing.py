@@ -26,6 +26,12 @@ class Timing:
     ratio: float = 1.0
 
 
+def clock() -> float:
+    """Seconds. With one thread on the CPU, those that the processor spent on it, whatever else the
+    machine does."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
@@ -89,8 +95,6 @@ def _once(sets: Sequence[dict[str, Call]], name: str, device: torch.device, call
     functions = [variants[name] for variants in sets]
     count = len(functions)
     if device.type != "cuda":
-        # One thread: the time that the processor spent on it, whatever else the machine does.
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         start = clock()
         for i in range(calls):
             functions[i % count]()

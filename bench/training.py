@@ -7,7 +7,8 @@
 
 All in one process and on the same weights. Rounds are interleaved: every method makes a step, then
 every method makes the next one. Ratios are medians over rounds of the ratio to the plain step of
-the same round.
+the same round. With `OMP_NUM_THREADS=1` seconds are those of the processor, which other processes
+do not add to.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import torch
 
 from bench.contenders import RATIOS, Contender, decompose, make
 from bench.llama import SMOLLM2_135M, TINY, Llama, Shape, two_layers
+from bench.timing import clock
 from sculpt.files import write_json
 from sculpt.memory import peak_memory_bytes, reset_peak_memory
 
@@ -75,9 +76,9 @@ def compare(case: str, tokens: int, ratios: Sequence[str], rounds: int) -> dict[
     for done in range(rounds + 1):
         # Back and forth, so that none always follows the same one.
         for name, contender in field if done % 2 else reversed(field):
-            start = time.perf_counter()
+            start = clock()
             losses[name].append(float(contender.step(ids)))
-            totals[name].append(time.perf_counter() - start)
+            totals[name].append(clock() - start)
         print(f"  round {done}: " + ", ".join(f"{n} {t[-1]:.2f}s" for n, t in totals.items()))
     rows = []
     for name, contender in field:
@@ -105,7 +106,8 @@ def compare(case: str, tokens: int, ratios: Sequence[str], rounds: int) -> dict[
 def memory(case: str, tokens: int, ratios: Sequence[str]) -> dict[str, Any]:
     """Peak memory above that of the imported libraries, every method in a process of its own."""
     rows = []
-    for method, ratio in contestants(ratios):
+    field = contestants(ratios) + [("sculpt/disk", ratio) for ratio in ratios]
+    for method, ratio in field:
         command = [sys.executable, "-m", "bench.training", "--peak", method, "--case", case]
         command += ["--tokens", str(tokens), "--ratios", ratio or ratios[0]]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -153,7 +155,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         lines += [
             f"{result['case']}, {result['tokens']} tokens ({result['cpu']}, "
-            f"{result['threads']} threads, torch {result['torch']}, {result['date']})",
+            f"{_count(result['threads'], 'thread')}, torch {result['torch']}, {result['date']})",
             "",
         ]
         if "memory" in result:
@@ -182,6 +184,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 )
         lines.append("")
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def about() -> dict[str, Any]:
@@ -231,6 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         result = compare(options.case, tokens, options.ratios, options.rounds)
     kind = "training-memory" if options.memory else "training"
+    if not options.memory and torch.get_num_threads() == 1:
+        kind += "-1-thread"
     path = options.out / f"{kind}-{options.case}-{tokens}.json"
     result = about() | result
     write_json(path, result)
