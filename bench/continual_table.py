@@ -70,6 +70,7 @@ def _of_model(runs: list[Run]) -> str:
         return f"{runs[0]['model']}: only searched so far."
     first = done[0]
     orders = sorted({run["order"] for run in done})
+    seeds = sorted({str(run["seed"]) for run in done})
     training = first["config"]["training"]
     rows = ", ".join(f"{task['name']} {task['train']}/{task['test']}" for task in first["tasks"])
     dates = " to ".join(dict.fromkeys((done[0]["date"], done[-1]["date"])))
@@ -81,7 +82,7 @@ def _of_model(runs: list[Run]) -> str:
         f"{steps} steps of {training['batch_size']} rows for each task (train/test rows "
         f"{rows}), passages of at most {training.get('max_text_tokens')} tokens"
         + (", prompts without instruction and options" if first["short_prompts"] else "")
-        + f". Generated answers; means over orders {', '.join(orders)} and seeds.",
+        + f". Generated answers; orders {', '.join(orders)}, seeds {', '.join(seeds)}.",
     ]
     if any(shared(run) for run in done):
         parts.append(
@@ -110,8 +111,11 @@ def _of_model(runs: list[Run]) -> str:
             ]
         )  # fmt: skip
     parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    notes = {v: mine[0]["budget"] for v, mine in by_variant(done).items() if mine[0]["budget"]}
-    parts.append("Budgets: " + "; ".join(f"{v}: {note}" for v, note in notes.items()) + ".")
+    notes = defaultdict(list)
+    for variant, mine in by_variant(done).items():
+        notes[mine[0]["budget"]].append(variant)
+    notes.pop("", None)
+    parts += [f"- {', '.join(names)}: {note}" for note, names in notes.items()]
     parts += _searches([run for run in runs if run["search"]])
     return "\n\n".join(parts)
 
