@@ -5,7 +5,8 @@ when its trailing part is perturbed at random, by as much as a step of AdamW wou
 root mean square for every matrix), averaged over both signs, which leaves the second order. The
 loss is that of next tokens on news texts; the measures see other texts than the loss.
 
-    python -m bench.importance --out bench/results     # measure; about ten minutes on two cores
+    python -m bench.importance --out bench/results     # every matrix: half an hour on two cores
+    python -m bench.importance --every 3 --calibration 8 --texts 8 --tokens 32      # two minutes
     python -m bench.importance --time --out bench/results   # add how long the pass takes
     python -m bench.importance --plot                  # docs/images/importance.png from the file
 """
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--texts", type=int, default=16, help="texts of the loss")
     parser.add_argument("--tokens", type=int, default=48, help="of each text")
     parser.add_argument("--size", type=float, default=0.3, help="of the perturbation over rms(W)")
+    parser.add_argument("--every", type=int, default=1, help="measure one in so many blocks")
     parser.add_argument("--time", action="store_true", help="only the time of the pass")
     parser.add_argument("--plot", action="store_true", help="only the picture")
     options = parser.parse_args(arguments)
@@ -54,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     model, texts = load(options.calibration + options.texts, options.tokens)
     targets = find_targets(model, SculptConfig(effective_rank=0.8)).chosen
+    targets = [target for target in targets if _block(target.name) % options.every == 0]
     if options.time:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["time"] = pass_time(model, targets, texts)
@@ -61,17 +64,23 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     start = time.perf_counter()
     rows = measure(model, targets, texts, options)
+    timed = pass_time(model, targets, texts)
     content = {
         "model": "SmolLM2-135M-Instruct",
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - start),
         "settings": {k: v for k, v in vars(options).items() if isinstance(v, int | float)},
+        "time": timed,
         "rows": rows,
     }
     write_json(path, content)
     print(table(FILE, content))
     return 0
+
+
+def _block(name: str) -> int:
+    return int(name.split(".")[2])
 
 
 def load(count: int, tokens: int) -> tuple[Any, Tensor]:
@@ -130,9 +139,9 @@ def measure(model: Any, targets: list[Target], texts: Tensor, options: Any) -> l
 
 def pass_time(model: Any, targets: list[Target], texts: Tensor) -> dict[str, Any]:
     """Medians of rounds in which the plain forward pass and the one that measures take turns."""
-    batches = [partial(next_tokens, texts[i : i + 8]) for i in range(0, 24, 8)]
+    batches = [partial(next_tokens, texts[i : i + 8]) for i in range(0, len(texts), 8)]
     plain, cosine = [], []
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         with torch.no_grad():
             for batch in batches:
@@ -144,7 +153,7 @@ def pass_time(model: Any, targets: list[Target], texts: Tensor) -> dict[str, Any
     ratio = statistics.median(c / p for c, p in zip(cosine, plain, strict=True))
     return {
         "date": date.today().isoformat(),
-        "tokens": 3 * 8 * texts.shape[1],
+        "tokens": texts.numel(),
         "forward_seconds": statistics.median(plain),
         "cosine_seconds": statistics.median(cosine),
         "ratio": ratio,
@@ -171,11 +180,15 @@ def correlations(rows: list[dict[str, Any]], kind: str, truth: str) -> tuple[flo
 
 def table(name: str, content: dict[str, Any]) -> str:
     rows = content["rows"]
+    settings = content["settings"]
     harmless = sum(row["loss_increase"] <= 0 for row in rows)
     lines = [
         f"### What predicts the layers that may be freed, `results/{name}`",
         "",
-        f"{content['model']}, {len(rows)} matrices, {content['date']}, torch {content['torch']}, "
+        f"{content['model']}, {len(rows)} matrices (of one in {settings['every']} "
+        f"blocks), {settings['calibration']} texts for the measures and "
+        f"{settings['texts']} for the loss, of {settings['tokens']} tokens; "
+        f"{content['date']}, torch {content['torch']}, "
         f"{content['seconds']} s. Spearman's rank correlation, over all matrices and (mean over "
         f"the kinds of matrices) among the layers of one kind. {harmless} matrices had no loss "
         "increase.",

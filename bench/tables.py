@@ -15,7 +15,9 @@ from typing import Any
 
 from bench.cases import RATIOS
 from bench.continual_table import table as continual_table
+from bench.importance import table as importance_table
 from bench.native import tables as native_tables
+from bench.stream import table as stream_table
 from bench.subspace_table import subspaces
 from bench.training import table as training_table
 
@@ -201,6 +203,8 @@ WRITERS: dict[str, Callable[[str, Row], str]] = {
     "cpu-": cpu,
     "gpu-": gpu,
     "native-": native,
+    "importance-": importance_table,
+    "stream-": stream_table,
     "subspaces-": subspaces,
     "training-": training,
 }
