@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 60
+SECONDS = 120
 
 
 def launch(size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
