@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"method": "plain"},
     "sculpt": {"method": "sculpt"},
     "sculpt core": {"method": "sculpt", "sculpt.constraint": "core"},
+    "sculpt adaptive": {"method": "sculpt", "sculpt.ranks": {"mrr": 0.1, "trr": 0.8}},
+    "sculpt accumulate": {"method": "sculpt", "sculpt.protect": "accumulate"},
     "lora": {"method": "lora"},
     "osf": {"method": "osf"},
     "olora": {"method": "olora"},
