@@ -30,6 +30,7 @@ def by_columns(parameter):
     return Shard(last if parameter.shape[last] % dist.get_world_size() == 0 else 0)
 
 
+BRIEF = {"steps": 5}
 COLUMNS = {"shard_placement_fn": by_columns}
 CASES = {
     "compact": (SculptConfig(), {}, {}),
@@ -39,10 +40,10 @@ CASES = {
         {"accumulate": 2},
     ),
     "core, update": (SculptConfig(constraint="core"), {}, {}),
-    "strict, update": (SculptConfig(engine="update"), {}, {}),
-    "columns": (SculptConfig(), COLUMNS, {}),
-    "columns, all coordinates": (SculptConfig(coordinates="full"), COLUMNS, {}),
-    "columns, update": (SculptConfig(engine="update"), COLUMNS, {}),
+    "strict, update": (SculptConfig(engine="update"), {}, BRIEF),
+    "columns": (SculptConfig(), COLUMNS, BRIEF),
+    "columns, all coordinates": (SculptConfig(coordinates="full"), COLUMNS, BRIEF),
+    "columns, update": (SculptConfig(engine="update"), COLUMNS, BRIEF),
     "kept gathered": (SculptConfig(originals="disk"), {"reshard_after_forward": False}, {}),
     "offload": (SculptConfig(), {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {}),
     "checkpointing": (SculptConfig(), {"checkpointing": True}, {}),
@@ -87,8 +88,8 @@ FEW = ["compact", "all coordinates, others", "core, update"]
     [
         (1, FEW),
         (2, list(CASES)),
-        (3, FEW),
-        (4, FEW),
+        (3, FEW[:2]),
+        (4, FEW[:2]),
         pytest.param(3, list(CASES), marks=pytest.mark.slow),
         pytest.param(4, list(CASES), marks=pytest.mark.slow),
     ],
