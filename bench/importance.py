@@ -6,7 +6,7 @@ root mean square for every matrix), averaged over both signs, which leaves the s
 loss is that of next tokens on news texts; the measures see other texts than the loss.
 
     python -m bench.importance --out bench/results     # every matrix: half an hour on two cores
-    python -m bench.importance --every 3 --calibration 8 --texts 8 --tokens 32      # two minutes
+    python -m bench.importance --every 3 --below 13 --calibration 8 --texts 8 --tokens 32
     python -m bench.importance --time --out bench/results   # add how long the pass takes
     python -m bench.importance --plot                  # docs/images/importance.png from the file
 """
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=48, help="of each text")
     parser.add_argument("--size", type=float, default=0.3, help="of the perturbation over rms(W)")
     parser.add_argument("--every", type=int, default=1, help="measure one in so many blocks")
+    parser.add_argument("--below", type=int, default=1000, help="only blocks before this one")
     parser.add_argument("--time", action="store_true", help="only the time of the pass")
     parser.add_argument("--plot", action="store_true", help="only the picture")
     options = parser.parse_args(arguments)
@@ -56,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     model, texts = load(options.calibration + options.texts, options.tokens)
     targets = find_targets(model, SculptConfig(effective_rank=0.8)).chosen
-    targets = [target for target in targets if _block(target.name) % options.every == 0]
+    blocks = range(0, options.below, options.every)
+    targets = [target for target in targets if _block(target.name) in blocks]
     if options.time:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["time"] = pass_time(model, targets, texts)
