@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,10 @@ def main() -> None:
     if options.out is not None:
         save_pretrained(model, options.out)
     dist.destroy_process_group()
+    if not gpu:
+        # A mesh of devices keeps gloo's threads, which may still let go of tensors and must not
+        # find an interpreter that has ended: it would abort (pytorch/pytorch#179291).
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":
