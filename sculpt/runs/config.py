@@ -193,6 +193,16 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _provable(self) -> Self:
+        accumulates = self.method == "sculpt" and self.sculpt.protect == "accumulate"
+        if accumulates and self.certificate == "independent":
+            raise ValueError(
+                "certificate='independent' cannot find what sculpt.protect='accumulate' has "
+                "learned; use certificate='complement'"
+            )
+        return self
+
     @field_serializer("sculpt")
     def _plain_sculpt(self, value: SculptConfig) -> dict[str, Any]:
         found = {name: item for name, item in vars(value).items() if item is not None}

@@ -168,3 +168,14 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
 def test_data_come_from_one_place(data: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"exactly one of tasks|order needs folder"):
         RunConfig.model_validate({"model": "m", "out": "o", "data": data})
+
+
+def test_certificates_that_a_later_task_could_not_have_are_refused_before_the_first(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD.replace("sculpt:\n", "sculpt:\n  protect: accumulate\n"))
+    assert read_config(path).sculpt.protect == "accumulate"
+    path.write_text(path.read_text() + "certificate: independent\n")
+    with pytest.raises(ConfigError, match="use certificate='complement'"):
+        read_config(path)
