@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -85,13 +85,7 @@ class SculptConfig:
     seed: int = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        known = [f.name for f in fields(cls)]
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(
-                    f"SculptConfig has no field {name!r}{did_you_mean(name, known) or '.'} "
-                    f"Known fields: {', '.join(known)}"
-                )
+        _check_names("SculptConfig", kwargs, cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -175,14 +169,18 @@ def _adaptive(ranks: Any) -> AdaptiveRanks:
         return ranks
     if not isinstance(ranks, Mapping):
         raise TypeError(f"ranks must be an AdaptiveRanks or a mapping of its fields; got {ranks!r}")
-    known = [f.name for f in fields(AdaptiveRanks)]
-    for name in ranks:
+    _check_names("ranks", ranks, AdaptiveRanks)
+    return AdaptiveRanks(**ranks)
+
+
+def _check_names(owner: str, given: Iterable[str], kind: type[Any]) -> None:
+    known = [f.name for f in fields(kind)]
+    for name in given:
         if name not in known:
             raise TypeError(
-                f"ranks has no field {name!r}{did_you_mean(name, known)}. "
+                f"{owner} has no field {name!r}{did_you_mean(name, known) or '.'} "
                 f"Known fields: {', '.join(known)}"
             )
-    return AdaptiveRanks(**ranks)
 
 
 def _check_ratio(ratio: Any) -> None:
