@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sculpt.adaptive.importance import Importance
@@ -80,25 +80,30 @@ class TaskTable:
             f"{title}{len(self.rows)} matrices, {self.trainable_elements:,} trainable elements "
             f"({share:.1%} of {self.dense_elements:,} weights), subspaces in {self.seconds:.1f} s"
         )
-        columns: dict[str, Callable[[TaskRow], str]] = {
-            "matrix": lambda row: row.name,
-            "shape": lambda row: " x ".join(map(str, row.shape)),
-            "preserved": lambda row: str(row.preserved),
-            "trainable": lambda row: str(row.trainable_rank),
-            "elements": lambda row: f"{row.trainable_elements:,}",
-            "energy kept": lambda row: f"{row.energy:.4f}",
-            "method": lambda row: row.method,
-        }
-        if any(row.importance is not None for row in self.rows):
-            columns["importance"] = lambda row: (
-                "-" if row.importance is None else f"{row.importance:.3f}"
-            )
-        if any(row.note for row in self.rows):
-            columns["note"] = lambda row: row.note
-        cells = [[show(row) for show in columns.values()] for row in self.rows]
-        table = text_table(list(columns), cells)
+        table = table_of(self.rows)
         left_out = "\n".join(
             f"  {name}: {'trains unprotected, ' if name in self.others else ''}{reason}"
             for name, reason in self.left_out.items()
         )
         return f"{header}\n{table}\nLeft out ({len(self.left_out)}):\n{left_out or '  nothing'}"
+
+
+def table_of(rows: Sequence[TaskRow]) -> str:
+    """A line for each matrix: what was chosen for it, and why."""
+    columns: dict[str, Callable[[TaskRow], str]] = {
+        "matrix": lambda row: row.name,
+        "shape": lambda row: " x ".join(map(str, row.shape)),
+        "preserved": lambda row: str(row.preserved),
+        "trainable": lambda row: str(row.trainable_rank),
+        "elements": lambda row: f"{row.trainable_elements:,}",
+        "energy kept": lambda row: f"{row.energy:.4f}",
+        "method": lambda row: row.method,
+    }
+    if any(row.importance is not None for row in rows):
+        columns["importance"] = lambda row: (
+            "-" if row.importance is None else f"{row.importance:.3f}"
+        )
+    if any(row.note for row in rows):
+        columns["note"] = lambda row: row.note
+    cells = [[show(row) for show in columns.values()] for row in rows]
+    return text_table(list(columns), cells)

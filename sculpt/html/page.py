@@ -13,6 +13,7 @@ from typing import Any
 
 from sculpt.config import SculptConfig
 from sculpt.html import charts
+from sculpt.html.layers import layers_of
 from sculpt.html.spectra import Progress, Spectrum, cost, spectra
 from sculpt.metrics import METRICS, summary
 from sculpt.ranks import with_ranks
@@ -174,6 +175,7 @@ def report(
         forgetting=[(group, _forgetting(group)) for group in groups],
         times=charts.stacks({c.name: c.result.seconds for c in columns}, "seconds by phase", "s"),
         leaks=[(c, _grid_of_leaks(c)) for c in columns if c.result.certificates],
+        layers=[(run, found) for run in runs if (found := layers_of(run.path))],
         spectra=[(run, _spectra(run, with_spectra, progress)) for run in runs if _has_spectra(run)],
         metrics=METRICS,
     )

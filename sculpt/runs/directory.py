@@ -3,6 +3,8 @@
 config.json     all settings, versions, a digest of the data, and the rows left out
 status.json     "running", "finished", "failed" or "interrupted", and where
 checkpoints/    while the run goes on; see `sculpt.runs.checkpoint`
+ranks/          of each task whose ranks adapt: what each matrix got and why, table and picture
+room/           after each task of those that accumulate: what each matrix has left
 results.json    everything measured
 model/          the model after the last task, a plain Hugging Face directory
 models/         the models after each task, where asked for
@@ -95,7 +97,8 @@ class RunDirectory:
 
     def remove_unfinished(self) -> None:
         """Remove what a killed run was about to write."""
-        hidden = [*self.path.glob(".*"), *(self.path / "models").glob(".*")]
+        folders = [self.path, *(self.path / name for name in ("models", "ranks", "room"))]
+        hidden = [path for folder in folders for path in folder.glob(".*")]
         for path in hidden:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

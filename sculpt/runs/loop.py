@@ -25,6 +25,7 @@ from sculpt.report import Results
 from sculpt.runs.checkpoint import CheckpointError, Checkpoints, Part, tensors_part
 from sculpt.runs.directory import RunDirectory, RunError, versions
 from sculpt.runs.flatten import flatten, random_states, set_random_states, unflatten
+from sculpt.runs.layer_files import draw_ranks, file_of, write_ranks, write_room
 from sculpt.runs.lm_eval import general_ability
 from sculpt.runs.logged import RunLog
 from sculpt.runs.prepare import Prepared
@@ -96,6 +97,7 @@ class Run:
                 group["initial_lr"] = group["lr"]
         state.result.losses.append([])
         state.result.subspaces.append([asdict(row) for row in self.begun.subspaces])
+        write_ranks(self.directory.path, self._file(), self.begun.subspaces)
         state.phase, state.step = "train", 0
         self._log.begun(state, self.begun.subspaces)
         self._save()
@@ -170,13 +172,13 @@ class Run:
         with self._clock("certify"):
             certificate = self.strategy.certify(self._advance("certify"))
             self.strategy.end_task(state.task)
+        write_room(self.directory.path, self._file(), self.strategy.room())
         if certificate is not None:
             state.result.certificates.append(certificate)
         self._log.certified(state, certificate)
         if self.config.checkpoint.models == "each":
             with self._clock("save"):
-                name = self.tasks[state.task].name.replace("/", "-")
-                self.directory.save_model(self.learner, f"models/{state.task + 1:02d}-{name}")
+                self.directory.save_model(self.learner, f"models/{self._file()}")
         state.phase = "evaluate"
         self._save()
 
@@ -208,11 +210,18 @@ class Run:
             with self._clock("save"):
                 self.directory.save_model(self.learner, "model")
         self._measure_all()
+        # After the memory was measured, which a library for pictures is no part of.
+        names = [task.name for task in self.tasks]
+        draw_ranks(self.directory.path, names, self.state.result.subspaces)
         self._results().write(self.directory.path)
         flush(self.directory.path / "results.json")
         self.state.phase = "done"
         self.directory.write_status("finished", None, self.config.method)
         self.checkpoints.remove_all()
+
+    def _file(self) -> str:
+        """Names files of the current task."""
+        return file_of(self.state.task, self.tasks[self.state.task].name)
 
     def _general(self, when: str) -> None:
         evaluation = self.config.evaluation

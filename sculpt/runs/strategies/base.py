@@ -150,6 +150,10 @@ class Strategy(ABC):
     def remember(self, memory: Mapping[str, Tensor]) -> None:  # noqa: B027 - most methods need none
         """Take what `memory` gave."""
 
+    def room(self) -> str:
+        """What each layer has left for later tasks, after one ended; "" where nothing runs out."""
+        return ""
+
     def certify(self, advance: Advance) -> Certificate | None:
         """Measure what moved since `begin_task`; None where nothing was promised."""
         return None

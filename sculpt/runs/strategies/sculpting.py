@@ -95,6 +95,10 @@ class Sculpt(Strategy):
         self._sculptor.end_task()
         freeze(self.free)
 
+    def room(self) -> str:
+        learned = self._sculptor.learned
+        return "" if learned is None else str(learned.capacity())
+
     def _begun(self, subspaces: list[TaskRow]) -> Begun:
         groups = self._sculptor.param_groups(lr=self.config.training.lr)
         if self.free:
