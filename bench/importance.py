@@ -114,7 +114,7 @@ def measure(model: Any, targets: list[Target], texts: Tensor, options: Any) -> l
                     model, targets, kind, preserved, calibration, Processes(None, CPU)
                 )
         else:
-            found[kind] = from_weights(targets, kind)
+            found[kind] = from_weights(targets, kind, Processes(None, CPU))
     held_out = texts[options.calibration :]
     before = float(next_tokens(held_out, model))
     sizes = [float(t.parameter.square().mean().sqrt()) for t in targets]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.adaptive.importance import Importance, from_data, from_weights, squared_values
@@ -18,6 +17,7 @@ from sculpt.distributed.processes import Processes
 from sculpt.engines import trained_elements
 from sculpt.ranks import floor_inside, pattern_rank
 from sculpt.targets import Target
+from sculpt_kernels import is_divided
 
 TOLERANCE = 0.01
 """To which a budget is met."""
@@ -46,11 +46,12 @@ def adapt(
         if calibration is not None:
             raise ValueError("calibration is not used by uniform ranks; pass calibration=None")
         return targets, {}
-    divided = next((t.name for t in targets if isinstance(t.parameter, DTensor)), None)
-    if divided is not None:
+    divided = next((t.name for t in targets if is_divided(t.parameter)), None)
+    if divided is not None and ranks.importance == "fisher":
         raise ValueError(
-            f"ranks that adapt are measured on whole matrices, and {divided!r} is divided by "
-            "fully_shard: run begin_task() once before it, and pass its ranks as rank_pattern"
+            "importance='fisher' needs gradients of whole matrices, and that of "
+            f"{divided!r} is divided by fully_shard: take another importance, or run "
+            "begin_task() once before fully_shard and pass its ranks as rank_pattern"
         )
     if ranks.from_data and calibration is None:
         raise ValueError(
@@ -66,9 +67,10 @@ def adapt(
         preserved = [target.preserved for target in free]
         raw = from_data(model, free, ranks.importance, preserved, calibration, processes)
     else:
-        raw = from_weights(free, ranks.importance)
+        raw = from_weights(free, ranks.importance, processes)
     scaled = scale(raw)
     chosen = _under_budget(targets, config, ranks, scaled)
+    processes.require_equal({"rank": {target.name: target.preserved for target in chosen}})
     named = {target.name for target in targets} - scaled.keys()
     return chosen, scaled | {name: Importance(None, "rank_pattern") for name in named}
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sculpt.distributed.processes import Processes
+
 Run = Callable[[nn.Module], Any]
 """Passes a batch through the model, and returns what the model does, or the loss."""
 
 
-def runs(calibration: Any, model: nn.Module) -> Iterator[Run]:
+def runs(calibration: Any, device: torch.device) -> Iterator[Run]:
     """One function for each batch, which is looked at before it is passed on.
 
     Args:
         calibration: an iterable of batches. A batch is a mapping of keyword arguments of the model,
             a tensor or a tuple of positional ones, or a function of the model.
+        device: where the model computes.
 
     Raises:
         TypeError, ValueError: it is no such iterable, it is empty, or a tensor is on another device
-            than the model or not finite.
+            or not finite.
     """
     if isinstance(calibration, str | bytes | Mapping | Tensor) or not isinstance(
         calibration, Iterable
@@ -30,7 +34,6 @@ def runs(calibration: Any, model: nn.Module) -> Iterator[Run]:
             "calibration must be an iterable of batches (mappings, tensors, tuples or functions of "
             f"the model); got {type(calibration).__name__}"
         )
-    device = next(model.parameters()).device
     empty = True
     for number, batch in enumerate(calibration):
         _check(batch, f"calibration[{number}]", device)
@@ -38,6 +41,36 @@ def runs(calibration: Any, model: nn.Module) -> Iterator[Run]:
         yield _run(batch)
     if empty:
         raise ValueError("calibration is empty; expected at least one batch")
+
+
+def in_step(batches: Iterator[Run], processes: Processes) -> Iterator[Run]:
+    """The same, one on every process at a time, as a model needs that gathers divided weights.
+
+    Where one fails the others end without a word, for `Processes.fail_together` to tell them.
+
+    Raises:
+        TypeError, ValueError: as `runs`; or, on all, they have not equally many batches.
+    """
+    for count in itertools.count():
+        run: Run | None = None
+        error: Exception | None = None
+        try:
+            run = next(batches, None)
+        except (TypeError, ValueError) as problem:
+            error = problem
+        said = processes.tell("fails" if error else "ends" if run is None else "goes on")
+        if error is not None:
+            raise error
+        if "fails" in said:
+            return
+        if len(set(said)) > 1:
+            raise ValueError(
+                f"calibration has {count} batches on rank {said.index('ends')} and more on rank "
+                f"{said.index('goes on')}: a model that fully_shard divided needs equally many"
+            )
+        if run is None:
+            return
+        yield run
 
 
 def _check(batch: Any, name: str, device: torch.device) -> None:

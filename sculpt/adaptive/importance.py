@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sculpt.adaptive.batches import runs
+from sculpt.adaptive.batches import in_step, runs
 from sculpt.distributed.processes import Processes
+from sculpt.distributed.sharding import reshard, sharded_modules, whole
 from sculpt.targets import Place, Target
-from sculpt_kernels import compress, split
+from sculpt_kernels import compress, is_divided, split
 
 ENERGY = 0.9
 """Of which `captured_energy` counts the directions."""
@@ -72,10 +73,15 @@ def from_data(
     try:
         measure = _cosines if kind == "cosine" else _fisher(preserved)
         with _left_as_it_was(model), measure(model, targets, tallies) as after:
-            for run in runs(calibration, model):
+            batches = runs(calibration, processes.device)
+            if any(is_divided(target.parameter) for target in targets):
+                batches = in_step(batches, processes)
+            for run in batches:
                 after(run(model))
     except (TypeError, ValueError) as problem:
         error = problem
+    finally:
+        reshard(sharded_modules(model))
     processes.fail_together(error)
     said = processes.tell(
         {
@@ -213,15 +219,34 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
-def from_weights(targets: list[Target], kind: str) -> dict[str, Importance]:
-    """Importance by `"captured_energy"` or `"effective_rank"` of each target, by name."""
+def from_weights(targets: list[Target], kind: str, processes: Processes) -> dict[str, Importance]:
+    """Importance by `"captured_energy"` or `"effective_rank"` of each target, by name.
+
+    Each process measures its share of the targets. Raises `ValueError` where a weight is not
+    finite.
+    """
     measure = captured_energy if kind == "captured_energy" else effective_rank
-    return {target.name: Importance(measure(squared_values(target))) for target in targets}
+    own: dict[str, float] = {}
+    error: Exception | None = None
+    for index, target in enumerate(targets):
+        weight = whole(target.parameter.detach())
+        if error is None and index % processes.size == processes.rank:
+            try:
+                own[target.name] = measure(squared_values(target, weight))
+            except ValueError as problem:
+                error = problem
+    processes.fail_together(error)
+    found = {name: value for one in processes.tell(own) for name, value in one.items()}
+    return {target.name: Importance(found[target.name]) for target in targets}
 
 
-def squared_values(target: Target) -> Tensor:
-    """Squared singular values `(..., k)`, descending, float64, from the smaller Gram matrix."""
-    W = target.oriented(target.parameter.detach()).double()
+def squared_values(target: Target, weight: Tensor | None = None) -> Tensor:
+    """Squared singular values `(..., k)`, descending, float64, from the smaller Gram matrix.
+
+    weight: the whole one of the target, where it was gathered already.
+    """
+    weight = whole(target.parameter.detach()) if weight is None else weight
+    W = target.oriented(weight).double()
     if not bool(torch.isfinite(W).all()):
         raise ValueError(f"the weight of {target.name!r} is not finite")
     A = W if W.shape[-2] <= W.shape[-1] else W.mT

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from launch import launch
 from small_models import KINDS
-from tasks import network, train
+from tasks import batch, network, share, train
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,7 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
-from sculpt import SculptConfig, Sculptor
+from sculpt import AdaptiveRanks, SculptConfig, Sculptor
 
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -145,6 +147,76 @@ def test_mixed_precision_and_replicas_of_shards(tmp_path):
     for first, second in ((0, 2), (1, 3)):
         for a, b in zip(results[first]["shards"], results[second]["shards"], strict=True):
             assert torch.equal(a, b)
+
+
+ADAPTIVE = {
+    "cosine": AdaptiveRanks(mrr=0.2, trr=0.6),
+    "cosine, elements": AdaptiveRanks(mrr=0.2, trr=0.6, trainable_elements=150),
+    "captured energy, memory": AdaptiveRanks(importance="captured_energy", memory_bytes=8880),
+    "effective rank, energy": AdaptiveRanks(importance="effective_rank", protected_energy=0.9),
+}
+
+
+def adapt(make):
+    """What each matrix got, and whether the certificate of a step holds."""
+    found = {}
+    for name, ranks in ADAPTIVE.items():
+        model = make()
+        sculptor = Sculptor(model, SculptConfig(ranks=ranks))
+        batches = [share(batch(0, step)[0]) for step in range(2)] if ranks.from_data else None
+        rows = sculptor.begin_task(batches).rows
+        optimizer = torch.optim.AdamW(sculptor.parameters(), lr=0.01)
+        sculptor.attach(optimizer)
+        model(share(batch(0, 2)[0])).square().mean().backward()
+        optimizer.step()
+        found[name] = [(row.preserved, row.importance) for row in rows], sculptor.verify().ok
+    return found
+
+
+def adapt_divided():
+    return adapt(divided)
+
+
+def adapt_without_resharding():
+    return adapt(partial(divided, reshard_after_forward=False))
+
+
+@pytest.mark.parametrize("function", [adapt_divided, adapt_without_resharding])
+def test_ranks_adapt_as_in_one_process(function, tmp_path):
+    alone = adapt(network)
+    for found in launch(2, function, tmp_path):
+        for name, (rows, ok) in found.items():
+            assert ok, name
+            ranks, importance = zip(*rows, strict=True)
+            expected_ranks, expected = zip(*alone[name][0], strict=True)
+            assert ranks == expected_ranks, name
+            assert importance == pytest.approx(expected, abs=1e-5), name
+            assert len(set(ranks)) > 1, name
+
+
+def adaptive_refusals():
+    said = []
+    rank = dist.get_rank()
+    for importance, batches in (
+        ("fisher", [torch.ones(2, 13)]),
+        ("cosine", [torch.ones(2, 13)] * (1 + rank)),
+        ("cosine", [torch.ones(2, 13), torch.full((2, 13), torch.nan if rank else 1.0)]),
+        ("cosine", []),
+    ):
+        sculptor = Sculptor(divided(), SculptConfig(ranks=AdaptiveRanks(importance=importance)))
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            sculptor.begin_task(batches)
+        said.append(str(error.value))
+    return said
+
+
+def test_calibration_that_divided_models_cannot_use(tmp_path):
+    for rank, said in enumerate(launch(2, adaptive_refusals, tmp_path)):
+        assert "'0' is divided by fully_shard: take another importance" in said[0]
+        assert "calibration has 1 batches on rank 0 and more on rank 1" in said[1]
+        assert ("rank 1 failed: ValueError: " in said[2]) == (rank == 0)
+        assert "calibration[1] has values that are not finite" in said[2]
+        assert "calibration is empty" in said[3]
 
 
 LAYERS = ["conv1d, fused qkv", "mixtral experts", "gpt-oss experts", "tied head and embedding"]
