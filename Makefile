@@ -3,10 +3,12 @@
 #
 #   PYTHON=python3.12     the Python that .venv is made with
 #   ARGS="--quick"        passed on to `sculpt demo` or to pytest
+#   JOBS=4                how many processes run tests
 
 VENV := .venv
 RUN  := $(VENV)/bin
 ARGS ?=
+JOBS ?= 2
 
 # Models and data of the demo.
 SCULPT_CACHE ?= $(CURDIR)/.cache
@@ -37,7 +39,7 @@ native: setup ## build and test the native CPU kernels, where there is a compile
 
 test: lint native ## lint, types and the whole test suite
 	@$(RUN)/python -m sculpt.demo.assets --quick
-	@$(RUN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(RUN)/ruff check

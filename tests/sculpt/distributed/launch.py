@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,7 @@ def launch(size: int, function: Callable[..., Any], folder: Path, *arguments: An
     Raises:
         Exception: a process failed; the message has its traceback.
     """
-    # A server that has everything imported forks processes at once.
-    multiprocessing.set_forkserver_preload(["sculpt", "tasks"])
+    _warm_up()
     torch.multiprocessing.start_processes(
         _run,
         args=(size, function, str(folder), arguments),
@@ -30,6 +32,24 @@ def launch(size: int, function: Callable[..., Any], folder: Path, *arguments: An
         start_method="forkserver",
     )
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+@cache
+def _warm_up() -> None:
+    """Start the server that forks processes: what takes seconds to import it imports once."""
+    tests = [p.stem for p in Path(__file__).parent.glob("test_*.py") if p.stem in sys.modules]
+    late = ["torch._dynamo", "torch.distributed.checkpoint.hf_storage"]
+    multiprocessing.set_forkserver_preload([*tests, *late])
+    # It does not get this path otherwise, and says nothing of what it has not found.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _run(rank: int, size: int, function: Callable[..., Any], folder: str, arguments: Any) -> None:
