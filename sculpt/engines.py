@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import warnings
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,20 @@ def make_matrix(target: Target, bases: Bases, original: Original, config: Sculpt
     return kind(target, bases, original, config.constraint)
 
 
+def freeze(
+    model: nn.Module, targets: Iterable[Target], config: SculptConfig
+) -> dict[str, nn.Parameter]:
+    """Freeze all but the targets and, with `others="train"`, what trained before: that, by name."""
+    chosen = {id(target.parameter) for target in targets}
+    others = {}
+    for name, parameter in model.named_parameters():
+        if config.others != "train" or not parameter.requires_grad:
+            parameter.requires_grad_(False)
+        elif id(parameter) not in chosen:
+            others[name] = parameter
+    return others
+
+
 def recomputes(config: SculptConfig, target: Target) -> bool:
     """Whether each step rounds the weight afresh from the original, not its change."""
     return target.parameter.dtype not in LOW_PRECISION or config.weight_update == "recompute"
@@ -61,6 +77,27 @@ def place_of_original(config: SculptConfig, target: Target) -> str:
     if config.chosen_engine == "compact":
         return "device" if recomputes(config, target) else "cpu"
     return "device" if config.chosen_engine == "update" else "cpu"
+
+
+class Originals:
+    """The weights before a task, and the files of those that are on disk."""
+
+    def __init__(self, config: SculptConfig) -> None:
+        self._config = config
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+
+    def keep(self, target: Target, weight: Tensor) -> Original:
+        """What `weight` is now; the shard of a divided one."""
+        place = place_of_original(self._config, target)
+        if place == "disk" and self._files is None:
+            self._files = tempfile.TemporaryDirectory(prefix="sculpt-")
+        folder = None if self._files is None else Path(self._files.name)
+        return Original(local(weight.detach()).to(target.parameter.device), place, folder)
+
+    def close(self) -> None:
+        """Remove the files."""
+        if self._files is not None:
+            self._files.cleanup()
 
 
 def groups(matrices: list[Matrix], together: bool) -> list[list[int]]:

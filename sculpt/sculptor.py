@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,20 @@ from sculpt.certificate import Certificate
 from sculpt.choice import choose
 from sculpt.config import SculptConfig
 from sculpt.distributed.agreement import check_agreement, check_replicas
+from sculpt.distributed.background import Background, Saving
 from sculpt.distributed.processes import Processes
-from sculpt.distributed.sharding import device_of, local, reshard, sharded_modules
+from sculpt.distributed.sharding import device_of, reshard, sharded_modules
 from sculpt.engines import (
+    Originals,
     check_holds,
     drop_nonfinite_gradients,
     follow_all,
+    freeze,
     make_matrix,
-    place_of_original,
     rate_groups,
     warn_that_gradients_leak,
 )
 from sculpt.matrices import Matrix
-from sculpt.originals import Original
 from sculpt.proof import certify
 from sculpt.subspaces import Bases
 from sculpt.targets import Target, find_targets
@@ -95,7 +96,7 @@ class Sculptor:
         self._group = group
         self._attached: list[Any] = []
         self._seeds: Tensor | None = None
-        self._files: tempfile.TemporaryDirectory[str] | None = None
+        self._background = Background()
 
     def begin_task(
         self,
@@ -139,8 +140,7 @@ class Sculptor:
         )  # fmt: skip
         self._start(chosen.targets, chosen.bases, name)
         rows = [TaskRow.of(m, chosen.importance.get(m.name)) for m in self._running().values()]
-        seconds = time.perf_counter() - start
-        left_out = targets.left_out | chosen.full
+        left_out, seconds = targets.left_out | chosen.full, time.perf_counter() - start
         return TaskTable(name, rows, left_out, seconds, list(self._others))
 
     def _start(
@@ -148,42 +148,31 @@ class Sculptor:
         targets: list[Target],
         found: list[Bases],
         name: str | None,
-        originals: Mapping[str, Original] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Freeze the rest and give every target what its engine needs."""
-        if originals is None:
-            originals = {
-                target.name: self._original(target, target.parameter) for target in targets
-            }
-        chosen = {id(target.parameter) for target in targets}
+        """Freeze the rest and give every target what its engine needs.
+
+        `weights` are those before the task, where it has begun already.
+        """
+        weights = weights or {target.name: target.parameter for target in targets}
+        self._originals = Originals(self.config)
+        originals = [self._originals.keep(target, weights[target.name]) for target in targets]
         self._requires_grad = {p: p.requires_grad for p in self.model.parameters()}
-        self._others = {}
-        for full, parameter in self.model.named_parameters():
-            if self.config.others == "train" and parameter.requires_grad:
-                if id(parameter) not in chosen:
-                    self._others[full] = parameter
-            else:
-                parameter.requires_grad_(False)
+        self._others = freeze(self.model, targets, self.config)
         if self.config.chosen_engine == "gradient":
             warn_that_gradients_leak()
         self._sharded = sharded_modules(self.model)
         self._processes = Processes(self._group, device_of(targets[0].parameter))
         self._task_name, self._task_id = name, uuid.uuid4().hex
         self.skipped_steps = 0
-        task: dict[str, Matrix] = {}
-        for target, bases in zip(targets, found, strict=True):
-            task[target.name] = make_matrix(target, bases, originals[target.name], self.config)
+        task = {
+            target.name: make_matrix(target, bases, original, self.config)
+            for target, bases, original in zip(targets, found, originals, strict=True)
+        }
         self._task = task
         device = targets[0].parameter.device
         # A seed is used once: by one matrix in one update of one task.
         self._seeds = self.config.seed + torch.arange(len(task), device=device) * 2**20
-
-    def _original(self, target: Target, weight: Tensor) -> Original:
-        keep = place_of_original(self.config, target)
-        if keep == "disk" and self._files is None:
-            self._files = tempfile.TemporaryDirectory(prefix="sculpt-")
-        directory = None if self._files is None else Path(self._files.name)
-        return Original(local(weight.detach()).to(target.parameter.device), keep, directory)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and what trains: coordinates by module name, then other parameters by theirs."""
@@ -305,10 +294,9 @@ class Sculptor:
             handle.remove()
         for parameter, flag in self._requires_grad.items():
             parameter.requires_grad_(flag)
-        if self._files is not None:
-            self._files.cleanup()
+        self._originals.close()
         self._requires_grad, self._others, self._attached = {}, {}, []
-        self._task = self._task_name = self._seeds = self._files = None
+        self._task = self._task_name = self._seeds = None
 
     def save(self, path: FilePath, *, previous: FilePath | None = None) -> None:
         """Write the running task to a directory: safetensors and JSON, atomically, never pickle.
@@ -317,16 +305,34 @@ class Sculptor:
         recomputed ones, follow from what is written here; others are known by their checksum.
 
         Args:
-            path: made where it does not exist; files of an earlier save in it are replaced.
+            path: made where it does not exist. An earlier save in it stays whole until this one is
+                complete, and is taken away then.
             previous: directory of an earlier save. Where that is of the same task, bases and
                 original weights, which do not change during a task, are linked, not written again.
 
         Raises:
             RuntimeError: no task is running.
+            Exception: what went wrong with an earlier `save_async`, where nobody has asked it.
         """
+        about, parts = self._to_save(previous)
+        parts.write(Path(path), about, self._processes)
+
+    def save_async(self, path: FilePath, *, previous: FilePath | None = None) -> Saving:
+        """As `save`, but training goes on as soon as what is written has been copied to the host.
+
+        Another save waits for the end of this one. Ask for `result()` before processes part.
+
+        Returns:
+            The save under way: `result()` waits and raises what went wrong.
+        """
+        about, parts = self._to_save(previous)
+        write = partial(parts.copied().write, Path(path), about)
+        return self._background.start(write, self._processes)
+
+    def _to_save(self, previous: FilePath | None) -> tuple[dict[str, Any], state.Parts]:
         matrices = list(self._running().values())
         assert self._seeds is not None
-        checksums = state.weight_checksums(matrices, self._processes)
+        self._background.settle()
         about = {
             "format": state.FORMAT,
             "config": state.config_to_json(self.config),
@@ -335,11 +341,11 @@ class Sculptor:
             "skipped_steps": self.skipped_steps,
             "seed": int(self._seeds[0]),
             "requires_grad": state.flags_by_name(self.model, self._requires_grad),
-            "matrices": {m.name: state.describe(m, checksums.get(m.name)) for m in matrices},
+            "matrices": state.describe(matrices, self._processes),
         }
-        if self.learned is not None:
-            self.learned.save(Path(path))
-        state.save(matrices, Path(path), about, previous, self._processes)
+        learned = None if self.learned is None else self.learned.tensors()
+        last = None if previous is None else Path(previous)
+        return about, state.Parts.of(matrices, learned, self._task_id, last, self._processes)
 
     @property
     def weights_follow(self) -> bool:
@@ -370,22 +376,18 @@ class Sculptor:
         known = about["matrices"]
         targets = state.targets_of(model, sculptor.config, known)
         processes = Processes(group, device_of(targets[0].parameter))
-        fixed, moving = state.read(Path(path), about, targets, processes)
-        found = [state.bases_of(target, known[target.name], fixed) for target in targets]
+        parts = state.read(Path(path), about, targets, processes)
+        found = [state.bases_of(target, known[target.name], parts["task"]) for target in targets]
         state.put_flags(model, about["requires_grad"])
-        originals = {
-            target.name: sculptor._original(target, fixed[f"{target.name}/original"])
-            for target in targets
-        }
-        sculptor._start(targets, found, about["task"], originals)
+        weights = {target.name: parts["task"][f"{target.name}/original"] for target in targets}
+        sculptor._start(targets, found, about["task"], weights)
         if sculptor.learned is not None:
-            sculptor.learned.load(Path(path), processes.device)
+            sculptor.learned.restore(parts["learned"], processes.device)
         sculptor._task_id, sculptor.skipped_steps = about["id"], about["skipped_steps"]
         assert sculptor._seeds is not None
         sculptor._seeds += about["seed"] - int(sculptor._seeds[0])
         matrices = list(sculptor._running().values())
-        for matrix in matrices:
-            state.resume(matrix, moving)
+        state.resume(matrices, parts["coordinates"])
         state.check_weights(matrices, known, processes)
         return sculptor
 

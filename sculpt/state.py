@@ -1,8 +1,9 @@
 """A sculptor on disk: safetensors and JSON, no decomposition on the way back.
 
-path/sculptor.json               configuration, task, ranks, counters, checksums
-path/task.safetensors            bases and original weights: fixed for the length of a task
-path/coordinates.safetensors     coordinates, and what the engine keeps beside the weights
+path/sculptor.json                  written last: the save is what it names, whatever else is there
+path/task-ID.safetensors            bases and original weights: fixed for the length of a task
+path/coordinates-ID.safetensors     coordinates, and what the engine keeps beside the weights
+path/learned-ID.safetensors         what earlier tasks have learned, where that is protected
 
 A task that is divided over processes has folders of these, see `sculpt.distributed.saving`.
 """
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,57 +37,104 @@ from sculpt.subspaces import Bases
 from sculpt.targets import Target, find_targets
 from sculpt_kernels import is_divided
 
-FORMAT = 1
+FORMAT = 2
 FilePath = str | os.PathLike[str]
-FIXED = "task.safetensors"
-MOVING = "coordinates.safetensors"
 
 
-def save(
-    matrices: list[Matrix],
-    path: Path,
-    about: dict[str, Any],
-    previous: FilePath | None,
-    processes: Processes,
-) -> None:
-    """Write a task: shards by every process, or all by the first one."""
-    moving = {k: t for m in matrices for k, t in moving_tensors(m).items()}
-    last = None if previous is None else Path(previous)
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of a save.
 
-    def fixed() -> dict[str, Tensor]:
-        return {k: t for m in matrices for k, t in fixed_tensors(m).items()}
-
-    if any(is_divided(matrix.weight) for matrix in matrices):
-        known = None if last is None else same_task(last, about["id"])
-        saving.write(path, about, fixed, moving, last, processes.tell(known)[0], processes)
-        return
-    with processes.first_alone() as first:
-        if first:
-            write(path, about, fixed, moving, last)
-
-
-def write(
-    path: Path,
-    about: dict[str, Any],
-    fixed: Callable[[], Mapping[str, Tensor]],
-    moving: Mapping[str, Tensor],
-    previous: Path | None,
-) -> None:
-    """Write the three files, `sculptor.json` last; it names the others' checksums.
-
-    Where `previous` has a save of the same task, its fixed part is linked, not written again.
+    Attributes:
+        fixed: bases and original weights; None where an earlier save has them.
+        moving: coordinates, and what the engine keeps beside the weights.
+        learned: what earlier tasks have learned, where that is protected.
+        previous, known: that earlier save, and its description.
+        divided: whether each process writes its own.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    known = None if previous is None else same_task(previous, about["id"])
-    if previous is None or known is None or "divided" in known:
-        fixed_sum = _save(path / FIXED, fixed())
-    else:
-        fixed_sum = known["checksums"][FIXED]
-        if previous.resolve() != path.resolve():
-            with replacing_file(path / FIXED) as temporary:
-                link(previous / FIXED, temporary)
-    checksums = {FIXED: fixed_sum, MOVING: _save(path / MOVING, moving)}
-    write_json(path / ABOUT, {**about, "checksums": checksums})
+
+    fixed: Mapping[str, Tensor] | None
+    moving: Mapping[str, Tensor]
+    learned: Mapping[str, Tensor] | None
+    previous: Path | None
+    known: dict[str, Any] | None
+    divided: bool
+
+    @classmethod
+    def of(
+        cls,
+        matrices: list[Matrix],
+        learned: Mapping[str, Tensor] | None,
+        identity: str,
+        previous: Path | None,
+        processes: Processes,
+    ) -> Parts:
+        """Those of a running task as they are now, sharing memory with it.
+
+        Where nothing is divided the first process has all of them and the others none.
+        """
+        divided = any(is_divided(matrix.weight) for matrix in matrices)
+        with processes.as_one() as first:
+            known = same_task(previous, identity, divided) if first and previous else None
+        known = processes.tell(known)[0]
+        if not divided and processes.rank > 0:
+            return cls({}, {}, None, None, None, divided)
+        with processes.as_one() if divided else nullcontext():
+            fixed = None
+            if known is None:
+                fixed = {k: t for matrix in matrices for k, t in fixed_tensors(matrix).items()}
+            moving = {k: t for matrix in matrices for k, t in moving_tensors(matrix).items()}
+        return cls(fixed, moving, learned, previous, known, divided)
+
+    def copied(self) -> Parts:
+        """In host memory of their own."""
+        fixed, learned = (
+            None if part is None else _copies(part) for part in (self.fixed, self.learned)
+        )
+        return replace(self, fixed=fixed, moving=_copies(self.moving), learned=learned)
+
+    def write(self, path: Path, about: dict[str, Any], processes: Processes) -> None:
+        """Write a task: shards by every process, or all by the first one.
+
+        Raises:
+            Exception: on every process where one fails; an earlier save in `path` stays whole.
+        """
+        if self.divided:
+            saving.write(path, about, self.fixed, self.moving, self.previous, self.known, processes)
+            return
+        with processes.as_one() as first:
+            if first:
+                self._write_whole(path, about)
+
+    def _write_whole(self, path: Path, about: dict[str, Any]) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        token = uuid.uuid4().hex[:8]
+        files = {part: f"{part}-{token}.safetensors" for part in ("task", "coordinates")}
+        if self.known is None:
+            assert self.fixed is not None
+            fixed_sum = _save(path / files["task"], self.fixed)
+        else:
+            assert self.previous is not None
+            known = self.known["files"]["task"]
+            fixed_sum = self.known["checksums"][known]
+            if self.previous.resolve() == path.resolve():
+                files["task"] = known
+            else:
+                link(self.previous / known, path / files["task"])
+        moving_sum = _save(path / files["coordinates"], self.moving)
+        checksums = {files["task"]: fixed_sum, files["coordinates"]: moving_sum}
+        if self.learned is not None:
+            files["learned"] = f"learned-{token}.safetensors"
+            checksums[files["learned"]] = _save(path / files["learned"], self.learned)
+        write_json(path / ABOUT, {**about, "files": files, "checksums": checksums})
+        saving.clear(path, files)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        key: as_shard(tensor, local(tensor.detach()).to("cpu", copy=True))
+        for key, tensor in tensors.items()
+    }
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -111,8 +161,8 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def read(
     path: Path, about: Mapping[str, Any], targets: list[Target], processes: Processes
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The fixed and the moving tensors of a save, divided as the weights of `targets` are now.
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a save by part, divided as the weights of `targets` are now.
 
     Raises:
         ValueError: the save is incomplete, or was changed.
@@ -127,24 +177,27 @@ def read(
             for part in ("task", "coordinates")
         }
         saving.read(path, about, rooms, processes)
-        return rooms["task"], rooms["coordinates"]
-    parts = []
-    for name in (FIXED, MOVING):
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{path} is incomplete: {name} is missing")
-        if checksum(file) != about["checksums"].get(name):
-            raise ValueError(f"{file} was changed: {ABOUT} has another checksum of it")
-        try:
-            parts.append(load_file(file))
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-    for part in parts:
+        return rooms
+    parts = {part: _load(path, name, about) for part, name in about["files"].items()}
+    for part in (parts["task"], parts["coordinates"]):
         for key, tensor in part.items():
             if is_divided(by_name[key.rsplit("/", 1)[0]].parameter):
                 room = _room(by_name, key, tuple(tensor.shape), tensor.dtype)
                 part[key] = saving.fill(room, tensor)
-    return parts[0], parts[1]
+    return parts
+
+
+def _load(path: Path, name: str, about: Mapping[str, Any]) -> dict[str, Tensor]:
+    file = path / name
+    if not file.is_file():
+        raise ValueError(f"{path} is incomplete: {name} is missing")
+    if checksum(file) != about["checksums"].get(name):
+        raise ValueError(f"{file} was changed: {ABOUT} has another checksum of it")
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return tensors
 
 
 def _room(
@@ -168,16 +221,19 @@ def config_to_json(config: SculptConfig) -> dict[str, Any]:
     return values
 
 
-def describe(matrix: Matrix, checksum: int | None) -> dict[str, Any]:
-    """What JSON holds of one matrix."""
-    bases = matrix.bases
+def describe(matrices: list[Matrix], processes: Processes) -> dict[str, dict[str, Any]]:
+    """What JSON holds of each matrix."""
+    checksums = weight_checksums(matrices, processes)
     return {
-        "shape": list(matrix.target.shape),
-        "preserved": matrix.target.preserved,
-        "complement": bases.complement,
-        "energy": bases.energy,
-        "method": bases.method,
-        "weight": checksum,
+        matrix.name: {
+            "shape": list(matrix.target.shape),
+            "preserved": matrix.target.preserved,
+            "complement": matrix.bases.complement,
+            "energy": matrix.bases.energy,
+            "method": matrix.bases.method,
+            "weight": checksums.get(matrix.name),
+        }
+        for matrix in matrices
     }
 
 
@@ -245,8 +301,13 @@ def bases_of(target: Target, about: Mapping[str, Any], fixed: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def resume(matrix: Matrix, moving: Mapping[str, Tensor]) -> None:
+def resume(matrices: list[Matrix], moving: Mapping[str, Tensor]) -> None:
     """Put back what had moved."""
+    for matrix in matrices:
+        _resume(matrix, moving)
+
+
+def _resume(matrix: Matrix, moving: Mapping[str, Tensor]) -> None:
     if isinstance(matrix, CompactMatrix):
         matrix.state.folded.copy_(moving[f"{matrix.name}/folded"])
         matrix.trained.copy_(moving[f"{matrix.name}/C"])
@@ -302,11 +363,12 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> int:
         return checksum(temporary)
 
 
-def same_task(previous: Path, identity: str) -> dict[str, Any] | None:
-    """The description in `previous`, or None where it is of another task."""
+def same_task(previous: Path, identity: str, divided: bool) -> dict[str, Any] | None:
+    """The description in `previous`, or None where it is of another task or of another layout."""
     try:
         about = read_about(previous)
     except (OSError, ValueError):
         return None
-    complete = "divided" in about or (previous / FIXED).exists()
-    return about if about.get("id") == identity and complete else None
+    if about.get("id") != identity or ("divided" in about) != divided:
+        return None
+    return about if divided or (previous / about["files"]["task"]).exists() else None

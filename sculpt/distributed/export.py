@@ -38,7 +38,7 @@ def save_pretrained(
     """
     final = Path(path)
     processes = Processes(group, device_of(next(model.parameters())))
-    with processes.first_alone() as first:
+    with processes.as_one() as first:
         if first and final.exists() and (not final.is_dir() or any(final.iterdir())):
             raise FileExistsError(f"path must not exist, or be an empty directory; got {final}")
     token = processes.tell(uuid.uuid4().hex[:8])[0]
@@ -46,7 +46,7 @@ def save_pretrained(
     tensors = _once(model)
     try:
         write_folder(temporary, tensors, processes, into_files=_files(tensors))
-        with processes.first_alone() as first:
+        with processes.as_one() as first:
             if first:
                 _finish(model, temporary)
                 os.replace(temporary, final)

@@ -29,6 +29,17 @@ class Processes:
         self.size = dist.get_world_size(group) if together else 1
         self.rank = dist.get_rank(group) if together else 0
 
+    def apart(self) -> Processes:
+        """The same processes in a group of their own, for another thread: gloo, on the CPU.
+
+        What two threads say in one group would be mixed up.
+        """
+        group = None
+        if self.size > 1:
+            members = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+            group = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+        return Processes(group, torch.device("cpu"))
+
     def tell(self, value: Any) -> list[Any]:
         """What every process has said, in the order of their ranks; `value` as JSON holds it."""
         text = json.dumps(value)
@@ -88,11 +99,11 @@ class Processes:
         return bool(flag)
 
     @contextmanager
-    def first_alone(self) -> Iterator[bool]:
-        """A block that the first process goes through, `True`, while the others wait at its end.
+    def as_one(self) -> Iterator[bool]:
+        """A block at whose end all wait; it gets `True` on the first process.
 
         Raises:
-            RuntimeError: on the others, where the block raises on the first.
+            RuntimeError: where the block raises on another. Its own error where it does here.
         """
         error = None
         try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ ABOUT = "sculptor.json"
 def write(
     path: Path,
     about: dict[str, Any],
-    fixed: Callable[[], Mapping[str, Tensor]],
+    fixed: Mapping[str, Tensor] | None,
     moving: Mapping[str, Tensor],
     previous: Path | None,
     known: Mapping[str, Any] | None,
@@ -37,24 +37,25 @@ def write(
     """Write both folders, then `sculptor.json`, then take away what an earlier save left there.
 
     Args:
-        previous, known: an earlier save of the same task and what is in its `sculptor.json`: its
-            fixed part is linked, not written again.
+        fixed: None where it is linked, not written again, from
+        previous, known: an earlier save of the same task and what is in its `sculptor.json`.
 
     Raises:
         Exception: on every process where one of them fails; an earlier save in `path` stays whole.
     """
     token = processes.tell(uuid.uuid4().hex[:8])[0]
     folders = {"task": f"task-{token}", "coordinates": f"coordinates-{token}"}
-    if previous is None or known is None or "divided" not in known:
-        tensors = fixed()
-        write_folder(path / folders["task"], tensors, processes)
-        fixed_shapes = {key: _describe(tensor) for key, tensor in tensors.items()}
+    if fixed is not None:
+        write_folder(path / folders["task"], fixed, processes)
+        fixed_shapes = {key: _describe(tensor) for key, tensor in fixed.items()}
     else:
+        assert previous is not None
+        assert known is not None
         fixed_shapes = known["tensors"]["task"]
         if previous.resolve() == path.resolve():
             folders["task"] = known["divided"]["task"]
         else:
-            with processes.first_alone() as first:
+            with processes.as_one() as first:
                 if first:
                     source = previous / known["divided"]["task"]
                     _link_folder(source, path / folders["task"])
@@ -64,14 +65,23 @@ def write(
         "coordinates": {key: _describe(tensor) for key, tensor in moving.items()},
     }
     sums = _checksums([path / folder for folder in folders.values()], processes)
-    with processes.first_alone() as first:
+    with processes.as_one() as first:
         if first:
             about = {**about, "divided": folders, "tensors": shapes, "checksums": sums}
             write_json(path / ABOUT, about)
-            for folder in path.iterdir():
-                stale = folder.name.startswith(("task-", "coordinates-"))
-                if stale and folder.name not in folders.values():
-                    shutil.rmtree(folder, ignore_errors=True)
+            clear(path, folders)
+
+
+def clear(path: Path, keep: Mapping[str, str]) -> None:
+    """Take away what earlier saves left in `path`."""
+    for old in path.iterdir():
+        if old.name.startswith(("task-", "coordinates-", "learned-")):
+            if old.name in keep.values():
+                continue
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink(missing_ok=True)
 
 
 def read(

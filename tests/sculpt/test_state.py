@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from sculpt import SculptConfig, Sculptor
+from sculpt import SculptConfig, Sculptor, state
 from tests.sculpt.small_models import KINDS
 from tests.sculpt.test_engines import EXACT, fit, model_of
 
@@ -56,8 +56,8 @@ def test_a_resumed_task_gives_the_same_bits(tmp_path, monkeypatch, engine, dtype
     for (name, a), b in zip(again.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b), name
         assert a.requires_grad == (name != "0.bias")
-    linked = tmp_path / "b" / "task.safetensors"
-    assert linked.stat().st_ino == (tmp_path / "a" / "task.safetensors").stat().st_ino
+    one, two = (next((tmp_path / name).glob("task-*.safetensors")) for name in "ab")
+    assert one.samefile(two)
 
 
 @pytest.mark.parametrize("name", ["conv1d, fused qkv", "mixtral experts"])
@@ -93,21 +93,93 @@ def test_damaged_and_foreign_saves_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"model does not fit: .*no '2'"):
         Sculptor.load(torch.nn.Sequential(model_of()[0]), tmp_path)
     about.write_text(json.dumps(json.loads(text) | {"format": 99}))
-    with pytest.raises(ValueError, match="has format 99; this version reads format 1"):
+    with pytest.raises(ValueError, match="has format 99; this version reads format 2"):
         load()
     about.write_text("{")
     with pytest.raises(ValueError, match="is not a sculptor's description"):
         load()
     about.write_text(text)
-    moving = tmp_path / "coordinates.safetensors"
+    (moving,) = tmp_path.glob("coordinates-*.safetensors")
     data = bytearray(moving.read_bytes())
     data[-1] ^= 1
     moving.write_bytes(data)
-    with pytest.raises(ValueError, match=r"coordinates.safetensors was changed"):
+    with pytest.raises(ValueError, match=rf"{moving.name} was changed"):
         load()
     moving.unlink()
-    with pytest.raises(ValueError, match=r"incomplete: coordinates\.safetensors is missing"):
+    with pytest.raises(ValueError, match=rf"incomplete: {moving.name} is missing"):
         load()
     about.unlink()
     with pytest.raises(FileNotFoundError, match=r"has no sculptor.json"):
         load()
+
+
+def test_a_save_in_the_background_is_the_one_of_its_moment(tmp_path):
+    model = model_of()
+    sculptor, optimizer = begun(model, SculptConfig())
+    fit(model, optimizer, 2)
+    sculptor.save(tmp_path / "expected")
+    saving = sculptor.save_async(tmp_path / "found")
+    fit(model, optimizer, 2)
+    sculptor.end_task()
+    saving.result()
+    assert saving.done()
+    states = []
+    for name in ("expected", "found"):
+        fresh = model_of()
+        Sculptor.load(fresh, tmp_path / name)
+        states.append(fresh.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+        assert not torch.equal(value, model.state_dict()[name]) or name.endswith("bias"), name
+
+
+def test_what_goes_wrong_in_the_background_is_not_lost(tmp_path):
+    sculptor, _ = begun(model_of(), SculptConfig())
+    (tmp_path / "file").touch()
+    sculptor.save_async(tmp_path / "file")
+    with pytest.raises(OSError, match="file"):
+        sculptor.save(tmp_path / "good")
+    sculptor.save(tmp_path / "good")
+    saving = sculptor.save_async(tmp_path / "file")
+    with pytest.raises(OSError, match="file"):
+        saving.result()
+    sculptor.save_async(tmp_path / "better", previous=tmp_path / "good").result()
+    one, two = (next((tmp_path / name).glob("task-*")) for name in ("good", "better"))
+    assert one.samefile(two)
+
+
+def save_async(sculptor, path):
+    sculptor.save_async(path).result()
+
+
+@pytest.mark.parametrize("save", [Sculptor.save, save_async])
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_an_interrupted_save_leaves_the_one_before_it(tmp_path, monkeypatch, save, when):
+    """Into the same directory, another task in the meantime; the first files are complete."""
+    model = model_of()
+    sculptor, optimizer = begun(model, SculptConfig(protect="accumulate"))
+    fit(model, optimizer, 2)
+    sculptor.save(tmp_path)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    sculptor.end_task()
+    sculptor.begin_task(name="second")
+    write, calls = state._save, 0
+
+    def stop(path, tensors):
+        nonlocal calls
+        calls += 1
+        if calls == when:
+            raise OSError("no space left")
+        return write(path, tensors)
+
+    monkeypatch.setattr(state, "_save", stop)
+    with pytest.raises(OSError, match="no space left"):
+        save(sculptor, tmp_path)
+    monkeypatch.setattr(state, "_save", write)
+    fresh = model_of()
+    loaded = Sculptor.load(fresh, tmp_path)
+    assert loaded._task_name == "first"
+    assert not loaded.learned.rooms
+    assert all(torch.equal(value, saved[name]) for name, value in fresh.state_dict().items())
+    loaded.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4, "what was left over is taken away"

@@ -17,12 +17,13 @@ from launch import SECONDS, launch
 from tasks import batch, share
 from test_shards import divided, whole
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.multiprocessing.spawn import ProcessException
 
 from sculpt import SculptConfig, Sculptor
 from sculpt.files import write_json
 
-STEPS = 8
+STEPS = 6
 
 
 def worker(folder: Path, death: float | None) -> dict[str, torch.Tensor]:
@@ -58,8 +59,9 @@ def worker(folder: Path, death: float | None) -> dict[str, torch.Tensor]:
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
         now = folder / f"step-{step + 1}"
-        sculptor.save(now, previous=previous)
+        saving = sculptor.save_async(now, previous=previous)
         dcp.save(moments(sculptor, optimizer), checkpoint_id=now / "optimizer")
+        saving.result()
         previous = now
         if dist.get_rank() == 0:
             write_json(last, step + 1)
@@ -105,3 +107,52 @@ def test_a_killed_job_goes_on_with_the_same_bits(kills, tmp_path):
     assert all("SIGKILL" in error or "Connection" in error for error in errors), errors
     for ours, theirs in zip(found, expected, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_twice(folder, how):
+    """A save, a step, and another one into the same directory while the last process dies."""
+    model = divided()
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.05)
+    sculptor.attach(optimizer)
+    for number in range(2):
+        model(share(batch(0, number)[0])).square().mean().backward()
+        optimizer.step()
+        if number == 1 and dist.get_rank() == dist.get_world_size() - 1:
+            HuggingFaceStorageWriter.write_data = die
+        if how == "save":
+            sculptor.save(folder / "save")
+        else:
+            sculptor.save_async(folder / "save").result()
+        if dist.get_rank() == 0:
+            torch.save(whole_of_first(model), folder / f"weights-{number}.pt")
+        dist.barrier()
+
+
+def whole_of_first(model):
+    return {name: tensor.to_local() for name, tensor in model.state_dict().items()}
+
+
+def load_first(folder):
+    model = divided()
+    sculptor = Sculptor.load(model, folder / "save")
+    assert sculptor.verify().ok
+    return whole_of_first(model)
+
+
+@pytest.mark.parametrize("how", ["save", "save_async"])
+def test_a_process_that_dies_in_a_save_leaves_the_one_before_it(how, tmp_path):
+    begin = time.monotonic()
+    with pytest.raises(ProcessException, match=r"SIGKILL|Connection|closed"):
+        launch(2, save_twice, tmp_path, tmp_path, how)
+    assert time.monotonic() - begin < SECONDS
+    assert not (tmp_path / "weights-1.pt").exists()
+    (tmp_path / "store").unlink()
+    found = launch(2, load_first, tmp_path, tmp_path)[0]
+    expected = torch.load(tmp_path / "weights-0.pt")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
