@@ -6,9 +6,10 @@
     python -m bench.continual ... training.steps=40         # any field of a run, for all
     python -m bench.continual --table                       # from the files that are there
 
-Every run is a process of its own and leaves one JSON file; what has one is skipped, and what was
-interrupted is taken up where it was. A search trains and tests on training rows only, on the first
-of the orders, and the rate with the best average accuracy is the one for all orders.
+Every run is a process of its own and leaves one JSON file. What has one is skipped, unless a search
+has found another rate since, and what was interrupted is taken up where it was. A search trains and
+tests on training rows only, on the first of the orders, and the rate with the best average accuracy
+is the one for all orders.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def run_all(
     for number, plan in enumerate(plans, 1):
         name = plan.name(model)
         path = options.out / f"{name}.json"
-        if path.is_file():
+        if done_at_this_rate(path, plan):
             continue
         print(f"{number} of {len(plans)}: {name}", flush=True)
         config = run_config(plan, {**base, "model": str(model)}, data, options.work / name)
@@ -193,6 +194,14 @@ def run_all(
         else:
             failed.append(name)
     return failed
+
+
+def done_at_this_rate(path: Path, plan: Plan) -> bool:
+    """Whether the run has its file, and no later search found another rate for it."""
+    if not path.is_file():
+        return False
+    used = json.loads(path.read_text(encoding="utf-8"))["config"]["training"]["lr"]
+    return bool(used == plan.changes.get("training.lr", used))
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def _of_model(runs: list[Run]) -> str:
         f"{steps} steps of {training['batch_size']} rows for each task (train/test rows "
         f"{rows}), passages of at most {training.get('max_text_tokens')} tokens"
         + (", prompts without instruction and options" if first["short_prompts"] else "")
-        + f". Generated answers; orders {', '.join(orders)}, seeds {', '.join(seeds)}.",
+        + f". Generated answers; orders {', '.join(orders)}, seeds {', '.join(seeds)}; means and "
+        "standard deviations over runs. *Over plain*: the mean difference to plain in the same "
+        "order and seed, its standard error, and how many such pairs there are.",
     ]
     if any(shared(run) for run in done):
         parts.append(
@@ -90,8 +92,8 @@ def _of_model(runs: list[Run]) -> str:
             "measurement of time**: they are there for the record only."
         )
     header = ["method", "lr", *(f"order {order}" for order in orders), "average accuracy",
-              "among labels", "forgetting", "trained values", "held, MiB", "peak, MiB",
-              "s / step", "s / run", "runs"]  # fmt: skip
+              "over plain", "among labels", "forgetting", "trained values", "held, MiB",
+              "peak, MiB", "s / step", "s / run", "runs"]  # fmt: skip
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for variant, mine in by_variant(done).items():
         lines.append(
@@ -99,7 +101,8 @@ def _of_model(runs: list[Run]) -> str:
                 variant,
                 rates(mine),
                 *(_cell([run for run in mine if run["order"] == order]) for order in orders),
-                f"**{_mean(mine, accuracy):.3f}**",
+                f"**{_mean(mine, accuracy):.3f}**{_spread(mine)}",
+                _over(mine, [run for run in done if run["variant"] == "plain"]),
                 f"{_mean(mine, among):.3f}",
                 f"{_mean(mine, forgetting):.3f}",
                 f"{mine[0]['trainable_elements']:,}",
@@ -139,11 +142,23 @@ def _searches(runs: list[Run]) -> list[str]:
 
 def _cell(runs: list[Run]) -> str:
     """Mean, and the spread over seeds where there are several."""
-    if not runs:
-        return ""
+    return f"{_mean(runs, accuracy):.3f}{_spread(runs)}" if runs else ""
+
+
+def _spread(runs: list[Run]) -> str:
     values = [accuracy(run) for run in runs]
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
+    return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+
+
+def _over(runs: list[Run], plain: list[Run]) -> str:
+    """Of pairs of the same order and seed: mean difference, its standard error, their number."""
+    base = {(run["order"], run["seed"]): accuracy(run) for run in plain}
+    pairs = [(run, base.get((run["order"], run["seed"]))) for run in runs if run not in plain]
+    over = [accuracy(run) - other for run, other in pairs if other is not None]
+    if not over:
+        return ""
+    error = f" ± {statistics.stdev(over) / len(over) ** 0.5:.3f}" if len(over) > 1 else ""
+    return f"{statistics.fmean(over):+.3f}{error} ({len(over)})"
 
 
 def _mean(runs: list[Run], value: Any) -> float:

@@ -116,6 +116,19 @@ def test_a_search_never_sees_test_rows_and_its_best_rate_is_used(
     assert "held-out training rows" in capsys.readouterr().out
 
 
+def test_a_run_at_a_rate_that_a_search_replaced_is_done_again(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--orders", "1", "--variants", "plain")
+    assert call(here, *more) == 0
+    assert call(here, *more, "--search", "1e-4") == 0
+    assert "1 of 1: run-" in capsys.readouterr().out
+    (done,) = (run for run in read(here / "out") if not run["search"])
+    assert done["config"]["training"]["lr"] == 1e-4
+    assert call(here, *more) == 0
+    assert "1 of 1" not in capsys.readouterr().out
+
+
 def written(folder: Path, variant: str, seed: int, score: float, load: float = 1.0) -> None:
     metrics = {"average_accuracy": score, "forgetting": 0.25}
     values = {
@@ -136,12 +149,15 @@ def test_the_table_has_means_spreads_and_the_best_first(tmp_path: Path) -> None:
     written(tmp_path, "sculpt", 1, 0.7)
     shown = table(tmp_path)
     lines = [line for line in shown.splitlines() if line.startswith("| ")]
-    sculpt = "| sculpt | 1e-05 | 0.600 ± 0.141 | **0.600** | 0.600 | 0.250 | 1,000 | 2.0 | 1,024 "
-    assert lines[2] == sculpt + "| 0.50 | 8 | 2 |"
-    assert lines[3].startswith("| plain | 1e-05 | 0.400 | **0.400** |")
+    sculpt = "| sculpt | 1e-05 | 0.600 ± 0.141 | **0.600** ± 0.141 | +0.100 (1) | 0.600 | 0.250 "
+    assert lines[2] == sculpt + "| 1,000 | 2.0 | 1,024 | 0.50 | 8 | 2 |"
+    assert lines[3].startswith("| plain | 1e-05 | 0.400 | **0.400** |  |")
     assert "no measurement" not in shown
     written(tmp_path, "plain", 1, 0.4, load=2.0)
-    assert "no measurement of time" in table(tmp_path)
+    shown = table(tmp_path)
+    assert "no measurement of time" in shown
+    # Differences 0.1 and 0.3: their deviation is 0.141, that of their mean 0.1.
+    assert "| +0.200 ± 0.100 (2) |" in shown
     assert table(tmp_path / "nothing") == ""
     draw(tmp_path / "nothing", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
