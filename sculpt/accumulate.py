@@ -24,6 +24,7 @@ from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes
 from sculpt.files import replacing_file
 from sculpt.matrices import CompactMatrix, Matrix
+from sculpt.notices import SculptWarning
 from sculpt.subspaces import Bases
 from sculpt.tables import text_table
 from sculpt.targets import Target
@@ -174,6 +175,7 @@ class Learned:
             warnings.warn(
                 f"{len(full)} of {len(self.rooms)} layers are full and frozen: {next(iter(full))}"
                 + (", ..." if len(full) > 1 else ""),
+                SculptWarning,
                 stacklevel=4,
             )
         return chosen, bases, full
@@ -181,6 +183,7 @@ class Learned:
     @torch.no_grad()
     def add(self, matrices: Sequence[Matrix]) -> None:
         """Let what a task learned join what is preserved, before the matrices become plain."""
+        released: dict[str, tuple[int, float]] = {}
         for matrix in matrices:
             assert isinstance(matrix, CompactMatrix)
             before = self.rooms.get(matrix.name)
@@ -189,12 +192,18 @@ class Learned:
             if self.config.when_full == "release" and room.free < needed:
                 count = needed - room.free
                 room, given_up = _released(room, count)
-                warnings.warn(
-                    f"{matrix.name!r} is full: its {count} directions of least energy are free "
-                    f"again, {given_up:.1%} of the energy of all that it learned",
-                    stacklevel=4,
-                )
+                released[matrix.name] = count, given_up
             self.rooms[matrix.name] = room
+        if released:
+            worst = max(released, key=lambda name: released[name][1])
+            warnings.warn(
+                f"{len(released)} of {len(self.rooms)} layers are full: their "
+                f"{sum(count for count, _ in released.values())} directions of least energy are "
+                f"free again; {worst!r} gives up most, {released[worst][1]:.1%} of the energy of "
+                "all that it learned",
+                SculptWarning,
+                stacklevel=4,
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, for a safetensors file."""

@@ -24,6 +24,7 @@ from sculpt.matrices import (
     UpdateMatrix,
     follow_together,
 )
+from sculpt.notices import SculptWarning
 from sculpt.originals import Original
 from sculpt.subspaces import Bases
 from sculpt.targets import Target
@@ -166,7 +167,7 @@ def warn_that_gradients_leak(worst: LeakRow | None = None) -> None:
             f"engine='gradient': {worst.leak:.1%} of the update of {worst.name!r} went into its "
             "protected subspaces in this task"
         )
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(text, SculptWarning, stacklevel=4)
 
 
 def rate_groups(

@@ -83,9 +83,10 @@ def plot_ranks(rows: Sequence[TaskRow], path: Path, title: str = "What each laye
     axes = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.085, right=0.965, top=1 - 0.85 / figure.get_figheight(),
                            bottom=0.55 / figure.get_figheight(), wspace=0.1)  # fmt: skip
+    by = next((f" by {row.by}" for row in rows if row.by), "")
     pictures: tuple[tuple[str, str, Callable[[TaskRow], float]], ...] = (
         (
-            "importance (mean 1)",
+            f"importance{by} (mean 1)",
             "PuBu",
             lambda r: math.nan if r.importance is None else r.importance,
         ),

@@ -36,6 +36,7 @@ from sculpt.engines import (
     warn_that_gradients_leak,
 )
 from sculpt.matrices import Matrix
+from sculpt.notices import SculptWarning
 from sculpt.proof import certify
 from sculpt.subspaces import Bases
 from sculpt.targets import Target, find_targets
@@ -230,6 +231,7 @@ class Sculptor:
             self.skipped_steps += 1
             warnings.warn(
                 f"a step was left out: its gradients were not finite ({self.skipped_steps} so far)",
+                SculptWarning,
                 stacklevel=3,
             )
 

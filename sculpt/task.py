@@ -22,7 +22,7 @@ class TaskRow:
         energy: share of `‖W‖²_F` in the preserved directions; the least of a stack.
         method: how its subspaces were found.
         importance: of the layer, 1 in the mean; `None` for uniform ranks, and where `note` says why
-            there is none.
+            there is none. by: the measure of importance.
     """
 
     name: str
@@ -34,6 +34,7 @@ class TaskRow:
     method: str
     importance: float | None = None
     note: str = ""
+    by: str = ""
 
     @classmethod
     def of(cls, matrix: Matrix, importance: Importance | None = None) -> TaskRow:
@@ -48,6 +49,7 @@ class TaskRow:
             bases.method,
             None if importance is None else importance.value,
             "" if importance is None else importance.note,
+            "" if importance is None else importance.by,
         )
 
 
@@ -100,7 +102,8 @@ def table_of(rows: Sequence[TaskRow]) -> str:
         "method": lambda row: row.method,
     }
     if any(row.importance is not None for row in rows):
-        columns["importance"] = lambda row: (
+        by = next((row.by for row in rows if row.by), "")
+        columns[f"importance ({by})" if by else "importance"] = lambda row: (
             "-" if row.importance is None else f"{row.importance:.3f}"
         )
     if any(row.note for row in rows):

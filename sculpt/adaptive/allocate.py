@@ -82,11 +82,11 @@ def scale(raw: dict[str, Importance]) -> dict[str, Importance]:
     scaled = {}
     for name, item in raw.items():
         if item.value is None:
-            scaled[name] = Importance(None, f"{item.note}: as if of mean importance")
+            scaled[name] = replace(item, note=f"{item.note}: as if of mean importance")
         elif mean == 0.0:
-            scaled[name] = Importance(None, "no layer has any importance: all alike")
+            scaled[name] = replace(item, value=None, note="no layer has any importance: all alike")
         else:
-            scaled[name] = Importance(item.value / mean)
+            scaled[name] = replace(item, value=item.value / mean)
     return scaled
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,32 @@ from torch import Tensor, nn
 
 from sculpt.distributed.processes import Processes
 
-Run = Callable[[nn.Module], Any]
-"""Passes a batch through the model, and returns what the model does, or the loss."""
+Function = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One batch, ready to pass through the model.
+
+    call: passes it, and returns what the model does, or the loss.
+    own: it was given as a function of the model: a scalar that it returns is a loss.
+    """
+
+    call: Function
+    own: bool = False
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss that a model or a function returned, alone, first or by name; None without one."""
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        loss = output[0] if isinstance(output, tuple) else output
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
+def says_loss(run: Run, output: Any) -> bool:
+    """Whether there is one beyond doubt; a scalar of a model may be anything."""
+    return loss_of(output) is not None and (run.own or hasattr(output, "loss"))
 
 
 def runs(calibration: Any, device: torch.device) -> Iterator[Run]:
@@ -102,10 +127,9 @@ def _check_value(value: Any, name: str, device: torch.device) -> None:
 
 def _run(batch: Any) -> Run:
     if isinstance(batch, Mapping):
-        return lambda model: model(**batch)
+        return Run(lambda model: model(**batch))
     if isinstance(batch, list | tuple):
-        return lambda model: model(*batch)
+        return Run(lambda model: model(*batch))
     if isinstance(batch, Tensor):
-        return lambda model: model(batch)
-    run: Run = batch
-    return run
+        return Run(lambda model: model(batch))
+    return Run(batch, own=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-FROM_DATA = ("cosine", "fisher")
+FROM_DATA = ("auto", "cosine", "fisher")
 FROM_WEIGHTS = ("captured_energy", "effective_rank")
 BUDGETS = ("trainable_elements", "memory_bytes", "protected_energy")
 
@@ -14,14 +14,17 @@ BUDGETS = ("trainable_elements", "memory_bytes", "protected_energy")
 class AdaptiveRanks:
     """Preserved ranks `h = floor(r k)` with `r = mrr + I (trr - mrr)`, `k = min(m, n)`.
 
-    `I` is the importance of a layer, scaled to a mean of 1 over the layers: with `AdaptiveRanks()`
-    as it stands this is the rule of "Sculpting Subspaces" (Nayak et al., arXiv 2504.07097). `h` is
-    kept within `1 ... k - 1`, which a layer with `I > (1 - mrr) / (trr - mrr)` needs.
+    `I` is the importance of a layer, scaled to a mean of 1 over the layers: by the cosine this is
+    the rule of "Sculpting Subspaces" (Nayak et al., arXiv 2504.07097). `h` is kept within
+    `1 ... k - 1`, which a layer with `I > (1 - mrr) / (trr - mrr)` needs.
 
     Attributes:
         mrr: retained fraction of a layer of no importance, in [0, 1).
         trr: retained fraction of a layer of mean importance, in (0, 1), at least `mrr`.
         importance: what `I` is before it is scaled.
+            `"auto"`: `"fisher"` where the calibration data give a loss (batches with labels for a
+            model that computes one, or functions that return it) and `fully_shard` has divided no
+            matrix, otherwise `"cosine"`; the table says which.
             `"cosine"`: mean cosine of a layer's input and output over all positions of the
             calibration data, below 0 counted as 0; vectors of unequal length are cut to the shorter
             one. `"fisher"`: `√(mn) ‖U_lᵀ G V_l‖ / t`, root mean square over the gradients `G` of
@@ -43,7 +46,7 @@ class AdaptiveRanks:
 
     mrr: float = 0.1
     trr: float = 0.8
-    importance: str = "cosine"
+    importance: str = "auto"
     trainable_elements: int | float | None = None
     memory_bytes: int | None = None
     protected_energy: float | None = None

@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sculpt.adaptive.batches import in_step, runs
+from sculpt.adaptive.batches import Run, in_step, loss_of, runs, says_loss
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import reshard, sharded_modules, whole
 from sculpt.targets import Place, Target
@@ -43,11 +44,12 @@ class Tally:
 class Importance:
     """Of one layer, before it is scaled.
 
-    value: `None` where it could not be measured. note: why not.
+    value: `None` where it could not be measured. note: why not. by: the measure.
     """
 
     value: float | None
     note: str = ""
+    by: str = ""
 
 
 def from_data(
@@ -58,7 +60,9 @@ def from_data(
     calibration: Any,
     processes: Processes,
 ) -> dict[str, Importance]:
-    """Importance by `"cosine"` or `"fisher"` of each target, by name; see `AdaptiveRanks`.
+    """Importance by `"cosine"`, `"fisher"` or `"auto"` of each target, by name.
+
+    See `AdaptiveRanks`; every `Importance` says by which.
 
     Args:
         preserved: rank of each target that divides the coordinates for `"fisher"`.
@@ -70,14 +74,17 @@ def from_data(
     """
     tallies = {target.name: Tally() for target in targets}
     error: Exception | None = None
+    divided = any(is_divided(target.parameter) for target in targets)
+    batches = runs(calibration, processes.device)
+    if divided:
+        batches = in_step(batches, processes)
+    if kind == "auto":
+        kind, batches = ("cosine", batches) if divided else _by_first(batches, model, processes)
     try:
         measure = _cosines if kind == "cosine" else _fisher(preserved)
         with _left_as_it_was(model), measure(model, targets, tallies) as after:
-            batches = runs(calibration, processes.device)
-            if any(is_divided(target.parameter) for target in targets):
-                batches = in_step(batches, processes)
             for run in batches:
-                after(run(model))
+                after(run.call(model))
     except (TypeError, ValueError) as problem:
         error = problem
     finally:
@@ -95,12 +102,29 @@ def from_data(
         if not math.isfinite(total):
             raise ValueError(f"calibration gives values that are not finite at {target.name!r}")
         if count == 0:
-            found[target.name] = Importance(None, tallies[target.name].unseen)
+            found[target.name] = Importance(None, tallies[target.name].unseen, kind)
         elif kind == "cosine":
-            found[target.name] = Importance(max(0.0, total / count))
+            found[target.name] = Importance(max(0.0, total / count), by=kind)
         else:
-            found[target.name] = Importance(math.sqrt(total / count))
+            found[target.name] = Importance(math.sqrt(total / count), by=kind)
     return found
+
+
+def _by_first(
+    batches: Iterator[Run], model: nn.Module, processes: Processes
+) -> tuple[str, Iterator[Run]]:
+    """`"fisher"` where the first batch gives a loss, on every process; and all batches again."""
+    first: list[Run] = []
+    gives = False
+    error: Exception | None = None
+    try:
+        with _left_as_it_was(model), torch.no_grad():
+            first.append(next(batches))
+            gives = says_loss(first[0], first[0].call(model))
+    except (TypeError, ValueError) as problem:
+        error = problem
+    processes.fail_together(error)
+    return "fisher" if all(processes.tell(gives)) else "cosine", chain(first, batches)
 
 
 @contextmanager
@@ -189,13 +213,12 @@ def _gradient_hook(target: Target, U: Tensor, V: Tensor, tally: Tally) -> Callab
 
 
 def _backward(output: Any) -> None:
-    loss = getattr(output, "loss", None)
+    loss = loss_of(output)
     if loss is None:
-        loss = output[0] if isinstance(output, tuple) else output
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(
             "calibration for importance='fisher' must give a loss: batches with labels for a model "
-            "that computes one, or functions of the model that return it"
+            "that computes one, or functions of the model that return it; importance='cosine' "
+            "needs none"
         )
     if not bool(torch.isfinite(loss.detach())):
         raise ValueError(f"calibration gives a loss that is not finite, {float(loss.detach())}")
@@ -237,7 +260,7 @@ def from_weights(targets: list[Target], kind: str, processes: Processes) -> dict
                 error = problem
     processes.fail_together(error)
     found = {name: value for one in processes.tell(own) for name, value in one.items()}
-    return {target.name: Importance(found[target.name]) for target in targets}
+    return {target.name: Importance(found[target.name], by=kind) for target in targets}
 
 
 def squared_values(target: Target, weight: Tensor | None = None) -> Tensor:

@@ -10,9 +10,10 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from sculpt.notices import SculptWarning
 from sculpt.report import Results, tables
 from sculpt.runs.checkpoint import CheckpointError
-from sculpt.runs.directory import RunError, RunWarning, check_out
+from sculpt.runs.directory import RunError, check_out
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.preview import preview
 from sculpt.runs.start import resume, run
@@ -103,7 +104,7 @@ def _report(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("always", RunWarning)
+            warnings.simplefilter("always", SculptWarning)
             warnings.showwarning = lambda message, *_: errors.print(
                 f"note: {message}", style="yellow"
             )

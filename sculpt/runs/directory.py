@@ -38,10 +38,6 @@ class RunError(RuntimeError):
     """A run cannot start or go on; the message says why and what to do."""
 
 
-class RunWarning(UserWarning):
-    """Something about a run that its owner should know."""
-
-
 class RunDirectory:
     """Files of the run in `path`."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sculpt.files import replacing_file
-from sculpt.runs.directory import RunWarning
+from sculpt.notices import SculptWarning
 from sculpt.task import TaskRow, table_of
 
 RANKS, ROOM = "ranks", "room"
@@ -48,7 +48,7 @@ def draw_ranks(folder: Path, names: Sequence[str], chosen: Sequence[Sequence[Any
     if importlib.util.find_spec("matplotlib") is None:
         warnings.warn(
             f"matplotlib is not installed: {folder / RANKS} has tables and no pictures",
-            RunWarning,
+            SculptWarning,
             stacklevel=2,
         )
         return

@@ -46,7 +46,7 @@ class ReplayConfig(Section):
 class EwcConfig(Section):
     """EWC. strength: the paper's lambda; rows: of each task, for the mean that is its Fisher."""
 
-    strength: NotNegative = 1000.0
+    strength: NotNegative = 1e5
     rows: Count = 64
 
 

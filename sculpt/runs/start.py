@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from sculpt.notices import SculptWarning
 from sculpt.report import Results
 from sculpt.runs.config import RunConfig
-from sculpt.runs.directory import RunDirectory, RunError, RunWarning, check_out, locked, versions
+from sculpt.runs.directory import RunDirectory, RunError, check_out, locked, versions
 from sculpt.runs.loop import Run
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.space import check_room, space_of
@@ -34,7 +35,7 @@ def run(config: RunConfig, report: Report = ignore) -> Results:
             warnings.warn(
                 f"{len(prepared.bad.found)} rows left out, listed in {config.out / 'config.json'}; "
                 f"the first: {prepared.bad.found[0]}",
-                RunWarning,
+                SculptWarning,
                 stacklevel=2,
             )
         return Run(prepared, directory, report).finish()
@@ -75,6 +76,6 @@ def _warn_of_changes(folder: Path, began: dict[str, object]) -> None:
     if changed:
         warnings.warn(
             f"{folder} began with {', '.join(changed)}: the last bits of its weights may differ",
-            RunWarning,
+            SculptWarning,
             stacklevel=3,
         )

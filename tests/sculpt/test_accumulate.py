@@ -160,7 +160,9 @@ def test_release_frees_the_directions_of_least_energy_and_says_so() -> None:
         sculptor.end_task()
     sculptor.begin_task()
     learn(sculptor, "7", seed=7, size=10.0)
-    with pytest.warns(UserWarning, match="'2' is full: its 2 directions of least energy are free"):
+    with pytest.warns(
+        UserWarning, match="1 of 2 layers are full: their 2 directions of least .* '2' gives"
+    ):
         sculptor.end_task()
     room = sculptor.learned.rooms["2"]
     assert room.free == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,37 @@ def test_fisher_is_the_gradient_in_the_trailing_coordinates() -> None:
     first = expected["layers.0"] / rows["layers.0"].importance
     for name, value in expected.items():
         assert value / rows[name].importance == pytest.approx(first, rel=1e-3)
+
+
+class WithLoss(nn.Module):
+    """Computes a loss where it is given labels, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = random_model().layers
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> SimpleNamespace:
+        y = Parallel.forward(self, x)
+        return SimpleNamespace(logits=y, loss=None if labels is None else (y - labels).square())
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "by"),
+    [
+        (random_model, data(), "cosine"),  # a scalar, which nobody says is a loss
+        (WithLoss, [{"x": x} for x in data()], "cosine"),
+        (WithLoss, [{"x": x, "labels": torch.tensor(3.0)} for x in data()], "fisher"),
+        (random_model, [lambda model, x=x: model(x) for x in data()], "fisher"),
+    ],
+)
+def test_by_itself_it_is_fisher_where_there_is_a_loss_and_the_cosine_elsewhere(
+    model, batches, by
+) -> None:
+    found = rows_of(model(), AdaptiveRanks(), iter(batches))
+    assert found == rows_of(model(), AdaptiveRanks(importance=by), iter(batches))
+    assert {row.by for row in found.values()} == {by}
+    table = Sculptor(model(), SculptConfig(ranks=AdaptiveRanks())).begin_task(batches)
+    assert f"importance ({by})" in str(table)
 
 
 def test_measures_from_weights_by_hand() -> None:
@@ -312,7 +344,7 @@ def test_no_activation_and_no_gradient_is_kept_and_the_model_is_as_it_was(import
         ({"mrr": 1}, TypeError, r"ranks\.mrr must be a float; got 1 \(int\)"),
         ({"trr": 1.0}, ValueError, "0 <= mrr <= trr < 1"),
         ({"mrr": 0.9}, ValueError, "got mrr=0.9, trr=0.8"),
-        ({"importance": "magic"}, ValueError, r"ranks\.importance must be one of 'cosine'"),
+        ({"importance": "magic"}, ValueError, r"ranks\.importance must be one of 'auto', 'cosine'"),
         ({"trainable_elements": 5, "memory_bytes": 5}, ValueError, "exclude each other"),
         ({"trainable_elements": 1.5}, ValueError, r"in \(0, 1\); got 1.5"),
         ({"trainable_elements": True}, TypeError, "got True"),

@@ -20,9 +20,10 @@ from tiny_runs import run_config, write_lines
 from sculpt.html.page import report
 from sculpt.models.causal import CausalLearner
 from sculpt.models.encoding import Encoded
+from sculpt.notices import SculptWarning
 from sculpt.plots import plot_ranks
 from sculpt.runs.config import RunConfig, TrainingConfig
-from sculpt.runs.directory import RunDirectory, RunError, RunWarning, locked
+from sculpt.runs.directory import RunDirectory, RunError, locked
 from sculpt.runs.layer_files import draw_ranks
 from sculpt.runs.loop import TrainingError
 from sculpt.runs.prepare import Prepared
@@ -273,7 +274,7 @@ def test_without_matplotlib_ranks_are_a_table(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     config = run_config(tmp_path, sculpt={"ranks": {}}, calibration_rows=2)
-    with pytest.warns(RunWarning, match="matplotlib is not installed"):
+    with pytest.warns(SculptWarning, match="matplotlib is not installed"):
         run(config)
     assert sorted(f.name for f in (config.out / "ranks").iterdir()) == [
         "01-very.txt",

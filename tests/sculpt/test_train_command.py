@@ -44,6 +44,14 @@ def test_train_then_nothing_left_to_resume(run_file: Path) -> None:
     assert "is not empty" in refused.output
 
 
+def test_layers_without_room_are_noted(run_file: Path) -> None:
+    sculpt = ("sculpt.protect=accumulate", "sculpt.unfreeze_rank_ratio=0.08")
+    done = invoke("train", str(run_file), *sculpt, "sculpt.when_full=release")
+    assert done.exit_code == 0, done.output
+    assert "directions of least energy are free again" in done.output
+    assert "note: 1" in done.output  # 10 to 14 of 14 layers
+
+
 def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
     done = invoke("train", str(run_file), "--dry-run")
     assert done.exit_code == 0, done.output

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sculpt.adaptive.batches import Run
+from sculpt.adaptive.batches import Function
 from sculpt.certificate import Certificate
 from sculpt.engines import recomputes, trained_elements
 from sculpt.runs.strategies.base import (
@@ -48,7 +48,7 @@ class Sculpt(Strategy):
         )
         return self._begun(table.rows)
 
-    def _calibration(self, task: int) -> list[Run] | None:
+    def _calibration(self, task: int) -> list[Function] | None:
         """Rows of the task before, or of the first one for itself, one by one: no padding."""
         ranks = self.config.sculpt.ranks
         learned = self._sculptor.learned
