@@ -229,11 +229,9 @@ class Sculptor:
         self._left_out = drop_nonfinite_gradients(optimizer, self._processes)
         if self._left_out:
             self.skipped_steps += 1
-            warnings.warn(
-                f"a step was left out: its gradients were not finite ({self.skipped_steps} so far)",
-                SculptWarning,
-                stacklevel=3,
-            )
+            count = f"{self.skipped_steps} so far"
+            text = f"a step was left out: its gradients were not finite ({count})"
+            warnings.warn(text, SculptWarning, stacklevel=3)
 
     @torch.no_grad()
     def update_weights(self) -> None:
