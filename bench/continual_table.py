@@ -179,7 +179,7 @@ def draw(folder: Path, path: Path) -> None:
 
     from sculpt.files import replacing_file
 
-    figure = Figure(figsize=(11, 4.6), dpi=100, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(13, 4.6), dpi=100, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     late = " (shared machine: no measurement)" if any(map(shared, runs)) else ""
     panels = (
@@ -187,15 +187,27 @@ def draw(folder: Path, path: Path) -> None:
         ("MiB held beside weights and gradients", held),
     )
     for axis, (title, value) in zip(figure.subplots(1, 2), panels, strict=True):
-        for variant, mine in by_variant(runs).items():
-            x, y = _mean(mine, value), _mean(mine, accuracy)
+        points = [
+            (variant, _mean(mine, value), _mean(mine, accuracy))
+            for variant, mine in by_variant(runs).items()
+        ]
+        axis.margins(0.08)
+        # Names beside the axis, in the order of their points, do not hide each other.
+        for place, (variant, x, y) in enumerate(points):
             color = "#c2410c" if variant.startswith("sculpt") else "#475569"
-            axis.scatter(x, y, s=48, color=color, zorder=3)
-            axis.annotate(variant, (x, y), xytext=(6, 4), textcoords="offset points", color=color)
+            axis.scatter(x, y, s=40, color=color, zorder=3)
+            axis.annotate(
+                variant,
+                (x, y),
+                xytext=(1.03, 0.97 - 0.94 * place / max(1, len(points) - 1)),
+                textcoords="axes fraction",
+                color=color,
+                va="center",
+                arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8},
+            )
         axis.set_xlabel(title)
         axis.set_ylabel("average accuracy, generated answers")
         axis.grid(color="#e2e8f0")
-        axis.margins(0.15)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     with replacing_file(path) as temporary:

@@ -52,6 +52,17 @@ def test_layers_without_room_are_noted(run_file: Path) -> None:
     assert "note: 1" in done.output  # 10 to 14 of 14 layers
 
 
+def test_a_stream_longer_than_the_room_is_noted_and_ends_with_an_error(run_file: Path) -> None:
+    sculpt = ("sculpt.protect=accumulate", "sculpt.unfreeze_rank_ratio=0.04")
+    sculpt += ("sculpt.learned_energy=0.999999",)
+    done = invoke("train", str(run_file), *sculpt)
+    assert done.exit_code == 1
+    assert "note: room may not last for what is to come (1): room for about 0" in done.output
+    assert "error: every layer is full after 1 tasks" in done.output
+    checkpoints = run_file.parent / "run" / "checkpoints"
+    assert any(checkpoints.glob("*/model.safetensors"))
+
+
 def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
     done = invoke("train", str(run_file), "--dry-run")
     assert done.exit_code == 0, done.output

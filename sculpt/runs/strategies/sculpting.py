@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from sculpt.adaptive.batches import Function
 from sculpt.certificate import Certificate
 from sculpt.engines import recomputes, trained_elements
+from sculpt.notices import SculptWarning
 from sculpt.runs.strategies.base import (
     Advance,
     Begun,
@@ -94,6 +96,12 @@ class Sculpt(Strategy):
     def end_task(self, task: int) -> None:
         self._sculptor.end_task()
         freeze(self.free)
+        learned = self._sculptor.learned
+        if learned is not None:
+            capacity, to_come = learned.capacity(), len(self.setting.names) - task - 1
+            if capacity.tasks_left < to_come:
+                text = f"room may not last for what is to come ({to_come}): {capacity.forecast()}"
+                warnings.warn(text, SculptWarning, stacklevel=2)
 
     def room(self) -> str:
         learned = self._sculptor.learned
