@@ -183,14 +183,25 @@ def rate_groups(
 
 
 def check_holds(optimizer: torch.optim.Optimizer, matrices: Collection[Matrix]) -> None:
-    """Raise `ValueError` where the optimizer does not hold the coordinates of every matrix."""
+    """Raise `ValueError` where the optimizer does not hold the coordinates of every matrix.
+
+    `TypeError` where it is none of torch, and does not tell when it steps.
+    """
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}. With "
+            "DeepSpeed ZeRO-1 or ZeRO-2 attach nothing: call sculptor.update_weights() after each "
+            "engine.step()"
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [matrix.name for matrix in matrices if id(matrix.trained) not in held]
     if missing:
         raise ValueError(
             f"optimizer holds {len(matrices) - len(missing)} of the {len(matrices)} trainable "
             f"coordinates of this task (first missing: {missing[0]!r}); make it from "
-            "sculptor.parameters() or sculptor.param_groups(lr), after begin_task()"
+            "sculptor.parameters() or sculptor.param_groups(lr), after begin_task(). Where an "
+            "engine has put them into flat buffers, as DeepSpeed does, attach nothing: call "
+            "sculptor.update_weights() after each engine.step()"
         )
 
 

@@ -61,9 +61,9 @@ class Coordinates:
         Raises:
             RuntimeError: the coordinates have changed since.
         """
-        divided = is_divided(C)
-        # What happens to a divided tensor is not counted.
-        if not self.guarded or (C._version == self.version and not divided):
+        # What happens to a divided tensor, or to a flat buffer that one is part of, is not counted.
+        uncounted = is_divided(C) or C.untyped_storage().nbytes() != C.nbytes
+        if not self.guarded or (C._version == self.version and not uncounted):
             return
         if not torch.equal(local(C.detach()), local(self.folded)):
             raise RuntimeError(
@@ -87,8 +87,13 @@ class Compact(nn.Module):
     def sculpt_inputs(self, parameter: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """`U`, `V` and the coordinates whose gradient stays in the allowed set."""
         state = self.sculpt[parameter]
-        C: Tensor | None = self._parameters[coordinates_name(parameter)]
-        assert C is not None
+        C: Tensor | None = self._parameters.get(coordinates_name(parameter))
+        if C is None:
+            raise RuntimeError(
+                f"the coordinates of {type(self).__name__}.{parameter} were taken away, as "
+                "FullyShardedDataParallel (FSDP1) does, which flattens parameters: call "
+                "torch.distributed.fsdp.fully_shard (FSDP2) on the model, then begin_task()"
+            )
         if not torch.compiler.is_compiling():
             state.check_current(C, f"{type(self).__name__}.{parameter}")
         if is_divided(C):

@@ -62,10 +62,16 @@ class Matrix(ABC):
         weight = self.target.parameter.detach()
         return self.target.oriented(as_shard(weight, self.original.get(weight.device)))
 
-    def check_in_place(self) -> None:  # noqa: B027  (engines that train the weight have no other)
+    def check_in_place(self) -> None:
         """Raises:
-        RuntimeError: the module trains something else by now.
+        RuntimeError: the module trains something else by now, or has lost its weight.
         """
+        if hasattr(self.target.parameter, "ds_id"):
+            raise RuntimeError(
+                f"the weight of {self.name!r} was partitioned by DeepSpeed ZeRO-3 during the task, "
+                "which leaves modules without their matrices; use "
+                "torch.distributed.fsdp.fully_shard (FSDP2), or ZeRO-1 or ZeRO-2"
+            )
 
     @abstractmethod
     def follow(self, seed: Tensor) -> None:
@@ -120,8 +126,21 @@ class CompactMatrix(Matrix):
         self.state.note_current()
 
     def check_in_place(self) -> None:
+        super().check_in_place()
+        if self.state.C.shape != self.state.folded.shape:
+            raise RuntimeError(
+                f"the coordinates of {self.name!r} have lost their shape during the task, as in "
+                "FullyShardedDataParallel (FSDP1), which flattens parameters: call "
+                "torch.distributed.fsdp.fully_shard (FSDP2) on the model, then begin_task()"
+            )
+        if self.state.C.dtype != self.state.folded.dtype:
+            raise RuntimeError(
+                f"the coordinates of {self.name!r} were converted from {self.state.folded.dtype} "
+                f"to {self.state.C.dtype} during the task, as DeepSpeed's bf16 and fp16 do, and "
+                "small steps would be lost: leave these off, and load the model in its dtype"
+            )
         place = self.target.places[0]
-        if place.module._parameters[coordinates_name(place.parameter)] is not self.state.C:
+        if place.module._parameters.get(coordinates_name(place.parameter)) is not self.state.C:
             raise RuntimeError(
                 f"the coordinates of {self.name!r} were replaced during the task, as fully_shard "
                 "and accelerate do: call fully_shard(model) first, then begin_task()"

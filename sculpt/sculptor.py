@@ -203,13 +203,12 @@ class Sculptor:
         Steps whose gradients are not finite are left out (`SculptConfig.skip_nonfinite`).
 
         Raises:
-            RuntimeError: no task is running, or an optimizer is attached already.
-            ValueError: the optimizer does not hold all coordinates of this task.
+            RuntimeError: no task is running, or an optimizer is attached.
+            TypeError, ValueError: the optimizer does not hold all coordinates of this task.
         """
-        matrices = self._running()
         if self._attached:
             raise RuntimeError("an optimizer is attached already; one task takes one optimizer")
-        check_holds(optimizer, matrices.values())
+        check_holds(optimizer, self._running().values())
         self._first_step = True
         self._attached = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -221,9 +220,10 @@ class Sculptor:
             self.update_weights()
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._first_step and self._processes.size > 1:
+        if self._first_step:
+            check_holds(optimizer, self._running().values())
             check_replicas(self._processes, dict(self.named_parameters()))
-        self._first_step = False
+            self._first_step = False
         if not self.config.skip_nonfinite:
             return
         self._left_out = drop_nonfinite_gradients(optimizer, self._processes)

@@ -55,6 +55,8 @@ def check_replicas(processes: Processes, trained: dict[str, nn.Parameter]) -> No
     Raises:
         RuntimeError: they differ from process to process.
     """
+    if processes.size == 1:
+        return
     norms: dict[str, Any] = {
         name: None if p.grad is None else float(p.grad.detach().norm(dtype=torch.float64))
         for name, p in trained.items()

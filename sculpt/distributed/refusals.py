@@ -38,5 +38,5 @@ def refuse_hidden_weights(model: nn.Module) -> None:
         if hasattr(parameter, "ds_id"):
             raise ValueError(
                 f"{name} is partitioned by DeepSpeed ZeRO-3, which leaves modules without their "
-                "matrices; use torch.distributed.fsdp.fully_shard (FSDP2), or ZeRO-1"
+                "matrices; use torch.distributed.fsdp.fully_shard (FSDP2), or ZeRO-1 or ZeRO-2"
             )

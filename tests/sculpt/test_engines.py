@@ -248,7 +248,7 @@ def test_where_originals_are_kept_changes_nothing(originals, weight_update, dtyp
         sculptor.attach(optimizer)
         fit(model, optimizer, 4)
         assert sculptor.verify().ok
-        files = sculptor._files
+        files = sculptor._originals._files
         assert (files is None) == (keep != "disk")
         sculptor.end_task()
         assert files is None or not list(__import__("pathlib").Path(files.name).glob("*"))

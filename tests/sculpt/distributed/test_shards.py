@@ -290,6 +290,14 @@ def refusals():
     flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
     refused(ValueError, lambda: Sculptor(flat, SculptConfig()).begin_task())
 
+    late = network()
+    begun = Sculptor(late, SculptConfig())
+    begun.begin_task()
+    first = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    flat = FullyShardedDataParallel(late, **first)
+    refused(RuntimeError, begun.parameters)
+    refused((RuntimeError, ValueError), lambda: flat(torch.ones(2, 13)))
+
     zero = network()
     zero[2].weight.ds_id = 0
     refused(ValueError, lambda: Sculptor(zero, SculptConfig()).begin_task())
@@ -325,6 +333,7 @@ def test_refusals_name_the_way_out(tmp_path):
         assert "call fully_shard(model) first, then begin_task()" in said[0]
         assert "0.weight is on the meta device" in said[1]
         assert "fully_shard (FSDP2)" in said[2]
-        assert "2.weight is partitioned by DeepSpeed ZeRO-3" in said[3]
-        assert "4.weight cannot be split" in said[4]
-        assert "Call sculptor.attach(optimizer)" in said[5]
+        assert "FullyShardedDataParallel (FSDP1)" in said[3]
+        assert "2.weight is partitioned by DeepSpeed ZeRO-3" in said[5]
+        assert "4.weight cannot be split" in said[6]
+        assert "Call sculptor.attach(optimizer)" in said[7]
