@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from launch import launch
 from tasks import network
 
+from bench.decomposition import beside
 from sculpt import SculptConfig, Sculptor
 from sculpt.distributed.shares import rounds
 
@@ -51,3 +52,17 @@ def test_the_same_bits_from_any_number_of_processes(size, tmp_path):
         for ours, theirs in zip(alone, found, strict=True):
             same = torch.equal if isinstance(ours, torch.Tensor) else lambda a, b: a == b
             assert same(ours, theirs)
+
+
+def held_beside():
+    few, many = beside(96, 4), beside(96, 16)
+    assert many["stays"] == 4 * few["stays"]
+    return [(found["peak"] - found["stays"]) / found["matrix"] for found in (few, many)]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_memory_beside_the_share_does_not_grow_with_the_number_of_matrices(size, tmp_path):
+    for few, many in launch(size, held_beside, tmp_path):
+        # Nothing is freed later than a round after its own: one result, one whole matrix.
+        assert many <= few + 2
+        assert few < 20
