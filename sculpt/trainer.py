@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +17,17 @@ from transformers.utils import logging
 
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
+from sculpt.distributed import optimizer_state
 from sculpt.distributed.processes import Processes
-from sculpt.distributed.sharding import device_of
+from sculpt.distributed.sharding import device_of, local
 from sculpt.files import write_json
 from sculpt.logs import Loggers, certificate_metrics, task_metrics
 from sculpt.matrices import CompactMatrix
 from sculpt.rates import convert_rates
 from sculpt.sculptor import Sculptor
 from sculpt.state import config_to_json
-from sculpt.task import TaskTable
+from sculpt.targets import find_targets
+from sculpt.task import TaskRow, TaskTable
 from sculpt_kernels import is_divided
 
 FOLDER = "sculptor"
@@ -81,6 +84,7 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         self._loggers: Loggers | None = None
         self._saved: Path | None = None
         self._waiting = False
+        self._divided = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Begin the task: the optimizer does not exist yet."""
@@ -100,8 +104,9 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         logger.info(str(self.table))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        optimizer = _plain(more["optimizer"])
         if self._waiting:
-            self._begin_divided(state, more["model"], _plain(more["optimizer"]))
+            self._begin_divided(args, state, more["model"], optimizer, more["lr_scheduler"])
         if self.sculptor is None:
             raise RuntimeError(
                 "SculptCallback was added to a finished Trainer; pass it to the constructor, "
@@ -117,10 +122,8 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
                 "the Trainer made a new model after it was constructed (model_init): pass a model, "
                 "not model_init"
             )
-        optimizer = _plain(more["optimizer"])
-        here = device_of(next(more["model"].parameters()))
-        Processes(None, here).require_equal({"training steps": state.max_steps})
-        if state.global_step > 0:
+        _processes(more["model"]).require_equal({"training steps": state.max_steps})
+        if state.global_step > 0 and not self._divided:
             self._resume(_saved_state(args, state.global_step), optimizer)
         self.sculptor.attach(optimizer)
         factors = {
@@ -138,21 +141,22 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         begun = {**task_metrics(self.table.rows), "sculpt/subspace_seconds": self.table.seconds}
         self._loggers.log(begun, state.global_step)
 
-    def _begin_divided(self, state: Any, model: nn.Module, optimizer: Optimizer) -> None:
+    def _begin_divided(
+        self, args: Any, state: Any, model: nn.Module, optimizer: Optimizer, scheduler: Any
+    ) -> None:
         """Begin on the model that accelerate has divided; its optimizer holds dense weights."""
         if not any(is_divided(parameter) for parameter in model.parameters()):
             raise RuntimeError(
                 "fsdp was asked for, but accelerate has not divided the model: it does so on "
                 "accelerators only"
             )
-        if state.global_step > 0:
-            raise RuntimeError(
-                "resuming from a checkpoint is not supported with fsdp: start the task again, or "
-                "train it in a loop of your own with Sculptor.save and Sculptor.load"
-            )
-        self._waiting = False
+        self._waiting, self._divided = False, True
         weights = dict(model.named_parameters())
-        self._begin(model)
+        path = _saved_state(args, state.global_step)
+        if state.global_step > 0:
+            self._load(model, path)
+        else:
+            self._begin(model)
         assert self.sculptor is not None
         trained = {
             weights.get(f"{name}.weight", weights.get(name)): parameter
@@ -160,6 +164,8 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         }
         for group in optimizer.param_groups:
             group["params"] = [trained[p] for p in group["params"] if p in trained]
+        if state.global_step > 0:
+            optimizer_state.load(path.parent, path, model, optimizer, scheduler, _processes(model))
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Put beside the checkpoint what a restart needs; what does not change is linked."""
@@ -168,6 +174,8 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
             self.sculptor.save(path, previous=self._saved)
             self._saved = path
+            if self._divided:
+                optimizer_state.put_aside(path.parent, path, _processes(self.sculptor.model))
 
     def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         # The last words of a Trainer, while the services still listen.
@@ -213,6 +221,17 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
         self.sculptor.end_task()
         model.load_state_dict(weights)
+        self._load(model, path)
+        if optimizer is not None:
+            for matrix in self.sculptor._running().values():
+                if isinstance(matrix, CompactMatrix):
+                    matrix.adopt(before[matrix.name])
+
+    def _load(self, model: nn.Module, path: Path) -> None:
+        """Take up the task that was saved in `path`, on a model with the weights of that moment."""
+        weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        left_out = find_targets(model, self.config).left_out
+        start = time.perf_counter()
         try:
             self.sculptor = Sculptor.load(model, path)
         except FileNotFoundError as error:
@@ -226,11 +245,12 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
                 f"{self.config}"
             )
         _check_same_weights(model, weights, path)
-        if optimizer is not None:
-            for matrix in self.sculptor._running().values():
-                if isinstance(matrix, CompactMatrix):
-                    matrix.adopt(before[matrix.name])
         self._saved = path
+        if self.table is None:
+            rows = [TaskRow.of(matrix) for matrix in self.sculptor._running().values()]
+            others = [name for name, _ in self.sculptor.named_parameters()][len(rows) :]
+            seconds = time.perf_counter() - start
+            self.table = TaskTable(self.name, rows, left_out, seconds, others)
 
 
 def _settings(config: SculptConfig) -> dict[str, Any]:
@@ -267,6 +287,10 @@ def _fsdp_version(args: Any) -> int | None:
     return None
 
 
+def _processes(model: nn.Module) -> Processes:
+    return Processes(None, device_of(next(model.parameters())))
+
+
 def _plain(optimizer: Any) -> Optimizer:
     """The one that accelerate wraps."""
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -282,9 +306,10 @@ def _saved_state(args: Any, step: int) -> Path:
 
 
 def _check_same_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    for name, value in model.state_dict().items():
-        if not torch.equal(value, weights[name]):
-            raise ValueError(
-                f"{path} is not of the checkpoint that the Trainer loaded: {name} differs. Set "
-                "TrainingArguments(resume_from_checkpoint=...) to the directory that is resumed"
-            )
+    with _processes(model).as_one():
+        for name, value in model.state_dict().items():
+            if not torch.equal(local(value), local(weights[name])):
+                raise ValueError(
+                    f"{path} is not of the checkpoint that the Trainer loaded: {name} differs. Set "
+                    "TrainingArguments(resume_from_checkpoint=...) to the directory that is resumed"
+                )

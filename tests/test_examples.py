@@ -10,17 +10,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("options", [["--shard"], pytest.param([], marks=pytest.mark.slow)])
-def test_several_processes(options, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", "examples/several_processes.py", "--out", str(tmp_path / "out"), *options]
+def run(*command: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-m", *command],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The constraint holds") == 2
-    assert (tmp_path / "out" / "config.json").exists()
-    assert list((tmp_path / "out").glob("*.safetensors"))
+    return done.stdout
+
+
+@pytest.mark.parametrize("options", [["--shard"], pytest.param([], marks=slow)])
+def test_several_processes(options, tmp_path):
+    out = tmp_path / "out"
+    said = run(*TORCHRUN, "examples/several_processes.py", "--out", str(out), *options)
+    assert said.count("The constraint holds") == 2
+    assert (out / "config.json").exists()
+    assert list(out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(TORCHRUN, marks=slow), ACCELERATE], ids=["torchrun", "accelerate"]
+)
+def test_trainer(launcher, tmp_path):
+    said = run(*launcher, "examples/trainer.py", "--out", str(tmp_path))
+    assert said.count("The constraint holds") == 2
+    assert (tmp_path / "first" / "certificate.json").exists()
+    assert list((tmp_path / "model").glob("*.safetensors"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
@@ -27,7 +28,8 @@ def launch(size: int, function: Callable[..., Any], folder: Path, *arguments: An
     _warm_up()
     torch.multiprocessing.start_processes(
         _run,
-        args=(size, function, str(folder), arguments),
+        # A store of their own: those of processes that died are never cleared.
+        args=(size, function, str(folder), f"{folder}/store-{uuid.uuid4().hex[:8]}", arguments),
         nprocs=size,
         start_method="forkserver",
     )
@@ -52,12 +54,14 @@ def _warm_up() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def _run(rank: int, size: int, function: Callable[..., Any], folder: str, arguments: Any) -> None:
+def _run(
+    rank: int, size: int, function: Callable[..., Any], folder: str, store: str, arguments: Any
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/store",
+        init_method=f"file://{store}",
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=SECONDS),

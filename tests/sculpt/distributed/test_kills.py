@@ -83,7 +83,6 @@ def moments(sculptor, optimizer):
 def test_a_killed_job_goes_on_with_the_same_bits(kills, tmp_path):
     def run(folder: Path, death: float | None = None):
         folder.mkdir(exist_ok=True)
-        (folder / "store").unlink(missing_ok=True)
         return launch(2, worker, folder, folder / "saves", death)
 
     begin = time.monotonic()
@@ -152,7 +151,6 @@ def test_a_process_that_dies_in_a_save_leaves_the_one_before_it(how, tmp_path):
         launch(2, save_twice, tmp_path, tmp_path, how)
     assert time.monotonic() - begin < SECONDS
     assert not (tmp_path / "weights-1.pt").exists()
-    (tmp_path / "store").unlink()
     found = launch(2, load_first, tmp_path, tmp_path)[0]
     expected = torch.load(tmp_path / "weights-0.pt")
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from launch import launch
 from test_shards import whole
 from test_trainer import CONFIG, LR, rows
 from tiny_language import tiny_model
-from torch.distributed.fsdp import fully_shard
-from transformers import Trainer, TrainingArguments
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sculpt import SculptCallback
 
@@ -65,44 +67,80 @@ def test_replicas_learn_what_one_process_learns_and_resume_with_the_same_bits(tm
         assert losses == pytest.approx(expected, abs=1e-6)
 
 
-def divided(out: Path) -> Any:
-    """accelerate divides a model on accelerators only: here the test does what it would do."""
-    run, callback = trainer(
-        out,
-        4,
-        fsdp=True,
-        fsdp_config={"version": 2},
-        max_grad_norm=0.0,
-        average_tokens_across_devices=False,
-    )
-    prepare = run.accelerator.prepare
+def unequal(out: Path) -> str:
+    run, _ = trainer(out, 4, max_steps=-1, num_train_epochs=1)
+    run.train_dataset = rows(32 + 16 * dist.get_rank())
+    with pytest.raises(ValueError, match="do not agree") as error:
+        run.train()
+    return str(error.value)
 
-    def prepare_both(*parts: Any) -> Any:
-        if len(parts) != 2:
-            return prepare(*parts)
-        model, optimizer = parts
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        new = dict(model.named_parameters())
-        for group in optimizer.param_groups:
-            group["params"] = [new[names[parameter]] for parameter in group["params"]]
-        return model, run.accelerator.prepare_optimizer(optimizer)
 
-    run.accelerator.prepare = prepare_both
-    run.train()
+def test_ranks_with_more_data_than_others_are_named(tmp_path):
+    for said in launch(2, unequal, tmp_path, tmp_path / "run"):
+        assert "rank 0 has training steps 4, rank 1 has 6" in said
+
+
+def divide_on_cpus() -> None:
+    """accelerate divides a model on accelerators only: let it take CPUs for some."""
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *parts: Any, fsdp_plugin: Any = None, **more: Any) -> None:
+        original(self, *parts, fsdp_plugin=fsdp_plugin, **more)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def divided(out: Path, layout: str, stop: int | None) -> Any:
+    """All six steps; or as far as `stop`, and then from there in another Trainer."""
+    divide_on_cpus()
+    settings = {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "state_dict_type": layout},
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "average_tokens_across_devices": False,
+    }
+    if stop is not None:
+        first, _ = trainer(out, 4, **settings)
+        first.add_callback(Stop(stop))
+        first.train()
+    run, callback = trainer(out, 4, **settings)
+    run.train(resume_from_checkpoint=None if stop is None else str(out / f"checkpoint-{stop}"))
+    assert isinstance(run.model, FSDPModule)
+    assert isinstance(run.model.model.layers[0], FSDPModule)
     assert callback.certificate is not None
     assert callback.certificate.ok
-    return whole(run.model.state_dict())
+    assert callback.table is not None
+    assert len(callback.table.rows) == 14
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    return whole(run.model.state_dict()), losses
 
 
-def test_a_divided_model_learns_what_one_process_learns(tmp_path):
-    alone, _ = trainer(tmp_path / "alone", 8, max_grad_norm=0.0)
+class Stop(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("layout", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_divided_model_learns_what_one_process_learns_and_resumes(layout, tmp_path):
+    alone, _ = trainer(tmp_path / "alone", 8)
     alone.train()
-    for weights in launch(2, divided, tmp_path, tmp_path / "run"):
+    together = launch(2, divided, tmp_path, tmp_path / "run", layout, None)
+    again = launch(2, divided, tmp_path, tmp_path / "again", layout, 3)
+    for (weights, losses), (resumed, resumed_losses) in zip(together, again, strict=True):
         for name, weight in alone.model.state_dict().items():
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
+            assert torch.equal(resumed[name], weights[name]), name
+        expected = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+        assert losses == pytest.approx(expected, abs=1e-6)
+        assert resumed_losses == losses
 
 
 def test_the_first_fsdp_is_refused_by_name(tmp_path, monkeypatch):
