@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from sculpt import SculptConfig, Sculptor
+from sculpt import AdaptiveRanks, SculptConfig, Sculptor
 
 
 class Unused(nn.Module):
@@ -170,3 +170,37 @@ def test_one_process_writes_and_all_read(tmp_path):
     for names, error in launch(2, saved, tmp_path, tmp_path):
         assert names == ["0", "2", "4", "6"]
         assert "no folder" in error
+
+
+def measured(parts):
+    """Ranks and importance by Fisher, from losses on these parts of two batches."""
+    ranks = AdaptiveRanks(mrr=0.2, trr=0.6)
+    sculptor = Sculptor(network(), SculptConfig(ranks=ranks))
+    losses = [lambda model, x=x: model(x).square().mean() for x in parts]
+    rows = sculptor.begin_task(losses).rows
+    return [(row.preserved, row.importance, row.by) for row in rows]
+
+
+def measured_here():
+    return measured([share(batch(0, step)[0]) for step in range(2)])
+
+
+def test_importance_is_the_mean_over_the_data_of_all_processes(tmp_path):
+    parts = [part for step in range(2) for part in batch(0, step)[0].chunk(2)]
+    expected, importance, by = zip(*measured(parts), strict=True)
+    assert set(by) == {"fisher"}
+    for rows in launch(2, measured_here, tmp_path):
+        ranks, found, ways = zip(*rows, strict=True)
+        assert (ranks, ways) == (expected, by)
+        assert found == pytest.approx(importance, abs=1e-5)
+
+
+def losses_on_one():
+    sculptor = Sculptor(network(), SculptConfig(ranks=AdaptiveRanks()))
+    x = torch.ones(2, 13)
+    own = [x] if dist.get_rank() else [lambda model: model(x).sum()]
+    return {row.by for row in sculptor.begin_task(own).rows}
+
+
+def test_a_loss_on_some_processes_alone_is_none(tmp_path):
+    assert launch(2, losses_on_one, tmp_path) == [{"cosine"}] * 2
