@@ -326,7 +326,7 @@ class Sculptor:
             The save under way: `result()` waits and raises what went wrong.
         """
         about, parts = self._to_save(previous)
-        write = partial(parts.copied().write, Path(path), about)
+        write = partial(parts.copied(self._processes).write, Path(path), about)
         return self._background.start(write, self._processes)
 
     def _to_save(self, previous: FilePath | None) -> tuple[dict[str, Any], state.Parts]:

@@ -15,7 +15,6 @@ import os
 import uuid
 import zlib
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,21 +76,23 @@ class Parts:
         with processes.as_one() as first:
             known = same_task(previous, identity, divided) if first and previous else None
         known = processes.tell(known)[0]
-        if not divided and processes.rank > 0:
-            return cls({}, {}, None, None, None, divided)
-        with processes.as_one() if divided else nullcontext():
+        with processes.as_one() as first:
+            if not divided and not first:
+                return cls({}, {}, None, None, None, divided)
             fixed = None
             if known is None:
                 fixed = {k: t for matrix in matrices for k, t in fixed_tensors(matrix).items()}
             moving = {k: t for matrix in matrices for k, t in moving_tensors(matrix).items()}
         return cls(fixed, moving, learned, previous, known, divided)
 
-    def copied(self) -> Parts:
+    def copied(self, processes: Processes) -> Parts:
         """In host memory of their own."""
-        fixed, learned = (
-            None if part is None else _copies(part) for part in (self.fixed, self.learned)
-        )
-        return replace(self, fixed=fixed, moving=_copies(self.moving), learned=learned)
+        with processes.as_one():
+            fixed, learned = (
+                None if part is None else _copies(part) for part in (self.fixed, self.learned)
+            )
+            moving = _copies(self.moving)
+        return replace(self, fixed=fixed, moving=moving, learned=learned)
 
     def write(self, path: Path, about: dict[str, Any], processes: Processes) -> None:
         """Write a task: shards by every process, or all by the first one.

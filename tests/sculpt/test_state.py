@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 
 import pytest
 import torch
@@ -113,14 +114,18 @@ def test_damaged_and_foreign_saves_are_refused(tmp_path):
         load()
 
 
-def test_a_save_in_the_background_is_the_one_of_its_moment(tmp_path):
+def test_a_save_in_the_background_is_the_one_of_its_moment(tmp_path, monkeypatch):
     model = model_of()
     sculptor, optimizer = begun(model, SculptConfig())
     fit(model, optimizer, 2)
     sculptor.save(tmp_path / "expected")
+    go_on, write = threading.Event(), state._save
+    monkeypatch.setattr(state, "_save", lambda *what: go_on.wait(60) and write(*what))
     saving = sculptor.save_async(tmp_path / "found")
     fit(model, optimizer, 2)
     sculptor.end_task()
+    assert not saving.done()
+    go_on.set()
     saving.result()
     assert saving.done()
     states = []

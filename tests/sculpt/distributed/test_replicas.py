@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from sculpt import AdaptiveRanks, SculptConfig, Sculptor
+from sculpt import AdaptiveRanks, SculptConfig, Sculptor, state
 
 
 class Unused(nn.Module):
@@ -154,6 +154,10 @@ def test_refusals_come_on_every_process_and_say_what_to_do(tmp_path):
         assert "not averaged over the processes" in said[5]
 
 
+def unreadable(*_):
+    raise OSError("the original cannot be read")
+
+
 def saved(folder):
     model = network()
     sculptor = Sculptor(model, SculptConfig())
@@ -163,6 +167,16 @@ def saved(folder):
     loaded = Sculptor.load(model, folder / "save")
     with pytest.raises((OSError, RuntimeError)) as error:
         loaded.save("/dev/null/no folder")
+    saving = loaded.save_async("/dev/null/no folder")
+    with pytest.raises((OSError, RuntimeError), match="no folder"):
+        saving.result()
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            patch.setattr(state, "fixed_tensors", unreadable)
+        with pytest.raises((OSError, RuntimeError), match="cannot be read"):
+            loaded.save_async(folder / "other")
+    loaded.save_async(folder / "other").result()
+    assert Sculptor.load(network(), folder / "other").verify().task == "first"
     return [row.name for row in loaded.verify().rows], str(error.value)
 
 
