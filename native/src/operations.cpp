@@ -8,33 +8,40 @@
 namespace sculpt {
 namespace {
 
-// Call `function(row, column, n, offset)` for each segment of a tile; `offset` counts in the tile.
+struct Place {
+  int64_t row, column, n;
+  int64_t offset;  // in the tile
+  int64_t next;    // the row after, or this one if it is the last
+};
+
+// Call `function(place)` for each segment of a tile.
 template <typename Function>
 void segments(const Tile &tile, Function function) {
   for (int64_t i = 0; i < tile.rows; ++i)
     for (int64_t j = 0; j < tile.columns; j += SEGMENT)
-      function(tile.row + i, tile.column + j, std::min(SEGMENT, tile.columns - j),
-               i * tile.columns + j);
+      function(Place{tile.row + i, tile.column + j, std::min(SEGMENT, tile.columns - j),
+                     i * tile.columns + j, tile.row + std::min(i + 1, tile.rows - 1)});
 }
 
 class ExpandAdd final : public Operation {
  public:
   explicit ExpandAdd(const sculpt_expand_add &job) : job_(job), rows_(rows()) {}
 
-  void fill(const Tile &, float *, bool) override {}
-
   void finish(const Tile &tile, const float *product) override {
     alignas(64) float total[SEGMENT];
     Bits bits(rows_, job_.rounding, job_.products.n);
-    segments(tile, [&](int64_t row, int64_t column, int64_t n, int64_t offset) {
-      Segment base(rows_, job_.base, row, column, n);
-      Segment out(rows_, job_.W, row, column, n);
+    segments(tile, [&](const Place &at) {
+      const Ahead next = ahead(job_.base, at.next, at.column);
+      for (int64_t byte = 0; byte < at.n * next.element; byte += 64)
+        __builtin_prefetch(next.at + byte, 0, 2);
+      Segment base(rows_, job_.base, at.row, at.column, at.n);
+      Segment out(rows_, job_.W, at.row, at.column, at.n);
       const float *x = base.load();
       if (product != nullptr) {
-        rows_.add(total, x, product + offset, n);
+        rows_.add(total, x, product + at.offset, at.n);
         x = total;
       }
-      out.store(x, bits.at(row, column, n));
+      out.store(x, bits.at(at.row, at.column, at.n));
     });
   }
 
@@ -48,80 +55,75 @@ class ProjectedStep final : public Operation {
   explicit ProjectedStep(const sculpt_adamw &job)
       : job_(job),
         rows_(rows()),
-        scalars_{job.lr, job.rest1, job.rest2, job.eps, job.weight_decay, job.lift, job.root} {}
+        exact_(job.exp_avg.dtype == SCULPT_FLOAT32 && job.exp_avg_sq.dtype == SCULPT_FLOAT32) {
+    step_.scalars = {job.lr, job.rest1, job.rest2, job.eps, job.weight_decay, job.lift, job.root};
+  }
+
+  const sculpt_matrix *source() const override { return job_.gradient ? &job_.G : nullptr; }
 
   void fill(const Tile &tile, float *out, bool again) override {
-    segments(tile, [&](int64_t row, int64_t column, int64_t n, int64_t offset) {
+    segments(tile, [&](const Place &at) {
       if (job_.gradient) {
-        Segment(rows_, job_.G, row, column, n).load_into(out + offset);
+        Segment(rows_, job_.G, at.row, at.column, at.n).load_into(out + at.offset);
         return;
       }
-      Segment m(rows_, job_.exp_avg, row, column, n), v(rows_, job_.exp_avg_sq, row, column, n);
-      if (again) {
-        m.load();
-        v.load();
-      } else {
-        Segment g(rows_, job_.G, row, column, n);
-        take(m, v, g.load(), n);
-      }
-      direct(out + offset, m, v, row, column, n);
+      Segment w(rows_, job_.W, at.row, at.column, at.n);
+      step(at, !again, Out::DIRECTION, nullptr, w, out + at.offset);
     });
   }
 
   void finish(const Tile &tile, const float *product) override {
-    alignas(64) float step[SEGMENT];
     Bits bits(rows_, job_.rounding, job_.products.n);
-    segments(tile, [&](int64_t row, int64_t column, int64_t n, int64_t offset) {
-      Segment m(rows_, job_.exp_avg, row, column, n), v(rows_, job_.exp_avg_sq, row, column, n);
-      if (job_.gradient) {
-        Segment g(rows_, job_.G, row, column, n);
-        const float *gradient = g.load();
-        if (product != nullptr) {
-          rows_.subtract(step, gradient, product + offset, n);
-          gradient = step;
-        }
-        take(m, v, gradient, n);
-        direct(step, m, v, row, column, n);
-      } else {
-        m.load();
-        v.load();
-        direct(step, m, v, row, column, n);
-        if (product != nullptr) rows_.subtract(step, step, product + offset, n);
-      }
-      apply(step, bits, row, column, n);
+    segments(tile, [&](const Place &at) {
+      Segment w(rows_, job_.W, at.row, at.column, at.n);
+      float *out = w.values();
+      step(at, job_.gradient, Out::WEIGHTS, product, w, out);
+      // W and its copy from one float32 value; only one of them is rounded stochastically.
+      const bool copied = job_.copy.data != nullptr;
+      const uint16_t *random = bits.at(at.row, at.column, at.n);
+      if (copied) Segment(rows_, job_.copy, at.row, at.column, at.n).store(out, random);
+      w.store(out, copied ? nullptr : random);
     });
   }
 
  private:
-  // A gradient into the moments; what follows uses them as they are stored.
-  void take(Segment &m, Segment &v, const float *gradient, int64_t n) {
-    rows_.moments(m.load(), v.load(), gradient, scalars_, n);
-    m.store_and_load();
-    v.store_and_load();
-  }
-
-  void direct(float *out, Segment &m, Segment &v, int64_t row, int64_t column, int64_t n) {
-    Segment w(rows_, job_.W, row, column, n);
-    const float *weights = scalars_.weight_decay == 0 ? nullptr : w.load();
-    rows_.direction(out, m.values(), v.values(), weights, scalars_, n);
-  }
-
-  // W and its copy from one float32 value; only one of them is rounded stochastically.
-  void apply(float *step, Bits &bits, int64_t row, int64_t column, int64_t n) {
-    Segment w(rows_, job_.W, row, column, n);
-    rows_.step(step, w.load(), step, scalars_.lr, n);
-    const uint16_t *random = bits.at(row, column, n);
-    if (job_.copy.data == nullptr) {
-      w.store(step, random);
-      return;
+  // One pass; two where the moments are rounded before they are used.
+  void step(const Place &at, bool take, Out kind, const float *product, Segment &w, float *out) {
+    Segment m(rows_, job_.exp_avg, at.row, at.column, at.n);
+    Segment v(rows_, job_.exp_avg_sq, at.row, at.column, at.n);
+    Segment g(rows_, job_.G, at.row, at.column, at.n);
+    Step a = step_;
+    a.take = take, a.kind = kind, a.out = out, a.m = m.load(), a.v = v.load();
+    a.product = product == nullptr ? nullptr : product + at.offset;
+    a.ahead[0] = ahead(job_.exp_avg, at.next, at.column);
+    a.ahead[1] = ahead(job_.exp_avg_sq, at.next, at.column);
+    a.ahead[2] = a.ahead[3] = {a.ahead[0].at, 0};
+    if (take) {
+      a.g = g.load();
+      a.ahead[2] = ahead(job_.G, at.next, at.column);
     }
-    w.store(step, nullptr);
-    Segment(rows_, job_.copy, row, column, n).store(step, random);
+    if (kind == Out::WEIGHTS || a.scalars.weight_decay != 0) {
+      a.w = w.load();
+      a.ahead[3] = ahead(job_.W, at.next, at.column);
+    }
+    if (take && !exact_) {
+      a.kind = Out::NONE;
+      rows_.step(a, at.n);
+      m.store_and_load();
+      v.store_and_load();
+      a.take = take = false, a.kind = kind, a.product = nullptr;
+    }
+    rows_.step(a, at.n);
+    if (take) {
+      m.store();
+      v.store();
+    }
   }
 
   const sculpt_adamw &job_;
   const Rows &rows_;
-  const AdamW scalars_;
+  const bool exact_;  // the moments are stored as they were computed
+  Step step_{};
 };
 
 }  // namespace
@@ -142,9 +144,9 @@ void round(const sculpt_matrix &out, const sculpt_matrix &in, int64_t m, int64_t
 #pragma omp parallel for num_threads(std::max<int32_t>(1, threads))
   for (int64_t i = 0; i < m; ++i) {
     Bits bits(table, rounding, n);
-    segments({i, 0, 1, n}, [&](int64_t row, int64_t column, int64_t length, int64_t) {
-      Segment from(table, in, row, column, length), to(table, out, row, column, length);
-      to.store(from.load(), bits.at(row, column, length));
+    segments({i, 0, 1, n}, [&](const Place &at) {
+      Segment from(table, in, at.row, at.column, at.n), to(table, out, at.row, at.column, at.n);
+      to.store(from.load(), bits.at(at.row, at.column, at.n));
     });
   }
 }

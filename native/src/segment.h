@@ -19,6 +19,11 @@ inline bool in_place(const sculpt_matrix &x) {
          reinterpret_cast<uintptr_t>(x.data) % alignof(float) == 0;
 }
 
+// What is fetched of a row that comes later: nothing where its elements are apart.
+inline Ahead ahead(const sculpt_matrix &x, int64_t row, int64_t column) {
+  return {address(x, row, column), x.stride_column == 1 ? size_of(x.dtype) : 0};
+}
+
 class Segment {
  public:
   Segment(const Rows &rows, const sculpt_matrix &x, int64_t row, int64_t column, int64_t n)
@@ -57,13 +62,11 @@ class Segment {
 
   // Store other values, rounded by the bits of their place where there are bits.
   void store(const float *x, const uint16_t *bits) {
-    if (bits == nullptr) {
-      rows_.store(at_, stride_, dtype_, x, n_);
-      return;
+    if (bits != nullptr) {
+      rows_.stochastic(buffer_, x, bits, dtype_, n_);
+      x = buffer_;
     }
-    for (int64_t i = 0; i < n_; ++i) buffer_[i] = x[i];
-    rows_.stochastic(buffer_, bits, dtype_, n_);
-    rows_.store(at_, stride_, dtype_, buffer_, n_);
+    if (!direct_ || x != values_) rows_.store(at_, stride_, dtype_, x, n_);
   }
 
  private:

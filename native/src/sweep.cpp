@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "segment.h"
+
 namespace sculpt {
 namespace {
 
@@ -49,6 +51,9 @@ class Sweep {
         rows_(p.m, p.panel_rows > 0 ? p.panel_rows : PANEL_ROWS, 1),
         // Random bits come in groups of eight columns, and cache lines in sixteen.
         columns_(p.n, TILE_COLUMNS, 16),
+        // A narrow matrix has work for several threads too.
+        thin_(p.n, std::clamp<int64_t>(p.n / 8, 128, TILE_COLUMNS), 16),
+        across_(p.s, BLOCK, 16),
         fixed_rows_(p.m, PANEL_ROWS, 1),
         tall_rows_(p.m, (p.panel_rows > 0 ? p.panel_rows : PANEL_ROWS) * (p.m < 4096 ? 1 : 2), 1) {
     const bool core = p.form == SCULPT_CORE;
@@ -79,15 +84,16 @@ class Sweep {
   // Y <- U C, or Y <- Y - U C where Y is kept; X <- C V' where the left side is expanded last.
   void spread(const float *C) {
     if (p_.form == SCULPT_CORE && p_.left_first) {
-      for_each(columns_.count, [&](int64_t j) {
-        gemm(p_.r, columns_.length(j), p_.s, 1, {C, p_.s, 1},
-             at(turned(view(p_.V)), 0, columns_.start(j)), 0, X_ + columns_.start(j), p_.n);
+      for_each(thin_.count, [&](int64_t j) {
+        gemm(p_.r, thin_.length(j), p_.s, 1, {C, p_.s, 1},
+             at(turned(view(p_.V)), 0, thin_.start(j)), 0, X_ + thin_.start(j), p_.n);
       });
     } else {
       const bool keep = p_.form == SCULPT_STRICT;
-      for_each(rows_.count, [&](int64_t i) {
-        gemm(rows_.length(i), p_.s, p_.r, keep ? -1 : 1, at(view(p_.U), rows_.start(i), 0),
-             {C, p_.s, 1}, keep ? 1 : 0, Y_ + rows_.start(i) * p_.s, p_.s);
+      for_each(tall_rows_.count * across_.count, [&](int64_t index) {
+        const Tile t = tile_at(tall_rows_, across_, index);
+        gemm(t.rows, t.columns, p_.r, keep ? -1 : 1, at(view(p_.U), t.row, 0),
+             at({C, p_.s, 1}, 0, t.column), keep ? 1 : 0, Y_ + t.row * p_.s + t.column, p_.s);
       });
     }
   }
@@ -96,7 +102,7 @@ class Sweep {
 
   void finish(Operation &operation) {
     for_each(rows_.count * columns_.count, [&](int64_t index) {
-      const Tile tile = tile_at(rows_, index / columns_.count, index % columns_.count);
+      const Tile tile = tile_at(rows_, columns_, index);
       float *out = scratch();
       float beta = 0;
       if (needs_x_ && p_.r > 0) {
@@ -118,10 +124,8 @@ class Sweep {
   void gather_right(Operation &operation) {
     for_each(tall_rows_.count, [&](int64_t i) {
       for (int64_t j = 0; j < columns_.count; ++j) {
-        const Tile tile = tile_at(tall_rows_, i, j);
-        float *D = scratch();
-        operation.fill(tile, D, false);
-        gemm(tile.rows, p_.s, tile.columns, 1, {D, tile.columns, 1},
+        const Tile tile = tile_at(tall_rows_, columns_, i * columns_.count + j);
+        gemm(tile.rows, p_.s, tile.columns, 1, loaded(operation, tile, false),
              at(view(p_.V), tile.column, 0), j > 0 ? 1 : 0, Y_ + tile.row * p_.s, p_.s);
       }
     });
@@ -129,13 +133,11 @@ class Sweep {
 
   // X <- U' D, each panel of columns on its own, summed over fixed blocks of rows in order.
   void gather_left(Operation &operation, bool again) {
-    for_each(columns_.count, [&](int64_t j) {
+    for_each(thin_.count, [&](int64_t j) {
       for (int64_t i = 0; i < fixed_rows_.count; ++i) {
-        const Tile tile = tile_at(fixed_rows_, i, j);
-        float *D = scratch();
-        operation.fill(tile, D, again);
+        const Tile tile = tile_at(fixed_rows_, thin_, i * thin_.count + j);
         gemm(p_.r, tile.columns, tile.rows, 1, turned(at(view(p_.U), tile.row, 0)),
-             {D, tile.columns, 1}, i > 0 ? 1 : 0, X_ + tile.column, p_.n);
+             loaded(operation, tile, again), i > 0 ? 1 : 0, X_ + tile.column, p_.n);
       }
     });
   }
@@ -143,7 +145,7 @@ class Sweep {
   // C <- U' Y or X V, block by block.
   void small_product() {
     if (p_.r == 0 || p_.s == 0) return;
-    const auto target = [](int64_t size) { return std::clamp<int64_t>(size / 2, 32, SMALL_BLOCK); };
+    const auto target = [](int64_t size) { return std::clamp<int64_t>(size / 2, 32, BLOCK); };
     const Parts down(p_.r, target(p_.r), 1), across(p_.s, target(p_.s), 1);
     for_each(down.count * across.count, [&](int64_t index) {
       const int64_t i = index / across.count, j = index % across.count;
@@ -156,8 +158,21 @@ class Sweep {
     });
   }
 
-  Tile tile_at(const Parts &rows, int64_t i, int64_t j) const {
-    return {rows.start(i), columns_.start(j), rows.length(i), columns_.length(j)};
+  // What is projected: where it lies, if the BLAS can read it there, else in the scratch.
+  View loaded(Operation &operation, const Tile &tile, bool again) const {
+    const sculpt_matrix *source = operation.source();
+    if (source != nullptr && readable(*source)) return at(view(*source), tile.row, tile.column);
+    operation.fill(tile, scratch(), again);
+    return {scratch(), tile.columns, 1};
+  }
+
+  bool readable(const sculpt_matrix &x) const {
+    return in_place(x) && (p_.m == 1 || (x.stride_row >= p_.n && x.stride_row <= INT32_MAX));
+  }
+
+  static Tile tile_at(const Parts &rows, const Parts &columns, int64_t index) {
+    const int64_t i = index / columns.count, j = index % columns.count;
+    return {rows.start(i), columns.start(j), rows.length(i), columns.length(j)};
   }
 
   float *scratch() const { return tiles_ + tile_size_ * omp_get_thread_num(); }
@@ -192,7 +207,7 @@ class Sweep {
   }
 
   const sculpt_products &p_;
-  Parts rows_, columns_, fixed_rows_, tall_rows_;
+  Parts rows_, columns_, thin_, across_, fixed_rows_, tall_rows_;
   bool needs_y_, needs_x_;
   int64_t y_size_, x_size_, c_size_, tile_size_;
   float *Y_, *X_, *C_, *tiles_;

@@ -11,8 +11,8 @@ namespace sculpt {
 // summed, so it depends on the shape of the matrix alone.
 constexpr int64_t TILE_COLUMNS = 512;
 constexpr int64_t PANEL_ROWS = 256;
-// Rows and columns of a small product that one thread computes, at most.
-constexpr int64_t SMALL_BLOCK = 256;
+// Rows and columns of a product of bases that one thread computes, about.
+constexpr int64_t BLOCK = 512;
 
 struct Tile {
   int64_t row, column, rows, columns;
@@ -22,9 +22,11 @@ struct Tile {
 class Operation {
  public:
   virtual ~Operation() = default;
+  // What is projected, where it is a matrix in memory; else `fill` gives it, tile by tile.
+  virtual const sculpt_matrix *source() const { return nullptr; }
   // Write the tile that is projected into `out`, row-major without gaps; `again` from the second
   // time on.
-  virtual void fill(const Tile &tile, float *out, bool again) = 0;
+  virtual void fill(const Tile &, float *, bool) {}
   // Finish the tile, given its low-rank product; null stands for zero.
   virtual void finish(const Tile &tile, const float *product) = 0;
 };
