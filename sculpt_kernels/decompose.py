@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels.basis import orthonormalize
+from sculpt_kernels.long_side import long_side, numerical_rank
 from sculpt_kernels.quadrature import density
 from sculpt_kernels.randomized import settled_rsvd
 from sculpt_kernels.spectral import invariant_subspace
@@ -77,33 +78,37 @@ def gram(A: Tensor, request: Request) -> Parts:
     squares, U = values.flip(-1).clamp_min(0), vectors.flip(-1)
     share = _shares(squares)
     h = request.choose(share)
-    if A.dtype == torch.float32 and 0 < h < A.shape[-2]:
-        noise = 32 * torch.finfo(A.dtype).eps * squares[..., 0]
-        if bool((squares[..., h - 1] - squares[..., h] < noise).any()):
-            resolved = _resolved(squares, h, noise)
-            squares, U = _separated(A, squares, U, h)
+    rank = numerical_rank(A, U, squares)
+    if A.dtype == torch.float32 and 0 < h < A.shape[-2] and h <= rank:
+        noise = 32 * torch.finfo(A.dtype).eps * squares[..., :1]
+        if bool((squares[..., h - 1 : h] - squares[..., h : h + 1] < noise).any()):
+            near, resolved = _window(squares, h, noise)
+            squares, U = _separated(A, squares, U, near)
             if not resolved and _determined(squares, h):
                 exact = gram(A.double(), request)
                 return replace(exact, U=exact.U.to(A.dtype), V=exact.V.to(A.dtype))
-    V = _long_side(A, U, squares, h, request)
+    V = long_side(A, U, squares, h, request.part, rank)
     return Parts(U[..., request.columns(h)], V, h, _kept(share, h), "gram")
 
 
-# Vectors on either side of the cut that a Rayleigh-Ritz step separates.
-WINDOW = 32
+# Vectors on either side of the cut that a Rayleigh-Ritz step separates: at least, in doubt, and as
+# a share of all at most.
+LEAST_WINDOW, WINDOW, WINDOW_SHARE = 8, 32, 1 / 16
 
 
-def _resolved(squares: Tensor, h: int, noise: Tensor) -> bool:
-    """Whether what a step inside the window leaves mixed is far enough apart.
+def _window(squares: Tensor, h: int, noise: Tensor) -> tuple[slice, bool]:
+    """The vectors to separate, and whether what is left mixed is then far enough apart.
 
-    That is what lies above the window with what lies below the cut, and what lies below the window
-    with what lies above the cut.
+    That is what lies above them with what lies below the cut, and what lies below them with what
+    lies above the cut: by twice as many values as are within the noise.
     """
-    above = h <= WINDOW or bool((squares[..., h - WINDOW - 1] - squares[..., h] >= noise).all())
-    below = h + WINDOW >= squares.shape[-1] or bool(
-        (squares[..., h - 1] - squares[..., h + WINDOW] >= noise).all()
-    )
-    return above and below
+    above = int((squares[..., :h] - squares[..., h : h + 1] < noise).sum(-1).max())
+    below = int((squares[..., h - 1 : h] - squares[..., h:] < noise).sum(-1).max())
+    most = max(WINDOW, int(WINDOW_SHARE * squares.shape[-1]))
+    if max(above, below) > most:
+        return slice(max(0, h - WINDOW), h + WINDOW), False
+    above, below = (max(LEAST_WINDOW, 2 * count) for count in (above, below))
+    return slice(max(0, h - above), h + below), True
 
 
 def _determined(squares: Tensor, h: int) -> bool:
@@ -113,9 +118,8 @@ def _determined(squares: Tensor, h: int) -> bool:
     return bool((values[..., h - 1] - values[..., h] > eps * values[..., 0]).any())
 
 
-def _separated(A: Tensor, squares: Tensor, U: Tensor, h: int) -> tuple[Tensor, Tensor]:
-    """`squares` and `U` with those in the window replaced by what is best within their span."""
-    near = slice(max(0, h - WINDOW), h + WINDOW)
+def _separated(A: Tensor, squares: Tensor, U: Tensor, near: slice) -> tuple[Tensor, Tensor]:
+    """`squares` and `U` with those that are `near` replaced by what is best within their span."""
     inside, turned = _ritz(A, U[..., near])
 
     def placed(X: Tensor, part: Tensor) -> Tensor:
@@ -133,47 +137,6 @@ def _ritz(A: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
     image = A.mT.double() @ basis
     values, turn = torch.linalg.eigh(image.mT @ image)
     return values.flip(-1).clamp_min(0).to(U.dtype), (basis @ turn.flip(-1)).to(U.dtype)
-
-
-def _long_side(A: Tensor, U: Tensor, squares: Tensor, h: int, request: Request) -> Tensor:
-    """Right basis of the part whose left basis is in `U`, orthogonal to that of the other part.
-
-    The columns of `AᵀU` are orthogonal up to rounding, which counts by `κ = λ₁ / sqrt(λ_h λ_k)`.
-    Where that is more than orthonormality leaves room for, one step takes the leading directions
-    out of the trailing ones, with `V_h` in the implicit form `AᵀU_h Λ_h^-½`. A column as short as
-    the rounding of that product, or that loses half of its length in the step, was noise, from a
-    singular value of about zero: a Householder QR of all columns in falling order makes such a one
-    orthogonal to all that came before it. So it does where the leading singular values themselves
-    are not resolved.
-    """
-    columns = request.columns(h)
-    k = A.shape[-2]
-    eps = torch.finfo(A.dtype).eps
-    last = squares[..., max(h, 1) - 1]
-    if not bool((last > 8 * k * eps * squares[..., 0]).all()):
-        return _ordered_qr(A, U)[..., columns]
-    # Of length one, but for columns of noise.
-    floor = 16 * eps * (k * squares[..., :1]).sqrt()
-    scaled = U[..., columns] / torch.maximum(squares[..., columns].sqrt(), floor).unsqueeze(-2)
-    B = A.mT @ scaled
-    if request.part == "high" or h == 0:
-        return orthonormalize(B)
-    kappa = squares[..., 0] / (last * squares[..., -1]).sqrt()
-    if not bool((kappa <= 4 * k**0.5).all()):
-        high = U[..., :h]
-        inner = (high.mT @ (A @ B)) / squares[..., :h].unsqueeze(-1)
-        cleaned = B - A.mT @ (high @ inner)
-        before, after = (torch.linalg.vector_norm(X, dim=-2) for X in (B, cleaned))
-        length = before * torch.maximum(squares[..., columns].sqrt(), floor)
-        if not bool(((after >= before / 2) & (length > floor)).all()):
-            return _ordered_qr(A, U)[..., columns]
-        B = cleaned
-    return orthonormalize(B)
-
-
-def _ordered_qr(A: Tensor, U: Tensor) -> Tensor:
-    Q: Tensor = torch.linalg.qr(A.mT @ U).Q
-    return Q
 
 
 def range_(A: Tensor, request: Request) -> Parts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -235,6 +236,7 @@ def subspace_cost(k: int, count: int, leading: bool, model: Device) -> Cost:
     return cost + _decomposition("eigh", 9 * w**3, w, torch.float64, model)
 
 
+@lru_cache(maxsize=1024)
 def choose_method(
     shape: tuple[int, ...], rank: int | None, part: str, dtype: torch.dtype, device: torch.device
 ) -> str:
