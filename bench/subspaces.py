@@ -181,9 +181,15 @@ def compare(name: str, W: Tensor, arguments: argparse.Namespace) -> Iterator[dic
         found: dict[str, Bases] = {}
         for _ in range(arguments.repeat):
             for method, (_, run) in listed.items():
-                seconds, found[method] = timed(lambda: run(W), arguments.device)  # noqa: B023
+                try:
+                    seconds, found[method] = timed(lambda: run(W), arguments.device)  # noqa: B023
+                except torch.linalg.LinAlgError as error:
+                    print(f"{name}, t/k {share:g}: {method} failed: {error}")
+                    continue
                 spent[method].append(seconds)
         for method, (part, _) in listed.items():
+            if len(spent[method]) < arguments.repeat:
+                continue
             ratios = [a / b for a, b in zip(spent[LIBRARY[0]], spent[method], strict=True)]
             beside = {"auto, low": "auto, high", "auto, high": "auto, low"}.get(method)
             other = found[beside] if beside else None

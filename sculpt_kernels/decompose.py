@@ -91,8 +91,8 @@ def gram(A: Tensor, request: Request) -> Parts:
     return Parts(U[..., request.columns(h)], V, h, _kept(share, h), "gram")
 
 
-# Vectors on either side of the cut that a Rayleigh-Ritz step separates: at least, in doubt, and as
-# a share of all at most.
+# Vectors on either side of the cut that a Rayleigh-Ritz step separates: at least, and in doubt; at
+# most of few, and as a share of many.
 LEAST_WINDOW, WINDOW, WINDOW_SHARE = 8, 32, 1 / 16
 
 
@@ -106,7 +106,7 @@ def _window(squares: Tensor, h: int, noise: Tensor) -> tuple[slice, bool]:
     below = int((squares[..., h - 1 : h] - squares[..., h:] < noise).sum(-1).max())
     most = max(WINDOW, int(WINDOW_SHARE * squares.shape[-1]))
     if max(above, below) > most:
-        return slice(max(0, h - WINDOW), h + WINDOW), False
+        return slice(max(0, h - LEAST_WINDOW), h + LEAST_WINDOW), False
     above, below = (max(LEAST_WINDOW, 2 * count) for count in (above, below))
     return slice(max(0, h - above), h + below), True
 

@@ -18,8 +18,10 @@ from sculpt_kernels.sketch import DEFAULT_SEED, sketch
 PROBES = 32
 # Elements of a matrix that is not worth making probes for.
 SMALL = 2**16
-# Of the unit `eps k^½` of orthonormality; a basis may have 50, so twice as much leaves room.
-ALLOWED = 16
+# Of the unit `eps k^½` of orthonormality; a basis may have 50, so twice as much is still within it.
+ALLOWED = 24.0
+# Elements of a matrix for which a Householder QR costs less than anything built to avoid it.
+DIRECT = 2**18
 
 
 def numerical_rank(A: Tensor, U: Tensor, squares: Tensor) -> int:
@@ -110,24 +112,28 @@ def _images(A: Tensor, U: Tensor, squares: Tensor, h: int, part: str) -> Tensor:
         return orthonormalize(B)
     high = U[..., :h], squares[..., :h]
     lengths = torch.linalg.vector_norm(B, dim=-2)
+    allowed = (ALLOWED, ALLOWED / 4, ALLOWED / 4)
     if not bool(((lengths > 0.5) & (lengths < 1.5)).all()):
-        B = without_leading(A, *high, B)
-    Q = _settled(A, *high, B)
+        B, allowed = without_leading(A, *high, B), allowed[1:]
+    Q = _settled(A, *high, B, allowed)
     if Q is None:
         Q = torch.linalg.qr(torch.cat([orthonormalize(images(slice(h))), B], -1)).Q[..., h:]
     return Q
 
 
-def _settled(A: Tensor, U: Tensor, squares: Tensor, B: Tensor) -> Tensor | None:
+def _settled(
+    A: Tensor, U: Tensor, squares: Tensor, B: Tensor, rounds: tuple[float, ...]
+) -> Tensor | None:
     """Orthonormal basis of the span of `B` without leading directions; `None` for dependent ones.
 
-    Each round leaves of them what rounding in the one before it made of the condition of `B`.
+    Each round leaves of them what rounding in the one before it made of the condition of `B`, and
+    ends it where that is within what the round allows.
     """
-    for _ in range(3):
+    for allowed in rounds:
         B, method = orthonormalize_with_method(B)
         if method == "householder":
             return None
-        if apart(A, U, squares, B):
+        if apart(A, U, squares, B, allowed):
             return B
         B = without_leading(A, U, squares, B)
     return None
@@ -143,22 +149,26 @@ def without_leading(A: Tensor, U: Tensor, squares: Tensor, B: Tensor) -> Tensor:
     return B - A.mT @ (U @ ((U.mT @ (A @ B)) / squares.unsqueeze(-1)))
 
 
-def apart(A: Tensor, U: Tensor, squares: Tensor, B: Tensor) -> bool:
-    """Whether `VᵀB`, with `V = AᵀU Λ^-½`, is within rounding: its rows are measured by probes."""
+def apart(A: Tensor, U: Tensor, squares: Tensor, B: Tensor, allowed: float) -> bool:
+    """Whether each row of `VᵀB`, `V = AᵀU Λ^-½`, is within `allowed` units: measured by probes."""
     shadow = U.mT @ (A @ _probed(B))
     rows = torch.linalg.vector_norm(shadow, dim=-1)
     unit = torch.finfo(A.dtype).eps * A.shape[-2] ** 0.5
-    return bool((rows <= ALLOWED * unit * squares.sqrt()).all())
+    return bool((rows <= allowed * unit * squares.sqrt()).all())
 
 
 def completion(A: Tensor, U: Tensor, squares: Tensor, count: int) -> Tensor | None:
     """`count` orthonormal columns orthogonal to the rows of `A`, whose singular vectors are `U`.
 
     Unit vectors without what they have in common with the rows, taken where the columns of `A` are
-    shortest. `None` where those are too close to being linearly dependent.
+    shortest. `None` where those are too close to being linearly dependent, as they are where they
+    have hardly more dimensions than columns; and where it is not worth while.
     """
+    if A.shape[-2] * A.shape[-1] <= DIRECT or A.shape[-1] - U.shape[-1] < 1.25 * count:
+        return None
     order = A.square().sum(-2).argsort(dim=-1, stable=True)[..., None, :count]
     B = A.new_zeros(*A.shape[:-2], A.shape[-1], count).scatter(-2, order, 1)
     # Of a unit vector the image is a column: one product less.
     image = A.gather(-1, order.expand(*A.shape[:-1], count))
-    return _settled(A, U, squares, B - A.mT @ (U @ ((U.mT @ image) / squares.unsqueeze(-1))))
+    B = B - A.mT @ (U @ ((U.mT @ image) / squares.unsqueeze(-1)))
+    return _settled(A, U, squares, B, 3 * (ALLOWED / 4,))
