@@ -112,17 +112,18 @@ def _images(A: Tensor, U: Tensor, squares: Tensor, h: int, part: str) -> Tensor:
         return orthonormalize(B)
     high = U[..., :h], squares[..., :h]
     lengths = torch.linalg.vector_norm(B, dim=-2)
-    allowed = (ALLOWED, ALLOWED / 4, ALLOWED / 4)
+    rounds = [ALLOWED, ALLOWED / 4, ALLOWED / 4]
     if not bool(((lengths > 0.5) & (lengths < 1.5)).all()):
-        B, allowed = without_leading(A, *high, B), allowed[1:]
-    Q = _settled(A, *high, B, allowed)
+        B = without_leading(A, *high, B)
+        del rounds[0]
+    Q = _settled(A, *high, B, rounds)
     if Q is None:
         Q = torch.linalg.qr(torch.cat([orthonormalize(images(slice(h))), B], -1)).Q[..., h:]
     return Q
 
 
 def _settled(
-    A: Tensor, U: Tensor, squares: Tensor, B: Tensor, rounds: tuple[float, ...]
+    A: Tensor, U: Tensor, squares: Tensor, B: Tensor, rounds: list[float]
 ) -> Tensor | None:
     """Orthonormal basis of the span of `B` without leading directions; `None` for dependent ones.
 
@@ -171,4 +172,4 @@ def completion(A: Tensor, U: Tensor, squares: Tensor, count: int) -> Tensor | No
     # Of a unit vector the image is a column: one product less.
     image = A.gather(-1, order.expand(*A.shape[:-1], count))
     B = B - A.mT @ (U @ ((U.mT @ image) / squares.unsqueeze(-1)))
-    return _settled(A, U, squares, B, 3 * (ALLOWED / 4,))
+    return _settled(A, U, squares, B, 3 * [ALLOWED / 4])
