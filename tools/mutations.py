@@ -208,6 +208,20 @@ MUTATIONS = [
         TESTS + "test_checks.py::test_project_in_place_refuses",
     ),
     Mutation(
+        "split: what trailing columns have of leading ones is not looked at",
+        "sculpt_kernels/long_side.py",
+        "return bool((rows <= allowed * unit * squares.sqrt()).all())",
+        "return True",
+        TESTS + "test_long_side.py::test_bases_agree_where_trailing_columns_are_mostly_noise",
+    ),
+    Mutation(
+        "split: values that look like zero in a Gram matrix are taken for it",
+        "sculpt_kernels/long_side.py",
+        "return rank if bool((found <= rounding).all()) else k",
+        "return rank",
+        TESTS + "test_long_side.py::test_numerical_rank",
+    ),
+    Mutation(
         "native: every matrix of a batch starts at row 0",
         "native/src/segment.h",
         "static_cast<uint64_t>(rounding_.row0 + row)",
