@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sculpt.distributed.sharding import average, local, whole
+from sculpt.standing import refuse_to_move
 from sculpt.targets import Place
 from sculpt_kernels import compact_embedding, compact_linear, compact_weight, is_divided, project
 
@@ -109,14 +110,7 @@ class Compact(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for state in self.sculpt.values():
-            was = local(state.C.detach()).new_empty(0)
-            now = fn(was)
-            if (now.dtype, now.device) != (was.dtype, was.device):
-                raise RuntimeError(
-                    f"a model cannot go from {was.dtype} on {was.device} to {now.dtype} on "
-                    f"{now.device} while a task is running: optimizer, bases and original weights "
-                    "would stay behind. Move it before begin_task() or after end_task()"
-                )
+            refuse_to_move(state.C, fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

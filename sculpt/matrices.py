@@ -17,7 +17,7 @@ from sculpt.layers import Coordinates, away_from, coordinates_name, install, rem
 from sculpt.originals import Original
 from sculpt.subspaces import Bases
 from sculpt.targets import Target
-from sculpt_kernels import expand_add_, expand_add_many_, project_
+from sculpt_kernels import expand_add_, expand_add_many_, is_divided, project_
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 Side = tuple[Tensor, bool]
@@ -37,6 +37,8 @@ class Matrix(ABC):
         self.target = target
         self.bases = bases
         self.original = original
+        self._weight = target.parameter
+        self._kind = _kind(target.parameter)
 
     @property
     def name(self) -> str:
@@ -73,6 +75,27 @@ class Matrix(ABC):
                 "torch.distributed.fsdp.fully_shard (FSDP2), or ZeRO-1 or ZeRO-2"
             )
 
+    def check_weight(self) -> None:
+        """Raises:
+        RuntimeError: the module has another weight by now, or it is elsewhere or of another dtype.
+        """
+        weight = self.target.parameter
+        if weight is not self._weight:
+            raise RuntimeError(
+                f"the weight of {self.name!r} was replaced during the task: copy values into the "
+                "parameter that is there; where fully_shard or accelerate did it, call "
+                "fully_shard(model) first, then begin_task()"
+            )
+        if _kind(weight) != self._kind:
+            raise RuntimeError(
+                f"the weight of {self.name!r} was {self._kind} when the task began and is "
+                f"{_kind(weight)} now: optimizer, bases and original weights stayed behind. Move "
+                "it before begin_task() or after end_task()"
+            )
+
+    def attached(self) -> None:  # noqa: B027  (coordinates are guarded in the forward)
+        """From here on an optimizer's steps end with `follow`."""
+
     @abstractmethod
     def follow(self, seed: Tensor) -> None:
         """Bring the weight up to date with an optimizer step; `commit` or `undo` comes next."""
@@ -94,6 +117,10 @@ class Matrix(ABC):
     @abstractmethod
     def end(self) -> None:
         """Round the truth into the weight, once; the module is a plain one again."""
+
+
+def _kind(weight: Tensor) -> str:
+    return f"{weight.dtype} on {weight.device}"
 
 
 class CompactMatrix(Matrix):
@@ -228,6 +255,27 @@ class UpdateMatrix(Matrix):
         self.delta: Tensor | None = None
         if weight.dtype in LOW_PRECISION:
             self.delta = torch.zeros_like(weight, dtype=torch.float32)
+        self._guarded = True
+        self._version = target.parameter._version
+        self._handle = target.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            self._arrived
+        )
+
+    def attached(self) -> None:
+        self._guarded = False
+
+    def commit(self) -> None:
+        self._version = self.target.parameter._version
+
+    def _arrived(self, parameter: Tensor) -> None:
+        """A gradient: of a weight that has moved without being projected?"""
+        # What happens to a divided tensor is not counted.
+        if self._guarded and parameter._version != self._version and not is_divided(parameter):
+            raise RuntimeError(
+                f"the weight of {self.name!r} has changed and nothing was projected. Call "
+                "sculptor.attach(optimizer) before the first step, or sculptor.update_weights() "
+                "after changing weights by hand"
+            )
 
     def _project_(self, X: Tensor) -> None:
         U, V = (None if B is None else B.to(X.dtype) for B in (self.bases.U, self.bases.V))
@@ -262,6 +310,7 @@ class UpdateMatrix(Matrix):
         return (self.bases.U, removed), (self.bases.V, removed)
 
     def end(self) -> None:
+        self._handle.remove()
         self.weight.copy_(self.truth())
 
 
@@ -271,11 +320,8 @@ class GradientMatrix(UpdateMatrix):
     def __init__(self, target: Target, bases: Bases, original: Original, form: str) -> None:
         super().__init__(target, bases, original, form)
         self.delta = None
-        self._handle = target.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            self._project_gradient
-        )
 
-    def _project_gradient(self, parameter: Tensor) -> None:
+    def _arrived(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         with torch.no_grad():
             self._project_(self.target.oriented(parameter.grad))

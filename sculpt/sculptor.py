@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from sculpt.distributed.sharding import device_of, reshard, sharded_modules
 from sculpt.engines import (
     Originals,
     check_holds,
-    drop_nonfinite_gradients,
     follow_all,
     freeze,
     make_matrix,
@@ -36,8 +34,9 @@ from sculpt.engines import (
     warn_that_gradients_leak,
 )
 from sculpt.matrices import Matrix
-from sculpt.notices import SculptWarning
 from sculpt.proof import certify
+from sculpt.standing import hold, release
+from sculpt.stepping import Attachment
 from sculpt.subspaces import Bases
 from sculpt.targets import Target, find_targets
 from sculpt.task import TaskRow, TaskTable
@@ -88,14 +87,13 @@ class Sculptor:
         self.config = config
         self.learned = Learned(config) if config.protect == "accumulate" else None
         self.skipped_steps = 0
-        self._left_out = False
         self._task: dict[str, Matrix] | None = None
         self._task_name: str | None = None
         self._task_id = ""
         self._requires_grad: dict[nn.Parameter, bool] = {}
         self._others: dict[str, nn.Parameter] = {}
         self._group = group
-        self._attached: list[Any] = []
+        self._attached: Attachment | None = None
         self._seeds: Tensor | None = None
         self._background = Background()
 
@@ -130,6 +128,8 @@ class Sculptor:
         """
         if self._task is not None:
             raise RuntimeError("a task is running; call end_task() before begin_task()")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("begin_task() makes what trains; call it outside of inference_mode")
         start = time.perf_counter()
         targets = find_targets(self.model, self.config)
         reshard(sharded_modules(self.model))
@@ -171,6 +171,7 @@ class Sculptor:
             for target, bases, original in zip(targets, found, originals, strict=True)
         }
         self._task = task
+        hold(self.model, [matrix.trained for matrix in task.values()])
         device = targets[0].parameter.device
         # A seed is used once: by one matrix in one update of one task.
         self._seeds = self.config.seed + torch.arange(len(task), device=device) * 2**20
@@ -206,32 +207,24 @@ class Sculptor:
             RuntimeError: no task is running, or an optimizer is attached.
             TypeError, ValueError: the optimizer does not hold all coordinates of this task.
         """
-        if self._attached:
+        if self._attached is not None:
             raise RuntimeError("an optimizer is attached already; one task takes one optimizer")
+        matrices = self._running().values()
+        check_holds(optimizer, matrices)
+        for matrix in matrices:
+            matrix.attached()
+        self._attached = Attachment(
+            optimizer, self.update_weights, self._skipped, self._before_first,
+            skip_nonfinite=self.config.skip_nonfinite, processes=self._processes,
+        )  # fmt: skip
+
+    def _skipped(self) -> int:
+        self.skipped_steps += 1
+        return self.skipped_steps
+
+    def _before_first(self, optimizer: Optimizer) -> None:
         check_holds(optimizer, self._running().values())
-        self._first_step = True
-        self._attached = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-
-    def _after_step(self, *_: Any) -> None:
-        if not self._left_out:
-            self.update_weights()
-
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._first_step:
-            check_holds(optimizer, self._running().values())
-            check_replicas(self._processes, dict(self.named_parameters()))
-            self._first_step = False
-        if not self.config.skip_nonfinite:
-            return
-        self._left_out = drop_nonfinite_gradients(optimizer, self._processes)
-        if self._left_out:
-            self.skipped_steps += 1
-            count = f"{self.skipped_steps} so far"
-            text = f"a step was left out: its gradients were not finite ({count})"
-            warnings.warn(text, SculptWarning, stacklevel=3)
+        check_replicas(self._processes, dict(self.named_parameters()))
 
     @torch.no_grad()
     def update_weights(self) -> None:
@@ -290,13 +283,14 @@ class Sculptor:
             self.learned.add(list(matrices.values()))
         for matrix in matrices.values():
             matrix.end()
-        for handle in self._attached:
-            handle.remove()
+        if self._attached is not None:
+            self._attached.remove()
+        release(self.model)
         for parameter, flag in self._requires_grad.items():
             parameter.requires_grad_(flag)
         self._originals.close()
-        self._requires_grad, self._others, self._attached = {}, {}, []
-        self._task = self._task_name = self._seeds = None
+        self._requires_grad, self._others = {}, {}
+        self._task = self._task_name = self._seeds = self._attached = None
 
     def save(self, path: FilePath, *, previous: FilePath | None = None) -> None:
         """Write the running task to a directory: safetensors and JSON, atomically, never pickle.
@@ -397,4 +391,5 @@ class Sculptor:
         reshard(self._sharded)
         for matrix in self._task.values():
             matrix.check_in_place()
+            matrix.check_weight()
         return self._task

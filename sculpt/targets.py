@@ -15,6 +15,7 @@ from sculpt.config import SculptConfig
 from sculpt.distributed.refusals import refuse_hidden_weights
 from sculpt.distributed.sharding import why_not_divided
 from sculpt.ranks import preserved_rank
+from sculpt.standing import is_held
 from sculpt_kernels import is_divided
 
 # Layers of other packages that keep their weights in a quantised form of their own.
@@ -92,7 +93,9 @@ def find_targets(model: nn.Module, config: SculptConfig) -> Targets:
     Raises:
         ValueError: nothing matches, a named module is of a kind that cannot be sculpted, or a rank
             does not fit its matrix.
+        RuntimeError: a task is running in the model.
     """
+    _refuse_running(model)
     refuse_hidden_weights(model)
     _refuse_quantised(model)
     wanted, refused = _wanted(model, config.target_modules)
@@ -208,6 +211,16 @@ def _refusal(place: Place) -> str | None:
             if getattr(module, option):
                 return f"{kind} with {option}={getattr(module, option)} is not supported"
     return None
+
+
+def _refuse_running(model: nn.Module) -> None:
+    """Two tasks in one model would take each other's weights for those before the task."""
+    for path, module in model.named_modules():
+        if is_held(module) or "sculpt" in vars(module):
+            raise RuntimeError(
+                f"a task is running in {path or 'model'!r} ({type(module).__name__}), or was when "
+                "it was copied: call end_task() of its Sculptor first"
+            )
 
 
 def _refuse_quantised(model: nn.Module) -> None:

@@ -1,0 +1,91 @@
+"""The optimizer of a task: its steps end with the weights up to date, or change nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.optimizer import Optimizer
+
+from sculpt.distributed.processes import Processes
+from sculpt.engines import drop_nonfinite_gradients
+from sculpt.notices import SculptWarning
+
+
+class Attachment:
+    """Hooks around the steps of an optimizer.
+
+    Args:
+        update: brings the weights up to date.
+        skipped: called for each step that is left out; returns how many there were.
+        first: called before the first step.
+        skip_nonfinite: leave out steps whose gradients are not finite.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        update: Callable[[], None],
+        skipped: Callable[[], int],
+        first: Callable[[Optimizer], None],
+        *,
+        skip_nonfinite: bool,
+        processes: Processes,
+    ) -> None:
+        self._update, self._skipped, self._first = update, skipped, first
+        self._skip_nonfinite = skip_nonfinite
+        self._processes = processes
+        self._stepped = self._left_out = False
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if not self._stepped:
+            self._first(optimizer)
+        self._stepped = True
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._left_out = self._drops(optimizer)
+            return None
+        watched = self._watched(optimizer, closure)
+        if "closure" in kwargs:
+            return args, kwargs | {"closure": watched}
+        return (args[0], watched, *args[2:]), kwargs
+
+    def _watched(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure that computes with weights as they are by now, and has finite gradients."""
+        self._left_out = False
+        evaluations = 0
+
+        def watched() -> Any:
+            nonlocal evaluations
+            if evaluations:
+                self._update()
+            loss = closure()
+            dropped = self._drops(optimizer)
+            # A step that follows any finite gradients moves something.
+            self._left_out = dropped and (self._left_out or not evaluations)
+            evaluations += 1
+            return loss
+
+        return watched
+
+    def _drops(self, optimizer: Optimizer) -> bool:
+        """Take gradients away that are not finite; whether that was so."""
+        if not self._skip_nonfinite or not drop_nonfinite_gradients(optimizer, self._processes):
+            return False
+        count = f"{self._skipped()} so far"
+        text = f"a step was left out: its gradients were not finite ({count})"
+        warnings.warn(text, SculptWarning, stacklevel=4)
+        return True
+
+    def _after(self, *_: Any) -> None:
+        if not self._left_out:
+            self._update()

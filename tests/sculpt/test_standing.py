@@ -1,0 +1,104 @@
+"""A model with a running task stays as it is: nothing moves, is replaced, or is begun twice."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from sculpt import SculptConfig, Sculptor
+
+ENGINES = {
+    "compact": {},
+    "full": {"coordinates": "full"},
+    "update": {"engine": "update"},
+    "core": {"constraint": "core"},
+}
+
+
+def sculpted(dtype=torch.float32, **options) -> tuple[nn.Module, Sculptor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8))
+    sculptor = Sculptor(model.to(dtype), SculptConfig(**options))
+    sculptor.begin_task()
+    return model, sculptor
+
+
+def layout(model) -> list:
+    return [(p.dtype, p.device) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_moved_model_is_refused_before_anything_moves(engine, wrapped):
+    model, sculptor = sculpted(**ENGINES[engine])
+    outer = nn.Sequential(model) if wrapped else model
+    before = layout(outer)
+    for move in (outer.half, outer.double, lambda: outer.to("meta"), outer.bfloat16):
+        with pytest.raises(RuntimeError, match=r"cannot go from torch.float32 on cpu to"):
+            move()
+        assert layout(outer) == before
+    assert outer.float().to("cpu") is outer
+    sculptor.end_task()
+    assert "_apply" not in vars(model)
+    outer.half()
+    assert {dtype for dtype, _ in layout(outer)} == {torch.float16}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_copies_and_pickles_hold_themselves(engine):
+    model, _ = sculpted(**ENGINES[engine])
+    twin = copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (twin, torch.load(buffer, weights_only=False)):
+        assert vars(other)["_apply"].model is other
+        assert {id(p) for p in vars(other)["_apply"].parameters} <= {
+            id(p) for p in other.parameters()
+        }
+        with pytest.raises(RuntimeError, match="cannot go from"):
+            other.half()
+    x = torch.randn(3, 12)
+    assert torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_that_went_elsewhere_by_themselves_are_found(engine):
+    model, sculptor = sculpted(**ENGINES[engine])
+    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
+    sculptor.attach(optimizer)
+    model(torch.randn(3, 12)).square().mean().backward()
+    weight = model[1].weight
+    weight.requires_grad_(False)
+    model[1].weight.data = weight.data.half()
+    with pytest.raises(RuntimeError, match=r"'1' was torch.float32 on cpu .* torch.float16 on cpu"):
+        sculptor.verify()
+    model[1].weight.data = weight.data.float()
+    model[1].weight = nn.Parameter(torch.zeros(20, 12), requires_grad=False)
+    with pytest.raises(RuntimeError, match="weight of '1' was replaced"):
+        sculptor.end_task()
+    model[1].weight = weight
+    sculptor.end_task()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_task_at_a_time(engine):
+    model, sculptor = sculpted(**ENGINES[engine])
+    for other in (model, copy.deepcopy(model), nn.Sequential(model)):
+        with pytest.raises(RuntimeError, match=r"a task is running in .*call end_task\(\)"):
+            Sculptor(other, SculptConfig())
+    sculptor.end_task()
+    Sculptor(model, SculptConfig()).begin_task()
+
+
+def test_inference_mode_cannot_begin_a_task():
+    model = nn.Linear(12, 20)
+    sculptor = Sculptor(model, SculptConfig())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of inference_mode"):
+        sculptor.begin_task()
+    assert type(model) is nn.Linear
+    sculptor.begin_task()

@@ -1,0 +1,123 @@
+"""What an attached optimizer does around its steps, with and without a closure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sculpt import SculptConfig, Sculptor
+
+ENGINES = {
+    "compact": {},
+    "full": {"coordinates": "full"},
+    "update": {"engine": "update"},
+    "core": {"constraint": "core"},
+}
+
+
+def sculpted(**options) -> tuple[nn.Module, Sculptor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)).double()
+    sculptor = Sculptor(model, SculptConfig(**options))
+    sculptor.begin_task()
+    return model, sculptor
+
+
+def closure_of(model, optimizer, scale: float = 1.0):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 12, generator=generator, dtype=torch.float64)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = scale * (model(x) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def values(model) -> list[torch.Tensor]:
+    return [value.clone() for value in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_closure_gives_the_steps_of_a_plain_loop(engine, by_name):
+    results = []
+    for with_closure in (False, True):
+        model, sculptor = sculpted(**ENGINES[engine])
+        optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+        sculptor.attach(optimizer)
+        closure = closure_of(model, optimizer)
+        for _ in range(3):
+            if not with_closure:
+                closure()
+                optimizer.step()
+            elif by_name:
+                optimizer.step(closure=closure)
+            else:
+                optimizer.step(closure)
+        assert sculptor.verify().ok
+        results.append(values(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_closure_that_is_called_many_times_computes_with_current_weights(engine, search):
+    model, sculptor = sculpted(**ENGINES[engine])
+    optimizer = torch.optim.LBFGS(sculptor.parameters(), lr=0.3, max_iter=6, line_search_fn=search)
+    sculptor.attach(optimizer)
+    closure = closure_of(model, optimizer)
+    first = float(closure().detach())
+    for _ in range(3):
+        optimizer.step(closure)
+    # A curvature that was measured outside of what is allowed is no use to projected steps.
+    if engine in ("compact", "full"):
+        assert float(closure().detach()) < 0.9 * first
+    certificate = sculptor.verify(independent=True)
+    assert certificate.ok, str(certificate)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_closure_without_finite_gradients_changes_nothing(engine):
+    model, sculptor = sculpted(**ENGINES[engine])
+    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3), weight_decay=0.1)
+    sculptor.attach(optimizer)
+    optimizer.step(closure_of(model, optimizer))
+    before = values(model)
+    state = {k: v.clone() for k, v in optimizer.state[sculptor.parameters()[0]].items()}
+    with pytest.warns(UserWarning, match=r"a step was left out.*1 so far"):
+        optimizer.step(closure_of(model, optimizer, float("nan")))
+    assert sculptor.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
+    after = optimizer.state[sculptor.parameters()[0]]
+    assert all(torch.equal(after[key], value) for key, value in state.items())
+    optimizer.step(closure_of(model, optimizer))
+    assert not all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
+
+
+@pytest.mark.parametrize("constraint", ["strict", "core"])
+def test_projected_weights_without_an_attached_optimizer_are_found(constraint):
+    model, sculptor = sculpted(engine="update", constraint=constraint)
+    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
+    closure = closure_of(model, optimizer)
+    closure()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"'[02]' has changed.*Call sculptor.attach"):
+        closure()
+    sculptor.update_weights()
+    closure()
+    assert sculptor.verify().ok
+    sculptor.attach(optimizer)
+    for _ in range(2):
+        optimizer.step()
+        closure()
+    sculptor.end_task()
+    # A plain model trains without us.
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for _ in range(2):
+        closure()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
