@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.cases import RATIOS
 from bench.continual_table import table as continual_table
+from bench.engines import table as engines_table
 from bench.importance import table as importance_table
 from bench.native import tables as native_tables
 from bench.stream import table as stream_table
@@ -201,6 +202,7 @@ def native(name: str, content: Row) -> str:
 
 WRITERS: dict[str, Callable[[str, Row], str]] = {
     "cpu-": cpu,
+    "engines-": engines_table,
     "gpu-": gpu,
     "native-": native,
     "importance-": importance_table,

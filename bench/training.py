@@ -18,6 +18,7 @@ import ctypes
 import datetime
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -28,10 +29,13 @@ from typing import Any
 
 import torch
 
-from bench.contenders import RATIOS, Contender, decompose, make
+from bench.contenders import LORA_RANK, RATIOS, Contender, decompose, make
 from bench.llama import SMOLLM2_135M, TINY, Llama, Shape, two_layers
+from bench.memory import peak as allocated
 from bench.timing import clock
+from sculpt import SculptConfig
 from sculpt.files import write_json
+from sculpt.inspection import inspect_model
 from sculpt.memory import peak_memory_bytes, reset_peak_memory
 
 CASES: dict[str, tuple[Shape, int]] = {
@@ -107,11 +111,15 @@ def memory(case: str, tokens: int, ratios: Sequence[str]) -> dict[str, Any]:
     """Peak memory above that of the imported libraries, every method in a process of its own."""
     rows = []
     field = contestants(ratios) + [("sculpt/disk", ratio) for ratio in ratios]
+    # What is freed is given back: otherwise the C library keeps a quarter of the peak, another one
+    # in each run.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
     for method, ratio in field:
         command = [sys.executable, "-m", "bench.training", "--peak", method, "--case", case]
         command += ["--tokens", str(tokens), "--ratios", ratio or ratios[0]]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         row = {"method": f"{method} {ratio}".strip()} | json.loads(done.stdout.splitlines()[-1])
+        row["predicted_bytes"] = predicted_peak(method, case, tokens, ratio or ratios[0])
         rows.append(row)
         print(f"  {row}", flush=True)
     for row in rows:
@@ -119,8 +127,37 @@ def memory(case: str, tokens: int, ratios: Sequence[str]) -> dict[str, Any]:
     return {"case": case, "tokens": tokens, "shape": vars(CASES[case][0]), "memory": rows}
 
 
+def predicted_peak(method: str, case: str, tokens: int, ratio: str) -> int:
+    """What `sculpt inspect` says of transformers' Llama of these sizes."""
+    from transformers import LlamaConfig
+
+    shape = CASES[case][0]
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+        architectures=["LlamaForCausalLM"],
+    )
+    kind, _, originals = method.partition("/")
+    found = inspect_model(
+        config,
+        SculptConfig(unfreeze_rank_ratio=RATIOS[ratio], originals=originals or "auto"),
+        tokens=tokens,
+        sequence=min(tokens, SEQUENCE),
+        state_dtype="trained",
+        lora_rank=LORA_RANK,
+    )
+    expected = found.methods[kind].peak
+    assert expected is not None
+    return expected
+
+
 def peak(method: str, case: str, tokens: int, ratio: str) -> dict[str, Any]:
-    """Of three steps; finding the subspaces is over by then."""
+    """Of three steps, and of the tensors of a fourth; finding the subspaces is over by then."""
     import peft  # noqa: F401  (what it takes is no method's own)
 
     shape = CASES[case][0]
@@ -137,7 +174,18 @@ def peak(method: str, case: str, tokens: int, ratio: str) -> dict[str, Any]:
     reset_peak_memory()
     for _ in range(3):
         contender.step(ids)
-    return {"peak_bytes": peak_memory_bytes() - base, "base_bytes": base}
+    whole = peak_memory_bytes() - base
+    held = tensor_bytes()
+    step = allocated(lambda: contender.step(ids)).total
+    return {"peak_bytes": whole, "held_bytes": held, "step_bytes": step, "base_bytes": base}
+
+
+def tensor_bytes() -> int:
+    """All tensors that there are, each storage once."""
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    storages = (tensor.untyped_storage() for tensor in found)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def give_back_freed_memory() -> None:
@@ -159,12 +207,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             "",
         ]
         if "memory" in result:
-            lines += ["| method | peak memory above the libraries | of plain |", "|---|---|---|"]
-            lines += [
-                f"| {row['method']} | {row['peak_bytes'] / 2**20:,.0f} MiB "
-                f"| {row['of_plain']:.2f}x |"
-                for row in result["memory"]
-            ]
+            columns = {
+                "peak memory above the libraries": "peak_bytes",
+                "held between steps": "held_bytes",
+                "most of a step beside it": "step_bytes",
+                "predicted peak": "predicted_bytes",
+            }
+            lines += [f"| method | of plain | {' | '.join(columns)} |", "|---" * 6 + "|"]
+            for row in result["memory"]:
+                cells = (f"{row[key] / 2**20:,.0f} MiB" for key in columns.values())
+                lines.append(f"| {row['method']} | {row['of_plain']:.2f}x | {' | '.join(cells)} |")
         else:
             lines += [
                 "| method | s/step | of plain | forward | backward | optimizer | fold "
