@@ -181,10 +181,10 @@ def peak(method: str, case: str, tokens: int, ratio: str) -> dict[str, Any]:
 
 
 def tensor_bytes() -> int:
-    """All tensors that there are, each storage once."""
+    """All tensors that there are, each storage once; those inside of wrappers are found too."""
     gc.collect()
-    found = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    storages = (tensor.untyped_storage() for tensor in found)
+    found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    storages = (t.untyped_storage() for t in found if t.device.type == "cpu")
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def _run_method(
 
 def _start_deaf_to_ctrl_c(process: multiprocessing.process.BaseProcess) -> None:
     """Ctrl-C reaches the whole process group; the parent alone decides and ends the worker."""
+    resource_tracker.ensure_running()  # the first start would, and take SIGINT off the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()  # inherits the mask

@@ -229,6 +229,23 @@ def test_an_interrupted_run_says_where_it_stopped(model: Path, tmp_path: Path, s
     }
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the mask of a process from /proc")
+def test_a_worker_does_not_hear_ctrl_c_from_its_first_instant() -> None:
+    code = (
+        "import signal, time\n"
+        "from multiprocessing import get_context\n"
+        "from pathlib import Path\n"
+        "from sculpt.demo.run import _start_deaf_to_ctrl_c\n"
+        "process = get_context('spawn').Process(target=time.sleep, args=(60,))\n"
+        "_start_deaf_to_ctrl_c(process)\n"
+        "status = Path(f'/proc/{process.pid}/status').read_text()\n"
+        "process.kill()\n"
+        "print(int(status.split('SigBlk:')[1].split()[0], 16) >> signal.SIGINT - 1 & 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
 def test_help_and_version_load_nothing_heavy() -> None:
     code = (
         "import sys\nfrom sculpt.cli import app\n"
