@@ -19,10 +19,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from bench.memory import peak
+from bench.training import about
 from sculpt import SculptConfig
 from sculpt.distributed.decompose import find_all
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import local
+from sculpt.files import write_json
 from sculpt.subspaces import Bases
 from sculpt.targets import find_targets
 
@@ -74,8 +76,8 @@ def main() -> None:
             rows.append({"processes": size, "layers": layers, "by rank": found})
             most = [f"{(rank['peak'] - rank['stays']) / rank['matrix']:.2f}" for rank in found]
             print(size, layers, "matrices beside the share, by rank:", *most)
-    results = {"width": 512, "ratio": RATIO, "torch": torch.__version__, "rows": rows}
-    RESULT.write_text(json.dumps(results, indent=1) + "\n")
+    command = "python -m bench.decomposition"
+    write_json(RESULT, about() | {"command": command, "width": 512, "ratio": RATIO, "rows": rows})
 
 
 if __name__ == "__main__":

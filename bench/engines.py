@@ -77,28 +77,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args(arguments)
     path = options.out / NAME
-    content: dict[str, Any] = {"rows": []}
+    content: dict[str, Any] = about() | {
+        "command": "python -m bench.engines", "tests": options.tests, "rows": []
+    }  # fmt: skip
     if path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["tests"] != options.tests:
             raise SystemExit(
                 f"{path} holds runs with {content['tests']} test texts, not {options.tests}"
             )
-    done = {(row["way"], row["seed"]) for row in content["rows"]}
+    rows: list[dict[str, Any]] = content["rows"]
+    done = {(row["way"], row["seed"]) for row in rows}
+    order = list(WAYS)
     for seed in options.seed:
         for way, choice in WAYS.items():
             if (way, seed) in done:
                 continue
             command = [sys.executable, "bench/tune_demo.py", "--quick", *choice]
             command += ["--seed", str(seed), "--tests", str(options.tests)]
-            run = subprocess.run(command, check=True, capture_output=True, text=True)
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             row = {"way": way} | json.loads(run.stdout.splitlines()[-1])
             print(f"{way}, seed {seed}: learned {learned(row):.3f}", flush=True)
-            content["rows"].append(row)
-            order = list(WAYS)
-            content["rows"].sort(key=lambda row: (order.index(row["way"]), row["seed"]))
-            facts = {"command": "python -m bench.engines", "tests": options.tests}
-            write_json(path, about() | facts | {"rows": content["rows"]})
+            rows.append(row)
+            rows.sort(key=lambda row: (order.index(row["way"]), row["seed"]))
+            write_json(path, content | about())
     print(table(path.name, content))
 
 

@@ -225,7 +225,7 @@ def table(name: str, content: dict[str, Any]) -> str:
     rows = content["rows"]
     settings = content["settings"]
     harmless = sum(row["loss_increase"] <= 0 for row in rows)
-    uncorrelated = sum(row["cosine"] == 0 for row in rows)
+    clipped = sum(row["cosine"] == 0 for row in rows)
     lines = [
         f"### What predicts the layers that may be freed, `results/{name}`",
         "",
@@ -236,7 +236,7 @@ def table(name: str, content: dict[str, Any]) -> str:
         f"{content['seconds']} s. Spearman's rank correlation, over all matrices and (mean over "
         f"the kinds of matrices) among the layers of one kind; a good measure has a large positive "
         "one. The interval is a bootstrap over matrices. "
-        f"{harmless} matrices had no loss increase; the cosine of {uncorrelated} is 0 or below.",
+        f"{harmless} matrices had no loss increase; the cosine of {clipped} is 0 or below.",
         "",
         "| measure | with the loss increase | 95 % | of one kind | with Fisher | of one kind |",
         "| --- | ---: | --- | ---: | ---: | ---: |",

@@ -117,7 +117,9 @@ def memory(case: str, tokens: int, ratios: Sequence[str]) -> dict[str, Any]:
     for method, ratio in field:
         command = [sys.executable, "-m", "bench.training", "--peak", method, "--case", case]
         command += ["--tokens", str(tokens), "--ratios", ratio or ratios[0]]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+        )
         row = {"method": f"{method} {ratio}".strip()} | json.loads(done.stdout.splitlines()[-1])
         row["predicted_bytes"] = predicted_peak(method, case, tokens, ratio or ratios[0])
         rows.append(row)
