@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from sculpt.certificate import LeakRow
 from sculpt.config import SculptConfig
-from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import local
 from sculpt.matrices import (
     LOW_PRECISION,
@@ -203,25 +202,3 @@ def check_holds(optimizer: torch.optim.Optimizer, matrices: Collection[Matrix]) 
             "engine has put them into flat buffers, as DeepSpeed does, attach nothing: call "
             "sculptor.update_weights() after each engine.step()"
         )
-
-
-def drop_nonfinite_gradients(optimizer: torch.optim.Optimizer, processes: Processes) -> bool:
-    """Take all gradients away where one is not finite: nothing is changed by a step without them.
-
-    Returns:
-        Whether that was so, on any process. While a CUDA graph is captured nothing is looked at.
-    """
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = [local(p.grad) for p in held if p.grad is not None]
-    if grads and grads[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    grads = [grad for grad in grads if grad.numel()]
-    bad = bool(grads) and not bool(
-        torch.isfinite(torch.nn.utils.get_total_norm(grads, norm_type=float("inf")))
-    )
-    if any(is_divided(p) for p in held):
-        bad = processes.any(bad)
-    if bad:
-        for parameter in held:
-            parameter.grad = None
-    return bad

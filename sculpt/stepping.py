@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim.optimizer import Optimizer
 
 from sculpt.distributed.processes import Processes
-from sculpt.engines import drop_nonfinite_gradients
+from sculpt.nonfinite import drop_nonfinite_gradients, flag_nonfinite_gradients, is_captured
 from sculpt.notices import SculptWarning
 
 
@@ -36,7 +36,7 @@ class Attachment:
         self._update, self._skipped, self._first = update, skipped, first
         self._skip_nonfinite = skip_nonfinite
         self._processes = processes
-        self._stepped = self._left_out = False
+        self._stepped = self._left_out = self._flagged = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -79,13 +79,28 @@ class Attachment:
 
     def _drops(self, optimizer: Optimizer) -> bool:
         """Take gradients away that are not finite; whether that was so."""
-        if not self._skip_nonfinite or not drop_nonfinite_gradients(optimizer, self._processes):
+        if not self._skip_nonfinite:
+            return False
+        if is_captured(optimizer):
+            self._flag(optimizer)
+            return False
+        if not drop_nonfinite_gradients(optimizer, self._processes):
             return False
         count = f"{self._skipped()} so far"
         text = f"a step was left out: its gradients were not finite ({count})"
         warnings.warn(text, SculptWarning, stacklevel=4)
         return True
 
-    def _after(self, *_: Any) -> None:
+    def _flag(self, optimizer: Any) -> None:
+        """Let the optimizer's own kernels leave out a captured step that is not finite."""
+        # A GradScaler has set a flag of its own.
+        if self._flagged or not hasattr(optimizer, "found_inf"):
+            optimizer.found_inf = flag_nonfinite_gradients(optimizer)
+            self._flagged = True
+
+    def _after(self, optimizer: Any, *_: Any) -> None:
+        if self._flagged:
+            del optimizer.found_inf
+            self._flagged = False
         if not self._left_out:
             self._update()

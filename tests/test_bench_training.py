@@ -9,6 +9,7 @@ import torch
 
 from bench import training
 from bench.contenders import decompose, make
+from bench.gpu_parts.steps import Training
 from bench.llama import TINY, Llama, Shape, matrix_flops
 from sculpt.inspection.trace import trace_pass
 
@@ -89,3 +90,21 @@ def test_flops_of_a_step_are_those_that_torch_counts():
     ours = matrix_flops(shape, 128, 64)
     half = 6 * 2 * 128 * 64 * 64
     assert counted - attention == ours - half
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_tasks_of_the_graph_check_take_the_same_steps(dtype):
+    first, second = (Training(torch.device("cpu"), dtype) for _ in range(2))
+    for batch in range(3):
+        for task in (first, second):
+            task.load(batch)
+            task.step()
+    assert first.moved
+    assert all(map(torch.equal, first.state(), second.state()))
+    first.load(3, scale=float("nan"))
+    first.step()
+    assert all(map(torch.equal, first.state(), second.state()))
+    for task, batch in ((first, 4), (second, 5)):
+        task.load(batch)
+        task.step()
+    assert not all(map(torch.equal, first.state(), second.state()))

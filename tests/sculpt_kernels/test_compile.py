@@ -122,15 +122,19 @@ def test_scalars_on_the_device_are_read_by_the_kernels_alone() -> None:
                 rounding="stochastic", seed=of(dtype=torch.int64),
             )  # fmt: skip
         expand_add.expand_add_(of(64, 48, dtype=U.dtype), of(32, 32), U, V, of(), "nearest", None)
+        several = [of(64, 48, dtype=U.dtype)] * 2, [of(32, 32)] * 2, [U] * 2, [V] * 2
+        seeds = of(2, dtype=torch.int64)
+        expand_add.expand_add_many_(*several, of(), "stochastic", seeds)
     scalars = {
         "direction_kernel": {"rest1", "rest2", "eps", "weight_decay", "step"},
         "step_kernel": {"rest1", "rest2", "eps", "weight_decay", "step", "lr", "seed"},
         "update_kernel": {"alpha"},
     }
-    # The small product of expand_add_ comes first, with a scale that is a number.
-    *steps, _, last = launches
-    assert {launch.kernel.fn.__name__ for launch in (*steps, last)} == set(scalars)
-    for launch in (*steps, last):
+    # Small products come first, one for each matrix, with a scale that is a number.
+    *steps, _, one, _, _, many = launches
+    assert {launch.kernel.fn.__name__ for launch in (*steps, one, many)} == set(scalars)
+    assert many.arguments["seed"].shape == seeds.shape
+    for launch in (*steps, one, many):
         for name in scalars[launch.kernel.fn.__name__]:
             value = launch.arguments[name]
             assert isinstance(value, torch.Tensor), name
