@@ -74,10 +74,20 @@ class Coordinates:
             )
         self.version = C._version
 
+    def end(self) -> None:
+        """Whoever still holds the coordinates trains nothing from now on."""
+        self.C.grad = None
+        self.C.sculpt_ended = True  # type: ignore[attr-defined]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Coordinates:
         """A copy of the model, an average for instance, goes its own ways: it is not guarded."""
         C, U, V, removed = deepcopy((self.C, self.U, self.V, self.removed), memo)
         return Coordinates(C, U, V, removed, self.folded, guarded=False)
+
+
+def has_ended(parameter: Tensor) -> bool:
+    """Whether these are coordinates of a task that is over."""
+    return hasattr(parameter, "sculpt_ended")
 
 
 class Compact(nn.Module):

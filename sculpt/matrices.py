@@ -224,6 +224,7 @@ class CompactMatrix(Matrix):
         self.write(self.state.C.detach())
         for place in self.target.places:
             remove(place)
+        self.state.end()
 
 
 def follow_together(matrices: Sequence[CompactMatrix], seeds: Sequence[Tensor]) -> None:

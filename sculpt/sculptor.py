@@ -35,8 +35,9 @@ from sculpt.engines import (
 )
 from sculpt.matrices import Matrix
 from sculpt.proof import certify
-from sculpt.standing import hold, release
+from sculpt.standing import Modules, hold, release
 from sculpt.stepping import Attachment
+from sculpt.stray import Watch
 from sculpt.subspaces import Bases
 from sculpt.targets import Target, find_targets
 from sculpt.task import TaskRow, TaskTable
@@ -94,7 +95,6 @@ class Sculptor:
         self._others: dict[str, nn.Parameter] = {}
         self._group = group
         self._attached: Attachment | None = None
-        self._seeds: Tensor | None = None
         self._background = Background()
 
     def begin_task(
@@ -166,11 +166,13 @@ class Sculptor:
         self._processes = Processes(self._group, device_of(targets[0].parameter))
         self._task_name, self._task_id = name, uuid.uuid4().hex
         self.skipped_steps = 0
+        self._modules = Modules(self.model, {p.path: p.module for t in targets for p in t.places})
         task = {
             target.name: make_matrix(target, bases, original, self.config)
             for target, bases, original in zip(targets, found, originals, strict=True)
         }
         self._task = task
+        self._watch = Watch(self, task.values())
         hold(self.model, [matrix.trained for matrix in task.values()])
         device = targets[0].parameter.device
         # A seed is used once: by one matrix in one update of one task.
@@ -213,8 +215,9 @@ class Sculptor:
         check_holds(optimizer, matrices)
         for matrix in matrices:
             matrix.attached()
+        self._watch.follow(optimizer)
         self._attached = Attachment(
-            optimizer, self.update_weights, self._skipped, self._before_first,
+            optimizer, self._running, self.update_weights, self._skipped, self._before_first,
             skip_nonfinite=self.config.skip_nonfinite, processes=self._processes,
         )  # fmt: skip
 
@@ -234,7 +237,7 @@ class Sculptor:
         the step.
         """
         matrices = list(self._running().values())
-        assert self._seeds is not None
+        self._watch.driven = True
         follow_all(matrices, self._seeds)
         self._seeds += len(matrices) * 2**20
 
@@ -284,13 +287,14 @@ class Sculptor:
         for matrix in matrices.values():
             matrix.end()
         if self._attached is not None:
-            self._attached.remove()
+            self._attached.end()
+        self._watch.remove()
         release(self.model)
         for parameter, flag in self._requires_grad.items():
             parameter.requires_grad_(flag)
         self._originals.close()
         self._requires_grad, self._others = {}, {}
-        self._task = self._task_name = self._seeds = self._attached = None
+        self._task = self._task_name = self._attached = None
 
     def save(self, path: FilePath, *, previous: FilePath | None = None) -> None:
         """Write the running task to a directory: safetensors and JSON, atomically, never pickle.
@@ -325,7 +329,6 @@ class Sculptor:
 
     def _to_save(self, previous: FilePath | None) -> tuple[dict[str, Any], state.Parts]:
         matrices = list(self._running().values())
-        assert self._seeds is not None
         self._background.settle()
         about = {
             "format": state.FORMAT,
@@ -378,7 +381,6 @@ class Sculptor:
         if sculptor.learned is not None:
             sculptor.learned.restore(parts["learned"], processes.device)
         sculptor._task_id, sculptor.skipped_steps = about["id"], about["skipped_steps"]
-        assert sculptor._seeds is not None
         sculptor._seeds += about["seed"] - int(sculptor._seeds[0])
         matrices = list(sculptor._running().values())
         state.resume(matrices, parts["coordinates"])
@@ -389,6 +391,7 @@ class Sculptor:
         if self._task is None:
             raise RuntimeError("no task is running; call begin_task() first")
         reshard(self._sharded)
+        self._modules.check()
         for matrix in self._task.values():
             matrix.check_in_place()
             matrix.check_weight()

@@ -1,8 +1,8 @@
-"""A model stays where it is, and in its dtypes, while a task is running."""
+"""A model stays as it is while a task is running: its device, its dtypes, and its modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,3 +51,47 @@ def release(model: nn.Module) -> None:
 
 def is_held(model: nn.Module) -> bool:
     return isinstance(model.__dict__.get("_apply"), Standing)
+
+
+class Modules:
+    """The modules that a task trains, and the way through the model to each of them.
+
+    Args:
+        modules: by their names in `model`.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        self._model = model
+        self._modules = {name: (module, type(module).__name__) for name, module in modules.items()}
+        self._find()
+
+    def check(self) -> None:
+        """Raises:
+        RuntimeError: one of the modules is no longer part of the model.
+        """
+        if any(children.get(child) is not module for children, child, module in self._links):
+            self._find()  # Somebody may have put a wrapper around it.
+
+    def _find(self) -> None:
+        """Note each step of each way: children of a module, the name and identity of the next."""
+        paths = {id(module): path for path, module in self._model.named_modules()}
+        links = {}
+        for name, (module, kind) in self._modules.items():
+            if id(module) not in paths:
+                raise RuntimeError(
+                    f"{name!r}, the {kind} that this task trains, was taken out of the model, and "
+                    f"{self._instead(name)} is in its place: put it back, and replace modules "
+                    "before begin_task() or after end_task()"
+                )
+            here = self._model
+            for child in filter(None, paths[id(module)].split(".")):
+                children = here._modules
+                here = here.get_submodule(child)
+                links[id(children), child] = (children, child, here)
+        self._links = list(links.values())
+
+    def _instead(self, name: str) -> str:
+        try:
+            return f"another {type(self._model.get_submodule(name)).__name__}"
+        except AttributeError:
+            return "nothing"

@@ -11,12 +11,14 @@ from torch.optim.optimizer import Optimizer
 from sculpt.distributed.processes import Processes
 from sculpt.nonfinite import drop_nonfinite_gradients, flag_nonfinite_gradients, is_captured
 from sculpt.notices import SculptWarning
+from sculpt.stray import refuse_idle_steps
 
 
 class Attachment:
     """Hooks around the steps of an optimizer.
 
     Args:
+        check: raises where the task cannot go on; called before every step.
         update: brings the weights up to date.
         skipped: called for each step that is left out; returns how many there were.
         first: called before the first step.
@@ -26,6 +28,7 @@ class Attachment:
     def __init__(
         self,
         optimizer: Optimizer,
+        check: Callable[[], object],
         update: Callable[[], None],
         skipped: Callable[[], int],
         first: Callable[[Optimizer], None],
@@ -33,7 +36,8 @@ class Attachment:
         skip_nonfinite: bool,
         processes: Processes,
     ) -> None:
-        self._update, self._skipped, self._first = update, skipped, first
+        self._optimizer = optimizer
+        self._check, self._update, self._skipped, self._first = check, update, skipped, first
         self._skip_nonfinite = skip_nonfinite
         self._processes = processes
         self._stepped = self._left_out = self._flagged = False
@@ -42,11 +46,14 @@ class Attachment:
             optimizer.register_step_post_hook(self._after),
         ]
 
-    def remove(self) -> None:
+    def end(self) -> None:
+        """The task is over."""
         for handle in self._handles:
             handle.remove()
+        self._optimizer.register_step_pre_hook(refuse_idle_steps)
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._check()
         if not self._stepped:
             self._first(optimizer)
         self._stepped = True

@@ -245,19 +245,6 @@ def test_order_of_calls_is_checked():
         sculptor.attach(optimizer)
 
 
-def test_a_finished_task_leaves_no_hook_on_the_optimizer():
-    model = small_model()
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters())
-    sculptor.attach(optimizer)
-    train(model, optimizer, 1)
-    sculptor.end_task()
-    weight = model[2].weight.detach().clone()
-    optimizer.step()
-    assert torch.equal(model[2].weight, weight)
-
-
 def test_param_groups_move_weights_as_far_as_dense_adamw():
     model, dense = small_model(), small_model()
     W0 = model[0].weight.detach().clone()

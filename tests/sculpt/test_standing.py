@@ -17,6 +17,7 @@ ENGINES = {
     "update": {"engine": "update"},
     "core": {"constraint": "core"},
 }
+PLAIN = (nn.LayerNorm(12), nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8))
 
 
 def sculpted(dtype=torch.float32, **options) -> tuple[nn.Module, Sculptor]:
@@ -82,6 +83,76 @@ def test_weights_that_went_elsewhere_by_themselves_are_found(engine):
     with pytest.raises(RuntimeError, match="weight of '1' was replaced"):
         sculptor.end_task()
     model[1].weight = weight
+    sculptor.end_task()
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def steps(model, optimizer, count: int = 1) -> None:
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_replaced_module_is_found_before_the_step(engine):
+    inner, sculptor = sculpted(**ENGINES[engine])
+    sculptor.end_task()
+    model = nn.ModuleDict({"body": inner, "head": nn.Linear(8, 4)})
+    model.forward = lambda x: model["head"](model["body"](x))
+    sculptor = Sculptor(model, SculptConfig(**ENGINES[engine]))
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    sculptor.attach(optimizer)
+    steps(model, optimizer)
+    coordinates = [p.detach().clone() for p in sculptor.parameters()]
+    trained, head, body = model["body"][3], model["head"], model["body"]
+    changes = (
+        ("body.3", lambda: model["body"].__setitem__(3, nn.Linear(20, 8))),
+        ("body.1", lambda: model.__setitem__("body", copy.deepcopy(nn.Sequential(*PLAIN)))),
+        ("head", lambda: model.pop("head") and setattr(model, "forward", model["body"].forward)),
+    )
+    forward = model.forward
+    for name, change in changes:
+        change()
+        instead = "nothing" if name == "head" else "another Linear"
+        message = rf"'{name}', the Linear that this task trains, .* and {instead} is in its place"
+        for call in (lambda: steps(model, optimizer), sculptor.verify, sculptor.end_task):
+            with pytest.raises(RuntimeError, match=message):
+                call()
+        for parameter, was in zip(sculptor._task.values(), coordinates, strict=True):
+            assert torch.equal(parameter.trained.detach(), was)
+        body[3] = trained
+        model.forward = forward
+        model.update({"body": body, "head": head})
+    steps(model, optimizer)
+    assert sculptor.verify().ok
+    sculptor.end_task()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_wrapped_module_goes_on_training(engine):
+    model, sculptor = sculpted(**ENGINES[engine])
+    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    sculptor.attach(optimizer)
+    trained = model[3]
+    model[3] = Wrapped(trained)
+    steps(model, optimizer, 2)
+    assert sculptor.verify().ok
+    model[3] = Wrapped(nn.Linear(20, 8))
+    with pytest.raises(RuntimeError, match=r"'3', the Linear .* another Wrapped is in its place"):
+        steps(model, optimizer)
+    model[3] = trained
+    steps(model, optimizer)
     sculptor.end_task()
 
 

@@ -1,0 +1,89 @@
+"""Optimizers that belong to no task any more, or to none yet: their steps would train nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+from weakref import finalize
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from sculpt.layers import has_ended
+from sculpt.matrices import Matrix
+
+MAKE_ANOTHER = (
+    "make one from sculptor.parameters() or sculptor.param_groups(lr), after begin_task(), and "
+    "attach it"
+)
+
+
+class Watch:
+    """Looks at every optimizer that steps while a task is running.
+
+    Args:
+        owner: of the task; without it nobody looks.
+
+    Attributes:
+        attached: the optimizer of the task.
+        driven: something brings the weights up to date: that optimizer, or the caller.
+    """
+
+    def __init__(self, owner: object, matrices: Collection[Matrix]) -> None:
+        self.attached: Optimizer | None = None
+        self.driven = False
+        self._matrices = matrices
+        weights = {id(m.target.parameter): m.name for m in matrices}
+        for matrix in matrices:
+            weights.pop(id(matrix.trained), None)
+        self._frozen = weights
+        self._stop = finalize(owner, register_optimizer_step_pre_hook(self._before).remove)
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Let this one drive the task."""
+        self.attached, self.driven = optimizer, True
+
+    def remove(self) -> None:
+        self._stop()
+        self.attached, self._matrices = None, ()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer is self.attached:
+            return
+        frozen, over = None, False
+        for parameter in _held(optimizer):
+            frozen = frozen or self._frozen.get(id(parameter))
+            over = over or has_ended(parameter)
+        # What drives the task may leave steps of others alone that train something else.
+        if not (frozen or over) or (self.driven and not is_idle(optimizer)):
+            return
+        running = {id(matrix.trained) for matrix in self._matrices}
+        if running.isdisjoint(map(id, _held(optimizer))):
+            what = (
+                "coordinates of a task that has ended"
+                if over
+                else f"the weight of {frozen!r}, which begin_task() froze,"
+            )
+            raise RuntimeError(
+                f"this {type(optimizer).__name__} holds {what} and no coordinates of the task that "
+                f"is running, which its steps do not train: {MAKE_ANOTHER}"
+            )
+
+
+def refuse_idle_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """A hook for an optimizer whose task has ended."""
+    if is_idle(optimizer) and any(map(has_ended, _held(optimizer))):
+        raise RuntimeError(
+            f"the task whose coordinates this {type(optimizer).__name__} holds has ended, and its "
+            f"steps train nothing: {MAKE_ANOTHER}"
+        )
+
+
+def is_idle(optimizer: Optimizer) -> bool:
+    """Whether nothing that it holds has a gradient."""
+    return all(parameter.grad is None for parameter in _held(optimizer))
+
+
+def _held(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
