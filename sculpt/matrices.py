@@ -38,7 +38,7 @@ class Matrix(ABC):
         self.bases = bases
         self.original = original
         self._weight = target.parameter
-        self._kind = _kind(target.parameter)
+        self._dtype, self._device = target.parameter.dtype, target.parameter.device
 
     @property
     def name(self) -> str:
@@ -86,11 +86,11 @@ class Matrix(ABC):
                 "parameter that is there; where fully_shard or accelerate did it, call "
                 "fully_shard(model) first, then begin_task()"
             )
-        if _kind(weight) != self._kind:
+        if weight.dtype != self._dtype or weight.device != self._device:
             raise RuntimeError(
-                f"the weight of {self.name!r} was {self._kind} when the task began and is "
-                f"{_kind(weight)} now: optimizer, bases and original weights stayed behind. Move "
-                "it before begin_task() or after end_task()"
+                f"the weight of {self.name!r} was {self._dtype} on {self._device} when the task "
+                f"began and is {weight.dtype} on {weight.device} now: optimizer, bases and "
+                "original weights stayed behind. Move it before begin_task() or after end_task()"
             )
 
     def attached(self) -> None:  # noqa: B027  (coordinates are guarded in the forward)
@@ -117,10 +117,6 @@ class Matrix(ABC):
     @abstractmethod
     def end(self) -> None:
         """Round the truth into the weight, once; the module is a plain one again."""
-
-
-def _kind(weight: Tensor) -> str:
-    return f"{weight.dtype} on {weight.device}"
 
 
 class CompactMatrix(Matrix):

@@ -217,7 +217,8 @@ class Sculptor:
             matrix.attached()
         self._watch.follow(optimizer)
         self._attached = Attachment(
-            optimizer, self._running, self.update_weights, self._skipped, self._before_first,
+            optimizer,
+            self._modules.check, self.update_weights, self._skipped, self._before_first,
             skip_nonfinite=self.config.skip_nonfinite, processes=self._processes,
         )  # fmt: skip
 

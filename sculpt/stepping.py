@@ -28,7 +28,7 @@ class Attachment:
     def __init__(
         self,
         optimizer: Optimizer,
-        check: Callable[[], object],
+        check: Callable[[], None],
         update: Callable[[], None],
         skipped: Callable[[], int],
         first: Callable[[Optimizer], None],
