@@ -1,19 +1,22 @@
-"""How much memory a call takes beyond its arguments."""
+"""How much memory a call takes beyond its arguments, and what tensors hold."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes: the most that was allocated at one time, and the largest single allocation."""
+    """Bytes: the most that was allocated at one time, the largest allocation, what is left."""
 
     total: int
     largest: int
+    left: int
 
 
 def peak(function: Callable[[], object]) -> Peak:
@@ -27,4 +30,12 @@ def peak(function: Callable[[], object]) -> Peak:
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         total = max(total, live)
-    return Peak(total, max((e.nbytes() for e in events), default=0))
+    return Peak(total, max((e.nbytes() for e in events), default=0), live)
+
+
+def tensor_bytes() -> int:
+    """All tensors that there are, each storage once; those inside of wrappers are found too."""
+    gc.collect()
+    found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    storages = (t.untyped_storage() for t in found if t.device.type == "cpu")
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

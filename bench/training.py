@@ -32,6 +32,7 @@ import torch
 from bench.contenders import LORA_RANK, RATIOS, Contender, decompose, make
 from bench.llama import SMOLLM2_135M, TINY, Llama, Shape, two_layers
 from bench.memory import peak as allocated
+from bench.memory import tensor_bytes
 from bench.timing import clock
 from sculpt import SculptConfig
 from sculpt.files import write_json
@@ -180,14 +181,6 @@ def peak(method: str, case: str, tokens: int, ratio: str) -> dict[str, Any]:
     held = tensor_bytes()
     step = allocated(lambda: contender.step(ids)).total
     return {"peak_bytes": whole, "held_bytes": held, "step_bytes": step, "base_bytes": base}
-
-
-def tensor_bytes() -> int:
-    """All tensors that there are, each storage once; those inside of wrappers are found too."""
-    gc.collect()
-    found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
-    storages = (t.untyped_storage() for t in found if t.device.type == "cpu")
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def give_back_freed_memory() -> None:
