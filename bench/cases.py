@@ -212,7 +212,8 @@ def _adamw(data: Inputs, compiled: bool) -> Variants:
     state = (data.W, G, data.exp_avg, data.exp_avg_sq)
     parameter = torch.nn.Parameter(data.W.clone())
     options = {key: value for key, value in ADAMW.items() if key != "step"}
-    fused = torch.optim.AdamW([parameter], fused=True, **options)
+    # On a GPU such that it can be captured into a graph, as ours can.
+    fused = torch.optim.AdamW([parameter], fused=True, capturable=G.is_cuda, **options)
     wide = G if G.dtype == torch.float32 else torch.empty_like(data.W)
 
     def stepped() -> None:

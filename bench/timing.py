@@ -109,6 +109,21 @@ def _once(sets: Sequence[dict[str, Call]], name: str, device: torch.device, call
     return begin.elapsed_time(end) / 1e3 / calls
 
 
+def captured(sets: Sequence[dict[str, Call]]) -> dict[str, Call]:
+    """Each variant as the replay of a CUDA graph, in which it runs once on every set.
+
+    They must have run before, so that nothing is compiled or loaded during the capture.
+    """
+    replays: dict[str, Call] = {}
+    for name in sets[0]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for variants in sets:
+                variants[name]()
+        replays[name] = graph.replay
+    return replays
+
+
 def ceilings(device: torch.device, *, size: int, elements: int) -> dict[str, float]:
     """Measured rates: copy in B/s (bytes read and written), GEMMs of `size` in FLOP/s."""
     a, b = (torch.randn(elements, device=device) for _ in range(2))
@@ -122,7 +137,7 @@ def ceilings(device: torch.device, *, size: int, elements: int) -> dict[str, flo
     kinds = [("float32", torch.float32, False)]
     if device.type == "cuda":
         kinds += [("tf32", torch.float32, True), ("bfloat16", torch.bfloat16, False)]
-        kinds += [("float16", torch.float16, False)]
+        kinds += [("float16", torch.float16, False), ("float64", torch.float64, False)]
     elif has_fast_products(torch.bfloat16, "cpu"):
         kinds += [("bfloat16", torch.bfloat16, False)]
     for name, dtype, tf32 in kinds:

@@ -1,67 +1,16 @@
-"""The measurements run: a rehearsal of the GPU script and of the CPU comparison on small shapes."""
+"""The measurements run: a rehearsal of the CPU comparisons on small shapes."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import shutil
 
 import pytest
 import torch
 
-from bench import correct, cpu, gpu, memory, subspaces, tables
+from bench import correct, cpu, memory, subspaces, tables
 from bench.cases import Case, Inputs, floor, variants
-from bench.gpu_parts.training import METHODS
 from bench.timing import interleaved
-
-
-def test_gpu_script_rehearses_on_the_cpu(tmp_path, capsys):
-    assert gpu.main(["--tiny", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.iterdir()
-    results = json.loads(path.read_text())
-    assert results["tiny"]
-    assert results["checks"]
-    assert all(check["ok"] for check in results["checks"])
-    operations = {row["case"].split()[0] for row in results["rows"]}
-    assert operations == {"adamw", "core", "strict", "left", "many", "compress", "expand_add"}
-    subspaces = {row["method"]: row for row in results["subspaces"]}
-    assert {"spectral", "gram float64", "eigh float64", "svd", "auto float64"} <= set(subspaces)
-    assert subspaces["auto float64"]["measured_matrices"] == 4
-    for row in results["subspaces"]:
-        assert row["seconds"] > 0
-        assert abs(row.get("of_optimum", 1) - 1) < 1e-5
-    trained = {(row["method"], row["ratio"]) for row in results["training"]}
-    assert trained == set(METHODS)
-    assert not [name for name in results["skipped"] if name.startswith(("training", "aot"))]
-    assert results["aot"]["kernels"] == 4
-    assert results["aot"]["library"] == (shutil.which("c++") is not None)
-    for row in results["rows"]:
-        assert all(v["us"] > 0 and v["p20"] <= v["p80"] for v in row["variants"].values())
-    table = capsys.readouterr().out.strip().splitlines()
-    assert table[-1].startswith("wrote ")
-    assert "checks failed: none" in table[-2]
-
-
-def test_gpu_script_keeps_what_it_has_when_time_is_over(tmp_path):
-    assert gpu.main(["--tiny", "--minutes", "0", "--out", str(tmp_path)]) == 0
-    results = json.loads(next(tmp_path.iterdir()).read_text())
-    assert results["rows"] == []
-    assert any("core 48x80" in name for name in results["skipped"])
-
-
-def test_gpu_script_times_nothing_that_is_wrong(tmp_path, monkeypatch):
-    real = gpu.project
-
-    def broken(G, U, V, **options):
-        result = real(G, U, V, **options)
-        return result * 1.1 if options.get("form") == "core" else result
-
-    monkeypatch.setattr(gpu, "project", broken)
-    assert gpu.main(["--tiny", "--only", "project", "--out", str(tmp_path)]) == 1
-    results = json.loads(next(tmp_path.iterdir()).read_text())
-    timed = {row["case"].split()[0] for row in results["rows"]}
-    assert timed == {"strict", "left"}
-    assert any(name.startswith("core") and "wrong" in name for name in results["skipped"])
 
 
 def test_cpu_comparison(tmp_path, monkeypatch):

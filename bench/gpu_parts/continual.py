@@ -26,30 +26,21 @@ def part_continual(run: Run) -> None:
 
     tiny, options = run.options.tiny, run.options
     if not tiny and not (options.model and options.data):
-        run.results["skipped"].append("continual: --model and --data name no directories")
+        run.skip("continual", "--model and --data name no directories")
         return
-    rows: list[dict[str, Any]] = []
-    run.results["continual"] = rows
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = tiny_model(work / "model") if tiny else options.model
         data = tiny_data(work / "data") if tiny else options.data
         for variant, changes in VARIANTS.items():
-            if run.left < (2 if tiny else NEEDED):
-                run.results["skipped"].append(f"continual {variant}")
-                continue
-            try:
-                rows.append(_measure(run, variant, changes, model, data, work / variant))
-                print(line(rows[-1]), flush=True)
-            except Exception as error:
-                reason = f"continual {variant}: {type(error).__name__}: {error}"
-                run.results["skipped"].append(reason[:300])
-            run.save()
+            seconds = 2.0 if tiny else NEEDED
+            given = (run, variant, changes, model, data, work / variant)
+            run.attempt(f"continual {variant}", seconds, _measure, *given)
 
 
 def _measure(
     run: Run, variant: str, changes: dict[str, Any], model: Path, data: Path, out: Path
-) -> dict[str, Any]:
+) -> None:
     from bench.continual import Plan, run_config
     from sculpt.metrics import summary
     from sculpt.runs.start import run as train
@@ -75,7 +66,7 @@ def _measure(
     result = train(run_config(Plan(variant, "1", 0, changes), base, data, out))
     found = result.methods[changes["method"]]
     scores = summary(found.generated)
-    return {
+    row = {
         "variant": variant,
         "model": model.name,
         "generated": found.generated,
@@ -88,6 +79,8 @@ def _measure(
         "held_bytes": found.held_bytes + found.optimizer_state_bytes,
         "budget": found.budget,
     }
+    run.results["continual"].append(row)
+    print(line(row), flush=True)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -3,63 +3,119 @@
 from __future__ import annotations
 
 import argparse
-import datetime
+import gc
 import json
-import platform
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import cases as C
-from bench.timing import interleaved
-from sculpt_kernels import backends, orthonormalize, project_
+from bench.timing import Timing, captured, interleaved
+from sculpt.files import write_json
+from sculpt_kernels import orthonormalize, project_
 
 ROTATE_BYTES = 3 * 50 * 2**20
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096)]
 TINY_SHAPES = [(48, 80), (80, 48)]
+# An error so many times above its limit is no matter of rounding: what has it is not timed.
+BEYOND_DOUBT = 100.0
+
+
+class Broken(RuntimeError):
+    """The device answers every call with an error, as after an access to memory that is not there:
+    what is left of a part needs another process."""
 
 
 class Run:
-    """Options, deadline and results of one call; saved after every part."""
+    """Options, deadline and results of one part; what is finished is in the file at once.
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    Args:
+        options: those of the script; `deadline` in the seconds of `time.monotonic()`.
+        path: of the results, which the parts before this one may have begun.
+        deadline: of this part.
+    """
+
+    def __init__(self, options: argparse.Namespace, path: Path, deadline: float) -> None:
         self.options = options
+        self.path = path
+        self.deadline = deadline
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.start = time.monotonic()
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        label = ("tiny-" if options.tiny else "") + name.replace(" ", "-")
-        self.path = options.out / f"gpu-{label}.json"
-        self.rates: dict[str, float] = {}
-        self.wrong: set[str] = set()
-        self.results: dict[str, Any] = {
-            "device": name,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-            "backends": backends(),
-            "tiny": options.tiny,
-            "rows": [],
-            "checks": [],
-            "skipped": [],
-        }
-        try:
-            import triton
-
-            self.results["triton"] = triton.__version__
-        except ImportError:
-            self.results["triton"] = None
+        self.results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self.rates: dict[str, float] = self.results.get("rates", {})
 
     @property
     def left(self) -> float:
-        """Seconds until the time is over."""
-        return self.options.minutes * 60 - (time.monotonic() - self.start)
+        """Seconds until the time of this part is over."""
+        return float(self.deadline - time.monotonic())
 
     def save(self) -> None:
-        self.results["seconds"] = round(time.monotonic() - self.start, 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.results, indent=1))
+        write_json(self.path, self.results)
+
+    def attempt(
+        self, case: str, seconds: float, call: Callable[..., None], *arguments: Any
+    ) -> None:
+        """Do a case that is not done yet, if `seconds` are left; note it if it fails.
+
+        What is begun stands in the file, so that a process that dies in it says where it was.
+
+        Raises:
+            Broken: the device works no more in this process.
+        """
+        if case in self.results["finished"]:
+            return
+        if self.left < seconds:
+            self.skip(case, f"{max(0.0, self.left):.0f} s were left, {seconds:.0f} s are needed")
+            return
+        self.results["now"] = case
+        self.save()
+        try:
+            call(*arguments)
+        except Exception as error:
+            self.skip(case, error)
+        self.results["finished"].append(case)
+        self.results["now"] = None
+        self.save()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        gc.collect()
+        if self.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise Broken(str(error)) from error
+
+    def skip(self, case: str, reason: object) -> None:
+        """Note a case that has no result, with the reason."""
+        if isinstance(reason, Exception):
+            reason = f"{type(reason).__name__}: {reason}"
+        text = " ".join(str(reason).split())[:300]
+        self.results["skipped"].append(f"{case}: {text}")
+        print(f"skipped {case}: {text}", flush=True)
+        self.save()
+
+    def check(self, what: str, error: float, limit: float, dtype: str = "") -> None:
+        """Note what a check found; NaN never passes."""
+        ok = error <= limit
+        about = {"what": what, "dtype": dtype, "error": _finite(error), "limit": limit, "ok": ok}
+        self.results["checks"].append(about)
+        if not ok:
+            print(f"WRONG {what} {dtype}: error {error:.2e}, limit {limit:.2e}", flush=True)
+
+    def is_wrong(self, operation: str) -> bool:
+        """Whether a check of an operation failed by far."""
+        return any(
+            check["what"].split()[0] == operation
+            and not check["ok"]
+            and (check["error"] is None or check["error"] > BEYOND_DOUBT * check["limit"])
+            for check in self.results["checks"]
+        )
 
     def shapes(self) -> list[tuple[int, int]]:
         return TINY_SHAPES if self.options.tiny else SHAPES
@@ -67,38 +123,41 @@ class Run:
     def ratios(self) -> list[str]:
         return ["1/8", "3/4"] if self.options.tiny else list(C.RATIOS)
 
-    def timed(self, case: C.Case, **extra: Any) -> None:
-        """Time the variants of a case; a case that fails or finds no time left is noted."""
-        if self.left < 5:
-            self.results["skipped"].append(case.name)
-            return
-        key = case.operation if case.operation != "project" else case.form
-        if key in self.wrong:
-            self.results["skipped"].append(f"{case.name}: wrong result")
-            return
-        try:
-            row = self._measure(case)
-        except Exception as error:
-            self.results["skipped"].append(f"{case.name}: {type(error).__name__}: {error}")
-            return
-        self.results["rows"].append(row | extra)
+    def timed(self, case: C.Case) -> None:
+        """Time the variants of a case."""
+        self.attempt(case.name, 5.0, self._time, case)
+
+    def _time(self, case: C.Case) -> None:
+        if self.is_wrong(case.operation if case.operation != "project" else case.form):
+            raise ValueError("wrong result")
+        row = self._measure(case)
+        self.results["rows"].append(row)
         print(short(row), flush=True)
 
     def _measure(self, case: C.Case) -> dict[str, Any]:
-        first = C.Inputs(case, self.device, seed=0)
-        size = first.G.numel() * first.G.element_size()
-        count = 1 if self.options.tiny else max(2, min(6, -(-ROTATE_BYTES // size)))
-        sets = [C.variants(first)]
-        if case.operation == "project" and self.device.type == "cuda":
-            _add_triton(sets[0], first)
-        for seed in range(1, count):
-            data = first.again(seed)
-            sets.append(C.variants(data))
-            if "triton" in sets[0]:
-                _add_triton(sets[-1], data)
-        found = interleaved(sets, self.device, rounds=5 if self.options.tiny else 11,
-                            seconds=0.05 if self.options.tiny else 1.2)  # fmt: skip
-        return row_of(case.name, found, self.floor(case)) | {"model": case.model, "rank": case.rank}
+        found = self.measure(variant_sets(case, self.device, self.options.tiny))
+        about = {"model": case.model, "rank": case.rank}
+        return row_of(case.name, found, self.floor(case)) | about
+
+    def measure(self, sets: list[C.Variants], seconds: float = 0.6) -> dict[str, dict[str, Any]]:
+        """Microseconds of every variant, and on a GPU also as called from Python.
+
+        There the device's own time is that of a captured graph, which no launch from Python delays.
+        """
+        found = self.called(sets, seconds / 2)
+        if self.device.type == "cuda":
+            graphs = captured(sets)
+            replayed = interleaved([graphs], self.device, rounds=9, seconds=seconds)
+            for name, timing in replayed.items():
+                eager = {"called_us": found[name]["us"], "called_ratio": found[name]["ratio"]}
+                found[name] = figures(timing, 1 / len(sets)) | eager
+        return found
+
+    def called(self, sets: list[C.Variants], seconds: float = 0.3) -> dict[str, dict[str, Any]]:
+        """Microseconds of every variant, as called from Python."""
+        seconds = 0.05 if self.options.tiny else seconds
+        timings = interleaved(sets, self.device, rounds=5, seconds=seconds)
+        return {name: figures(timing) for name, timing in timings.items()}
 
     def floor(self, case: C.Case) -> float:
         name = case.dtype if case.dtype in self.rates else "float32"
@@ -106,24 +165,43 @@ class Run:
         return C.floor(case, device, self.rates[name], self.rates["copy"])
 
 
-def _add_triton(variants: C.Variants, data: C.Inputs) -> None:
+def variant_sets(
+    case: C.Case, device: torch.device, tiny: bool, compiled: bool = False
+) -> list[C.Variants]:
+    """The variants on as many sets of inputs as a large cache cannot hold."""
+    first = C.Inputs(case, device, seed=0)
+    size = first.G.numel() * first.G.element_size()
+    count = 1 if tiny else max(2, min(6, -(-ROTATE_BYTES // size)))
+    sets = []
+    for seed in range(count):
+        data = first if seed == 0 else first.again(seed)
+        sets.append(C.variants(data, compiled=compiled))
+        if case.operation == "project" and device.type == "cuda":
+            sets[-1]["triton"] = triton_variant(data)
+    return sets
+
+
+def triton_variant(data: C.Inputs) -> Callable[[], object]:
     """The Triton kernels also where `auto` leaves the products to the library."""
     form = data.case.form
     U = None if form == "right" else data.U
     V = None if form == "left" else data.V
-    variants["triton"] = lambda: project_(data.G, U, V, form=form, backend="triton")
+    return lambda: project_(data.G, U, V, form=form, backend="triton")
 
 
-def row_of(name: str, found: dict[str, Any], floor: float) -> dict[str, Any]:
+def figures(timing: Timing, share: float = 1.0) -> dict[str, Any]:
+    """A timing in microseconds, of which a call is `share`."""
+    times = {"us": timing.median, "p20": timing.p20, "p80": timing.p80}
+    found: dict[str, Any] = {key: 1e6 * share * seconds for key, seconds in times.items()}
+    return found | {"ratio": timing.ratio, "rounds": timing.rounds}
+
+
+def row_of(name: str, found: dict[str, dict[str, Any]], floor: float) -> dict[str, Any]:
     return {
         "case": name,
         "floor_us": 1e6 * floor,
-        "variants": {
-            key: {"us": 1e6 * t.median, "p20": 1e6 * t.p20, "p80": 1e6 * t.p80,
-                  "ratio": t.ratio, "roofline": floor / t.median, "rounds": t.rounds}
-            for key, t in found.items()
-        },
-    }  # fmt: skip
+        "variants": {key: v | {"roofline": 1e6 * floor / v["us"]} for key, v in found.items()},
+    }
 
 
 def short(row: dict[str, Any]) -> str:
@@ -143,3 +221,8 @@ def random(
 def off(got: Tensor, want: Tensor) -> float:
     error = float((got.double() - want).norm() / want.norm())
     return error if error == error else float("inf")
+
+
+def _finite(error: float) -> float | None:
+    """JSON has no infinity."""
+    return error if error < float("inf") else None

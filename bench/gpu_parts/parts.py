@@ -1,0 +1,47 @@
+"""What `bench.gpu` does, in order: what is worth most comes first, as far as it needs no other."""
+
+from __future__ import annotations
+
+from bench.gpu_parts.aot import part_aot
+from bench.gpu_parts.checks import part_checks
+from bench.gpu_parts.compile import part_compile
+from bench.gpu_parts.continual import part_continual
+from bench.gpu_parts.huge import part_huge
+from bench.gpu_parts.kernels import part_adamw, part_compiled, part_coordinates, part_project
+from bench.gpu_parts.many import part_many
+from bench.gpu_parts.replay import part_graph
+from bench.gpu_parts.run import Run
+from bench.gpu_parts.schedule import Part
+from bench.gpu_parts.subspaces import part_subspaces, part_svd
+from bench.gpu_parts.training import part_training
+from bench.timing import ceilings
+
+
+def part_ceilings(run: Run) -> None:
+    tiny = run.options.tiny
+    rates = ceilings(run.device, size=256 if tiny else 8192, elements=2**20 if tiny else 2**28)
+    run.results["rates"] = rates
+    print({key: f"{rate:.3g}" for key, rate in rates.items()}, flush=True)
+
+
+# Rates and correctness come first whatever else was asked for.
+ALWAYS = ("ceilings", "checks")
+
+# Predictions and limits are explained in README.md.
+PARTS = {
+    "ceilings": Part(part_ceilings, 10, 40),
+    "compile": Part(part_compile, 40, 100),
+    "checks": Part(part_checks, 15, 60),
+    "graph": Part(part_graph, 10, 40),
+    "project": Part(part_project, 45, 90),
+    "adamw": Part(part_adamw, 30, 60),
+    "many": Part(part_many, 15, 40),
+    "coordinates": Part(part_coordinates, 45, 80),
+    "training": Part(part_training, 140, 200),
+    "subspaces": Part(part_subspaces, 45, 80),
+    "svd": Part(part_svd, 40, 60),
+    "aot": Part(part_aot, 25, 60),
+    "huge": Part(part_huge, 15, 40),
+    "compiled": Part(part_compiled, 60, 100),
+    "continual": Part(part_continual, 300, 500),
+}

@@ -1,0 +1,199 @@
+"""Every operation captured into a CUDA graph: replays have the bits of eager calls.
+
+Between replays matrices, rates, steps and seeds change on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_parts.run import Run, random
+from sculpt_kernels import (
+    compress,
+    expand_add_,
+    expand_add_many_,
+    project_,
+    project_adamw_,
+    project_many_,
+)
+
+M, N, RANK, LARGE = 512, 768, 64, 192
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`call` changes the tensors that `fresh` makes, always with the same values."""
+
+    name: str
+    fresh: Callable[[], list[Tensor]]
+    call: Callable[[list[Tensor]], object]
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What changes between replays, on the device."""
+
+    rate: Tensor
+    step: Tensor
+    seeds: Tensor
+
+    def set(self, number: int) -> None:
+        self.rate.fill_(1e-2 / number)
+        self.step.fill_(number)
+        self.seeds.copy_(torch.arange(3, device=self.seeds.device) + 2**40 * number)
+
+
+def part_graph(run: Run) -> None:
+    if run.device.type != "cuda":
+        run.skip("graph", "no CUDA device")
+        return
+    scalars = new_scalars(run.device)
+    for operation in operations(run.device, scalars):
+        run.attempt(f"replay {operation.name}", 5.0, _compare, run, operation, scalars)
+    for dtype in (FP32, BF16):
+        run.attempt(f"replay step {dtype}", 8.0, _compare_steps, run, dtype)
+    same = [c for c in run.results["checks"] if c["what"].startswith("replay")]
+    print(f"replays: {sum(c['ok'] for c in same)} of {len(same)} equal eager calls", flush=True)
+
+
+def _compare(run: Run, operation: Operation, scalars: Scalars) -> None:
+    eager, replayed = operation.fresh(), operation.fresh()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            operation.call(replayed)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        operation.call(replayed)
+    for X, start in zip(replayed, operation.fresh(), strict=True):
+        X.copy_(start)
+    for number in (1, 2, 3):
+        scalars.set(number)
+        operation.call(eager)
+        graph.replay()
+        for X, Y in zip(eager, replayed, strict=True):
+            new = torch.randn_like(X, dtype=FP32).abs_().mul_(1e-3)
+            X.add_(new)
+            Y.add_(new)
+    torch.cuda.synchronize()
+    wrong = sum(int((X != Y).sum()) for X, Y in zip(eager, replayed, strict=True))
+    run.check(f"replay {operation.name}", float(wrong), 0.0)
+
+
+def _compare_steps(run: Run, dtype: torch.dtype) -> None:
+    """A whole step of the compact engine: forward, backward, fused AdamW, update of the weights."""
+    name = str(dtype).removeprefix("torch.")
+    run.check("replay step", float(not step_replays(run.device, dtype)), 0.0, name)
+
+
+def step_replays(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a captured step of the compact engine, replayed, gives the bits of eager ones.
+
+    Forward, backward, fused AdamW and the update of the weights; the last batch is not finite, so
+    that both must leave a step out.
+    """
+    # Here, so that the other parts run where sculpt needs what is not installed.
+    from bench.gpu_parts.steps import Training
+
+    eager, captured = Training(device, dtype), Training(device, dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for task in (eager, captured):
+            for _ in range(3):
+                task.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for batch in range(4):
+        for task in (eager, captured):
+            task.load(batch, scale=float("nan") if batch == 3 else 1.0)
+        eager.step()
+        graph.replay()
+    return eager.moved and all(map(torch.equal, eager.state(), captured.state()))
+
+
+def new_scalars(device: torch.device) -> Scalars:
+    scalars = Scalars(
+        torch.zeros((), device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
+        torch.zeros(3, dtype=torch.int64, device=device),
+    )
+    scalars.set(1)
+    return scalars
+
+
+def operations(device: torch.device, scalars: Scalars | None = None) -> Iterator[Operation]:
+    """All of them, on one shape."""
+    now = scalars or new_scalars(device)
+
+    def basis(size: int, rank: int, dtype: torch.dtype) -> Tensor:
+        return random(device, size, rank, dtype=dtype, basis=True)
+
+    def matrices(count: int, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+        def fresh() -> list[Tensor]:
+            generator = torch.Generator(device).manual_seed(1)
+            return [
+                torch.rand(M, N, device=device, generator=generator).to(dtype) for _ in range(count)
+            ]
+
+        return fresh
+
+    def projection(
+        name: str, rank: int, form: str, dtype: torch.dtype, **options: Any
+    ) -> Operation:
+        U = None if form == "right" else basis(M, rank, dtype)
+        V = None if form == "left" else basis(N, rank, dtype)
+
+        def call(X: list[Tensor]) -> None:
+            project_(X[0], U, V, form=form, **options)
+
+        return Operation(name, matrices(1, dtype), call)
+
+    for form in ("core", "strict", "left", "right"):
+        yield projection(f"{form} small", RANK, form, BF16)
+    yield projection("core small float32", RANK, "core", FP32)
+    yield projection("core small exact", RANK, "core", BF16, precision="exact")
+    for form in ("core", "strict"):
+        yield projection(f"{form} library", LARGE, form, BF16)
+        if device.type == "cuda":
+            yield projection(f"{form} triton", LARGE, form, BF16, backend="triton")
+    U, V = basis(M, RANK, BF16), basis(N, RANK, BF16)
+    yield Operation("many", matrices(3, BF16), lambda X: project_many_(X, [U] * 3, [V] * 3))
+    C = random(device, RANK, RANK)
+    yield Operation(
+        "compress",
+        lambda: [*matrices(1, BF16)(), torch.zeros_like(C)],
+        lambda X: X[1].copy_(compress(X[0], U, V)),
+    )
+    yield Operation(
+        "expand_add",
+        matrices(1, BF16),
+        lambda X: expand_add_(X[0], C, U, V, alpha=now.rate, rounding="stochastic",
+                              seed=now.seeds[0]),
+    )  # fmt: skip
+    yield Operation(
+        "expand_add many",
+        matrices(3, BF16),
+        lambda X: expand_add_many_(X, [C] * 3, [U] * 3, [V] * 3, alpha=now.rate,
+                                   rounding="stochastic", seeds=now.seeds),
+    )  # fmt: skip
+    for kind in ("update", "gradient"):
+        yield Operation(f"adamw {kind}", matrices(4, FP32), _adamw(U, V, now, kind))
+
+
+def _adamw(U: Tensor, V: Tensor, now: Scalars, kind: str) -> Callable[[list[Tensor]], object]:
+    def call(X: list[Tensor]) -> None:
+        G = X[3].to(BF16)
+        project_adamw_(X[0], G, X[1], X[2], U, V, project=kind, lr=now.rate, step=now.step)
+
+    return call

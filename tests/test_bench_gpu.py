@@ -1,0 +1,199 @@
+"""The script for a GPU: its parts rehearsed on the CPU, and what keeps a call on a device whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.gpu_parts import checks, kernels, parts, schedule
+from bench.gpu_parts.run import Broken, Run
+from bench.gpu_parts.training import METHODS
+from sculpt.files import write_json
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """An empty file of results, and a minute."""
+    path = tmp_path / "gpu-tiny-cpu.json"
+    rates = {"float32": 1e11, "copy": 1e10}
+    write_json(path, gpu.EMPTY | {"tiny": True, "seconds": 0.0, "rates": rates})
+    now = time.monotonic()
+    options = argparse.Namespace(tiny=True, begun=now, deadline=now + 600)
+    return Run(options, path, options.deadline)
+
+
+def stored(run: Run) -> dict:
+    return json.loads(run.path.read_text())
+
+
+def test_it_rehearses_on_the_cpu(tmp_path, capfd):
+    names = [name for name in parts.PARTS if name != "continual"]
+    assert gpu.main(["--tiny", "--out", str(tmp_path), "--only", *names]) == 0
+    (path,) = tmp_path.iterdir()
+    results = json.loads(path.read_text())
+    assert results["tiny"]
+    assert results["checks"]
+    assert all(check["ok"] for check in results["checks"])
+    assert {name: part["state"] for name, part in results["parts"].items()} == dict.fromkeys(
+        names, "done"
+    )
+    operations = {row["case"].split()[0] for row in results["rows"]}
+    assert operations == {"adamw", "core", "strict", "left", "many", "compress", "expand_add"}
+    subspaces = {row["method"]: row for row in results["subspaces"]}
+    assert {"spectral", "gram float64", "eigh float64", "svd", "auto float64"} <= set(subspaces)
+    assert subspaces["auto float64"]["measured_matrices"] == 4
+    for row in results["subspaces"]:
+        assert row["seconds"] > 0
+        assert abs(row.get("of_optimum", 1) - 1) < 1e-5
+    trained = {(row["method"], row["ratio"]) for row in results["training"]}
+    assert trained == set(METHODS)
+    # What is skipped is what a CPU cannot do.
+    assert all("no CUDA device" in reason for reason in results["skipped"])
+    assert results["aot"]["kernels"] == 4
+    assert results["aot"]["library"] == (shutil.which("c++") is not None)
+    for row in (*results["rows"], *results["compiled"]):
+        assert all(v["us"] > 0 and v["p20"] <= v["p80"] for v in row["variants"].values())
+    assert results["compiled"]
+    table = capfd.readouterr().out.strip().splitlines()
+    assert table[-1].startswith("wrote ")
+    assert "checks failed: none" in table[-2]
+
+
+def test_time_that_is_over_leaves_what_there_is(run):
+    run.deadline = time.monotonic()
+    kernels.part_project(run)
+    results = stored(run)
+    assert results["rows"] == results["finished"] == []
+    assert any(name.startswith("core 48x80 1/8 bfloat16: 0 s") for name in results["skipped"])
+
+
+def test_what_is_wrong_by_far_is_not_timed(run, monkeypatch):
+    real = checks.project
+
+    def broken(G, U, V, **options):
+        result = real(G, U, V, **options)
+        return result * 3 if options.get("form") == "core" else result
+
+    monkeypatch.setattr(checks, "project", broken)
+    checks.part_checks(run)
+    kernels.part_project(run)
+    results = stored(run)
+    assert {row["case"].split()[0] for row in results["rows"]} == {"strict", "left"}
+    assert any(name.startswith("core") and "wrong" in name for name in results["skipped"])
+    assert not run.is_wrong("strict")
+
+
+def test_a_check_that_just_fails_keeps_the_timing(run):
+    run.check("core 1x1", 2e-3, 1e-3)
+    run.check("left 1x1", float("nan"), 1e-3)
+    assert [check["ok"] for check in run.results["checks"]] == [False, False]
+    assert not run.is_wrong("core")
+    assert run.is_wrong("left")
+
+
+def test_a_case_that_fails_is_noted_and_not_repeated(run):
+    calls = []
+
+    def fails() -> None:
+        calls.append(1)
+        raise ValueError("no luck")
+
+    for _ in range(2):
+        run.attempt("a case", 0.0, fails)
+    assert len(calls) == 1
+    assert stored(run)["skipped"] == ["a case: ValueError: no luck"]
+    assert stored(run)["now"] is None
+
+
+# Parts for processes: they live at the top of a module that those import.
+def _hangs(run: Run) -> None:
+    run.attempt("the first", 0.0, lambda: None)
+    run.attempt("the one that hangs", 0.0, lambda: time.sleep(600))
+
+
+def _dies_once(run: Run) -> None:
+    run.attempt("one that kills", 0.0, lambda: os.kill(os.getpid(), signal.SIGSEGV))
+    run.attempt("the next", 0.0, lambda: run.results["rows"].append("measured"))
+
+
+def _breaks(run: Run) -> None:
+    def breaks() -> None:
+        raise Broken("an illegal memory access")
+
+    for name in "abcd":
+        run._clean_up = breaks  # type: ignore[method-assign]
+        run.attempt(name, 0.0, lambda: None)
+
+
+@pytest.fixture
+def part(run: Run, monkeypatch: pytest.MonkeyPatch):
+    """Run one of the parts above, by another name, with so many seconds."""
+    context = schedule.multiprocessing.get_context("fork")
+    monkeypatch.setattr(schedule, "start_method", lambda: context)
+    monkeypatch.setattr(schedule, "GRACE", 1.0)
+
+    def do(function, seconds: float) -> dict:
+        monkeypatch.setitem(parts.PARTS, "one", schedule.Part(function, 1, seconds))
+        run.options.tiny = False
+        schedule.do("one", run.options, run.path)
+        return stored(run)
+
+    return do
+
+
+def test_a_part_that_hangs_is_stopped_and_says_where(part):
+    start = time.monotonic()
+    results = part(_hangs, 2.0)
+    assert time.monotonic() - start < 30
+    assert results["parts"]["one"]["state"] == "stopped at its limit"
+    assert results["finished"] == ["the first"]
+    assert results["skipped"] == ["one: stopped at its limit, in the one that hangs"]
+
+
+def test_a_part_whose_process_dies_goes_on_in_another(part):
+    results = part(_dies_once, 30.0)
+    assert results["rows"] == ["measured"]
+    assert results["skipped"] == [f"one that kills: died with exit code -{int(signal.SIGSEGV)}"]
+    assert results["parts"]["one"]["state"] == "done"
+
+
+def test_a_device_that_answers_with_errors_ends_after_some_attempts(part):
+    results = part(_breaks, 30.0)
+    assert results["finished"] == ["a", "b", "c"]
+    assert results["parts"]["one"]["state"].startswith("died: the device")
+
+
+def test_resuming_leaves_out_what_is_done(tmp_path):
+    options = ["--tiny", "--out", str(tmp_path), "--only", "coordinates"]
+    assert gpu.main(options) == 0
+    (path,) = tmp_path.iterdir()
+    first = json.loads(path.read_text())
+    first["parts"]["coordinates"]["state"] = "stopped at its limit"
+    first["rows"].pop()
+    first["finished"].pop()
+    earlier = tmp_path / "earlier.json"
+    write_json(earlier, first)
+    assert gpu.main([*options, "--resume", str(earlier)]) == 0
+    second = json.loads(path.read_text())
+    assert second["rows"][:-1] == first["rows"]
+    assert len(second["rows"]) == len(first["rows"]) + 1
+    assert second["checks"] == first["checks"]
+    write_json(earlier, first | {"device": "another"})
+    with pytest.raises(SystemExit, match="must name results of this device, 'cpu'; got 'another'"):
+        gpu.main([*options, "--resume", str(earlier)])
+
+
+def test_without_a_device_it_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    with pytest.raises(SystemExit, match="no CUDA device here"):
+        gpu.main(["--out", str(tmp_path)])
