@@ -16,6 +16,8 @@ from typing import Any
 from bench.cases import RATIOS
 from bench.continual_table import table as continual_table
 from bench.engines import table as engines_table
+from bench.gpu_table import draw as draw_gpu
+from bench.gpu_table import table as gpu_table
 from bench.importance import table as importance_table
 from bench.native import tables as native_tables
 from bench.stream import table as stream_table
@@ -47,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         return int(before != after)
     page.write_text(after, encoding="utf-8")
+    for path in files:
+        if path.name.startswith("gpu-"):
+            draw_gpu(path)
     return 0
 
 
@@ -166,26 +171,6 @@ def _grid(rows: list[Row], variant: str, cell: Callable[[Row, Row], str | None])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
 
 
-def gpu(name: str, content: Row) -> str:
-    lines = [
-        f"### {content['device']}",
-        "",
-        f"`results/{name}`: torch {content['torch']}, triton {content['triton']}, "
-        f"{content['date']}, `python -m bench.gpu`, {content['seconds']} s",
-        "",
-        "| case | best chain, us | ours, us | ratio | roofline |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in content["rows"]:
-        ours = [v for k, v in row["variants"].items() if k.startswith(("ours", "triton"))]
-        if ours and "chain" in row["variants"]:
-            best = min(ours, key=lambda v: v["us"])
-            chain = row["variants"]["chain"]["us"]
-            lines.append(f"| {row['case']} | {chain:.0f} | {best['us']:.0f} "
-                         f"| {best['ratio']:.2f} | {best['roofline']:.0%} |")  # fmt: skip
-    return "\n".join(lines)
-
-
 def training(name: str, content: Row) -> str:
     return f"### Training steps, `results/{name}`\n\n{training_table([content]).rstrip()}"
 
@@ -203,7 +188,7 @@ def native(name: str, content: Row) -> str:
 WRITERS: dict[str, Callable[[str, Row], str]] = {
     "cpu-": cpu,
     "engines-": engines_table,
-    "gpu-": gpu,
+    "gpu-": gpu_table,
     "native-": native,
     "importance-": importance_table,
     "stream-": stream_table,

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu
-from bench.gpu_parts import checks, kernels, parts, schedule
+from bench import gpu, gpu_table, tables
+from bench.cases import RATIOS
+from bench.gpu_parts import checks, kernels, parts, sanitize, schedule
 from bench.gpu_parts.run import Broken, Run
 from bench.gpu_parts.training import METHODS
 from sculpt.files import write_json
@@ -197,3 +198,52 @@ def test_without_a_device_it_says_so(tmp_path):
         pytest.skip("there is a device")
     with pytest.raises(SystemExit, match="no CUDA device here"):
         gpu.main(["--out", str(tmp_path)])
+
+
+def test_a_file_becomes_tables_and_pictures(tmp_path):
+    """Of a device: figures as such a file has them."""
+    variants = {
+        "naive": {"us": 90.0, "ratio": 1.8, "roofline": 0.4},
+        "chain": {"us": 50.0, "ratio": 1.0, "roofline": 0.7},
+        "ours": {"us": 40.0, "ratio": 0.8, "roofline": 0.9, "called_ratio": 0.85},
+        "triton": {"us": 60.0, "ratio": 1.2, "roofline": 0.6},
+    }
+    rows = [{"case": f"core 4096x4096 {ratio} bfloat16", "variants": variants} for ratio in RATIOS]
+    phases = {"forward": 0.5, "backward": 1.0, "optimizer": 0.2, "fold": 0.03}
+    step = {"phases": phases, "utilisation": 0.5, "tokens_per_second": 1e4, "peak_bytes": 6e10}
+    step |= {"tokens": 16384, "optimizer_bytes": 2e9, "ratio": 0.25}
+    content = gpu.EMPTY | {
+        "device": "NVIDIA H100", "torch": "2.11.0", "triton": "3.6.0", "python": "3.12.3",
+        "date": "2026-11-27", "tiny": False, "seconds": 500.0,
+        "rates": {"copy": 3e12, "bfloat16": 8e14},
+        "checks": [{"what": "core", "dtype": "bfloat16", "ok": False}],
+        "rows": [*rows, {"case": "many 28 matrices 1/8 bfloat16", "variants": variants}],
+        "compiled": [{"case": "core", "variants": variants | {"compiled": variants["naive"]}}],
+        "subspaces": [
+            {"matrix": "4096x4096", "method": "svd", "seconds": 6.0, "predicted": 5.0},
+            {"matrix": "4096x4096", "method": "spectral", "seconds": 0.15, "of_optimum": 1.0},
+        ],
+        "training": [
+            step | {"method": "plain", "seconds": 2.0}, step | {"method": "sculpt", "seconds": 1.7}
+        ],
+        "skipped": ["training osf 0.25 16384: OutOfMemoryError"],
+        "parts": {"project": {"state": "done", "seconds": 40.0, "predicted": 45.0}},
+    }  # fmt: skip
+    path = tmp_path / "gpu-NVIDIA-H100.json"
+    write_json(path, content)
+    page = tables.filled(f"a {tables.BEGIN} old {tables.END} b", [path])
+    assert "Copies 3 TB/s; large products, TFLOP/s: bfloat16 800." in page
+    assert "0 of 1 checks passed; not: core bfloat16." in page
+    assert "| 4096x4096 | 1/8 | 1.80 | 50 | 40 (ours) | 0.80 | 0.85 | 90% | triton 1.20 |" in page
+    assert "| 4096x4096 | spectral | 0.15 |  | 40.0x | 0e+00 |  |" in page
+    assert "| sculpt 0.25 | 16,384 | 1.700 | 0.85x | 10,000 | 50% |" in page
+    assert "Not measured: training osf 0.25 16384: OutOfMemoryError." in page
+    gpu_table.draw(path)
+    pictures = sorted(picture.name for picture in tmp_path.glob("*.png"))
+    assert pictures == [f"gpu-NVIDIA-H100-{key}.png" for key in ("rows", "subspaces", "training")]
+    assert all(f"results/{name}" in page for name in pictures)
+
+
+def test_small_cases_for_a_checker_of_memory(capsys):
+    assert sanitize.main() == 0
+    assert "wrong: none" in capsys.readouterr().out

@@ -42,10 +42,10 @@ def errors(run: Run) -> Iterator[Error]:
         if dtype == torch.float16 and run.device.type == "cpu":
             continue
         for shape in SMALL if run.options.tiny else (*SMALL, *LARGE):
-            yield from _of_shape(run.device, dtype_name, dtype, shape)
+            yield from of_shape(run.device, dtype_name, dtype, shape)
 
 
-def _of_shape(
+def of_shape(
     device: torch.device, name: str, dtype: torch.dtype, shape: tuple[int, int, int, int]
 ) -> Iterator[Error]:
     m, n, r, s = shape

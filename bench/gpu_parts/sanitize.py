@@ -1,0 +1,40 @@
+"""Small cases of every kernel, to be run under a checker of memory accesses and races.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \\
+      python -m bench.gpu_parts.sanitize
+
+Without PyTorch's cache every tensor is an allocation of its own, so that an access beyond its end
+is seen. The sizes are ragged: the last tiles reach over every edge.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from bench.gpu_parts.checks import SMALL, of_shape
+from bench.gpu_parts.replay import operations
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wrong = []
+    for name, dtype in DTYPES.items():
+        for shape in SMALL:
+            found = list(of_shape(device, name, dtype, shape))
+            wrong += [f"{what} {name}" for what, _, error, limit in found if not error <= limit]
+            print(f"{name} {shape}: {len(found)} checks", flush=True)
+    for operation in operations(device):
+        operation.call(operation.fresh())
+        print(operation.name, flush=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"wrong: {', '.join(wrong) or 'none'}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
