@@ -147,8 +147,7 @@ def _training(content: Row) -> list[str]:
         of_plain = row["seconds"] / plain[row["tokens"]] if row["tokens"] in plain else None
         peak = row.get("peak_bytes")
         lines.append([
-            f"{row['method']} {row['ratio']:g}" if row["method"] in ("sculpt", "osf")
-            else row["method"],
+            _method(row),
             f"{row['tokens']:,}", f"{row['seconds']:.3f}",
             f"{of_plain:.2f}x" if of_plain else "", f"{row['tokens_per_second']:,.0f}",
             f"{row['utilisation']:.0%}", *(f"{row['phases'][phase]:.3f}" for phase in phases),
@@ -160,6 +159,11 @@ def _training(content: Row) -> list[str]:
             "checkpointing; MFU: FLOPs of a plain step, nothing recomputed, over the rate of large "
             "products")  # fmt: skip
     return [text, markdown(head, lines)]
+
+
+def _method(row: Row) -> str:
+    ratio = f" {row['ratio']:g}" if row["method"] in ("sculpt", "osf") else ""
+    return f"{row['method']}{ratio}"
 
 
 def _continual(content: Row) -> list[str]:
@@ -222,7 +226,8 @@ def _paint_kernels(figure: Any, content: Row) -> None:
 
 
 def _paint_subspaces(figure: Any, content: Row) -> None:
-    matrices = list(dict.fromkeys(row["matrix"] for row in content["subspaces"]))
+    rows = content["subspaces"]
+    matrices = list(dict.fromkeys(r["matrix"] for r in rows if r["method"] != "auto float64"))
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, matrix in zip(axes, matrices, strict=True):
         rows = [row for row in content["subspaces"] if row["matrix"] == matrix]
@@ -242,7 +247,7 @@ def _paint_training(figure: Any, content: Row) -> None:
     colors = {"forward": "#2f5d8a", "backward": "#7fa7cc", "optimizer": THIRD, "fold": OURS}
     for axis, tokens in zip(axes, sizes, strict=True):
         rows = [row for row in content["training"] if row["tokens"] == tokens][::-1]
-        names = [f"{row['method']} {row['ratio']:g}" for row in rows]
+        names = [_method(row) for row in rows]
         left = [0.0] * len(rows)
         for phase, color in colors.items():
             widths = [row["phases"][phase] for row in rows]

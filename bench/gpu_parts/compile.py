@@ -8,7 +8,6 @@ that the other parts find it in Triton's cache.
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from bench.gpu_parts.kernels import adamw_cases, coordinate_cases, project_cases
 from bench.gpu_parts.many import many_calls
 from bench.gpu_parts.replay import operations
 from bench.gpu_parts.run import Run, triton_variant
+from bench.gpu_parts.schedule import start_method
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,9 @@ def calls(run: Run) -> Iterator[Callable[[], object]]:
 def compiled(jobs: list[Job], seconds: float) -> dict[str, Any]:
     """Compile in parallel for at most so long; what is not done then is compiled when it runs."""
     start = time.perf_counter()
-    context = multiprocessing.get_context("forkserver")
     workers = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
     failed, spent = [], []
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(workers, mp_context=start_method())
     try:
         waiting = [pool.submit(compile_job, job) for job in jobs]
         for done in as_completed(waiting, timeout=max(0.1, seconds)):

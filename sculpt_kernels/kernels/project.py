@@ -343,7 +343,10 @@ def _correct(Y: Tensor, Z: Tensor, C: Tensor, operands: Operands) -> tuple[Tenso
 
 
 def inverse_gram(B: Tensor) -> Tensor:
-    """`(BᵀB)⁻¹` in float32; for a rounded orthonormal basis it is close to the identity."""
+    """`(BᵀB)⁻¹` in float32; for a rounded orthonormal basis it is close to the identity.
+
+    No look at whether it exists: that would wait for the device, which a captured graph cannot.
+    """
     wide = B.float()
-    inverse: Tensor = torch.linalg.inv(wide.mT @ wide)
+    inverse: Tensor = torch.linalg.inv_ex(wide.mT @ wide).inverse
     return inverse
