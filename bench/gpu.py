@@ -20,8 +20,9 @@ import datetime
 import json
 import os
 import platform
+import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ EMPTY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def about() -> dict[str, Any]:
-    """The device and what runs on it; asked in a process of its own, which touches the device."""
+def about(path: Path) -> None:
+    """Write down the device and what runs on it."""
     cuda = torch.cuda.is_available()
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -59,24 +60,35 @@ def about() -> dict[str, Any]:
             "memory_bytes": device.total_memory,
             "cuda": torch.version.cuda,
         }
-    try:
+    with suppress(ImportError):
         import triton
 
         found["triton"] = triton.__version__
-    except ImportError:
-        pass
+    write_json(path, found)
+
+
+def machine() -> dict[str, Any]:
+    """What `about` says in a process of its own: this one must not touch the device."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "about.json"
+        process = schedule.start_method().Process(target=about, args=(path,))
+        process.start()
+        process.join(120)
+        if not path.is_file():
+            process.kill()
+            raise SystemExit("the device did not answer within two minutes; see the lines above")
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
 def begin(options: argparse.Namespace) -> Path:
     """Start the file of results, or go on with that of an earlier call."""
-    with ProcessPoolExecutor(1, mp_context=schedule.start_method()) as pool:
-        machine = pool.submit(about).result(timeout=120)
-    if machine["device"] == "cpu" and not options.tiny:
+    here = machine()
+    if here["device"] == "cpu" and not options.tiny:
         raise SystemExit("no CUDA device here; --tiny rehearses on the CPU")
-    label = ("tiny-" if options.tiny else "") + machine["device"].replace(" ", "-")
+    label = ("tiny-" if options.tiny else "") + here["device"].replace(" ", "-")
     path: Path = options.out / f"gpu-{label}.json"
-    results = machine | {"tiny": options.tiny, "seconds": 0.0} | EMPTY
+    results = here | {"tiny": options.tiny, "seconds": 0.0} | EMPTY
     if options.resume is not None:
         earlier = json.loads(options.resume.read_text(encoding="utf-8"))
         for key in ("device", "torch", "triton", "tiny"):

@@ -9,14 +9,15 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import gpu, gpu_table, tables
-from bench.cases import RATIOS
+from bench.cases import RATIOS, Case
 from bench.gpu_parts import checks, kernels, parts, sanitize, schedule
-from bench.gpu_parts.run import Broken, Run
+from bench.gpu_parts.run import Broken, Run, variant_sets
 from bench.gpu_parts.training import METHODS
 from sculpt.files import write_json
 
@@ -191,6 +192,47 @@ def test_resuming_leaves_out_what_is_done(tmp_path):
     write_json(earlier, first | {"device": "another"})
     with pytest.raises(SystemExit, match="must name results of this device, 'cpu'; got 'another'"):
         gpu.main([*options, "--resume", str(earlier)])
+
+
+class Graph:
+    """Stands for a captured CUDA graph: it keeps no launches, so a replay runs nothing."""
+
+    captures = 0
+
+    def replay(self) -> None:
+        time.sleep(1e-6)
+
+    def __enter__(self) -> Graph:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Graph.captures += 1
+
+
+def test_on_a_device_it_times_captured_graphs(run, monkeypatch):
+    """With a stand-in for the device: what is captured, and whose share of a replay is whose."""
+    clock = iter(range(10**6))
+    event = SimpleNamespace(
+        record=lambda: None, elapsed_time=lambda end: float(next(clock) % 7 + 1)
+    )
+    for name, value in {
+        "CUDAGraph": Graph, "graph": lambda graph: graph, "Event": lambda **_: event,
+        "synchronize": lambda *_: None, "empty_cache": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    sets = variant_sets(kernels_case(), run.device, tiny=False)
+    run.device, run.options.tiny = torch.device("cuda"), False
+    found = run.measure(sets)
+    assert Graph.captures == len(sets[0])
+    assert set(found) == set(sets[0])
+    for figures in found.values():
+        assert figures["us"] > 0
+        assert figures["called_us"] > 0
+        assert figures["us"] <= 7e3 / len(sets)
+
+
+def kernels_case() -> Case:
+    return Case("compress", "core", (48, 80), "1/8", "float32")
 
 
 def test_without_a_device_it_says_so(tmp_path):

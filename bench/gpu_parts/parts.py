@@ -37,7 +37,7 @@ PARTS = {
     "adamw": Part(part_adamw, 30, 60),
     "many": Part(part_many, 15, 40),
     "coordinates": Part(part_coordinates, 45, 80),
-    "training": Part(part_training, 140, 200),
+    "training": Part(part_training, 165, 210),
     "subspaces": Part(part_subspaces, 45, 80),
     "svd": Part(part_svd, 40, 60),
     "aot": Part(part_aot, 25, 60),

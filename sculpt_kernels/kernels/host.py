@@ -143,9 +143,20 @@ class Listed:
         return self.first.dtype
 
 
-@lru_cache(maxsize=256)
 def address_table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
     """Addresses of many tensors, on their device; built once, so graphs can be captured."""
+    table = _address_table(pointers, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[pointers, device] = table
+    return table
+
+
+# Graphs read their tables at every replay, also when the cache has long dropped them.
+_captured: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
+@lru_cache(maxsize=256)
+def _address_table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(pointers, dtype=torch.int64, device=device)
 
 

@@ -148,6 +148,24 @@ def test_scalars_on_the_device_are_read_by_the_kernels_alone() -> None:
             assert value.ndim == 0, name
 
 
+def test_tables_of_addresses_outlive_the_cache_in_captured_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A replay reads memory that nobody else may have by then."""
+    from sculpt_kernels.kernels import host
+
+    monkeypatch.setattr(host, "_captured", {})
+    monkeypatch.setattr(
+        host, "_address_table", lambda pointers, device: torch.tensor(pointers, device="cpu")
+    )
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        host.address_table((16, 32), torch.device("cuda", 0))
+        assert len(host._captured) == capturing
+    assert host.address_table((16,), torch.device("cpu")).tolist() == [16]
+    assert len(host._captured) == 1
+
+
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--arch", "90", "--only", "project_large_ core", "--dtype", "float32"]
     assert offline.main(arguments) == 0
