@@ -41,7 +41,7 @@ PARTS = {
     "subspaces": Part(part_subspaces, 45, 80),
     "svd": Part(part_svd, 40, 60),
     "aot": Part(part_aot, 25, 60),
-    "huge": Part(part_huge, 15, 40),
+    "huge": Part(part_huge, 25, 50),
     "compiled": Part(part_compiled, 60, 100),
     "continual": Part(part_continual, 300, 500),
 }
