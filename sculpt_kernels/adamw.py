@@ -121,7 +121,7 @@ def project_adamw_(
             W, G, exp_avg, exp_avg_sq, left, right, copy, complement=complement
         ),
         lambda auto: native_backend.adamw_reason(
-            auto, complement, W, G, exp_avg, exp_avg_sq, left, right, copy
+            auto, complement, (W, G, exp_avg, exp_avg_sq, copy), left, right
         ),
     )
     if W.numel() == 0 or W.is_meta:

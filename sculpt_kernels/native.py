@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 NAMES = ("libsculpt_cpu.so", "libsculpt_cpu.dylib", "sculpt_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMS = {"core": 0, "strict": 1, "left": 2, "right": 3}
+# at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, paired), types in the name.
+BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPK{}Pfb"
 HOW_TO_BUILD = "`make native` in a checkout, or SCULPT_NATIVE=1 pip install with a C++ compiler"
 
 _i32, _i64, _f32, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -43,7 +45,7 @@ class Products(ctypes.Structure):
         *((name, _i64) for name in ("m", "n", "r", "s")),
         ("U", Matrix),
         ("V", Matrix),
-        ("sgemm", _pointer),
+        *((name, _pointer) for name in ("sgemm", "row_gemm", "row_gemm_bfloat16")),
         ("workspace", _pointer),
         ("workspace_floats", _i64),
         *((name, _i32) for name in ("form", "left_first", "threads", "panel_rows")),
@@ -110,7 +112,15 @@ class Library:
         handle.sculpt_cpu_error.restype = ctypes.c_char_p
         handle.sculpt_cpu_isa.restype = ctypes.c_char_p
         handle.sculpt_cpu_workspace.restype = _i64
-        self.sgemm = _sgemm()
+        handle.sculpt_cpu_multiplies.argtypes = [_pointer, ctypes.c_bool]
+        symbols = _torch_symbols()
+        self.sgemm = _address(symbols, "sgemm_")
+        if not self.sgemm:
+            raise OSError("this build of torch exports no BLAS (sgemm_)")
+        self._row_gemms = {
+            torch.float32: _address(symbols, BRGEMM.format("fS3_")),
+            torch.bfloat16: _address(symbols, BRGEMM.format("N3c108BFloat16ES5_")),
+        }
 
     @property
     def isa(self) -> str:
@@ -119,6 +129,17 @@ class Library:
 
     def use_isa(self, name: str) -> None:
         self._call(self._handle.sculpt_cpu_use_isa, name.encode())
+
+    def row_gemm(self, dtype: torch.dtype) -> int:
+        """Address of torch's own product of row-major panels, 0 where it cannot run now.
+
+        It belongs to oneDNN, which a user can turn off; then it throws, or calls the BLAS.
+        """
+        address = self._row_gemms[dtype]
+        if not address or not torch.backends.mkldnn.enabled or not _has_row_gemm(dtype):
+            return 0
+        right = self._handle.sculpt_cpu_multiplies(address, dtype == torch.bfloat16)
+        return address if right else 0
 
     def workspace(self, products: Products) -> Tensor:
         """Memory for these products, aligned to 64 bytes, entered into them."""
@@ -192,15 +213,25 @@ def _find() -> Library | str:
         return f"the native library cannot be used: {error}"
 
 
-def _sgemm() -> int:
-    """Address of SGEMM in the libraries that torch has loaded."""
+@lru_cache(maxsize=2)
+def _has_row_gemm(dtype: torch.dtype) -> bool:
+    """Whether the CPU has the instructions that make it the fastest."""
+    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    if dtype == torch.bfloat16:
+        # Whoever uses AMX has to release its tiles, which only oneDNN's owner can.
+        return bool(has.get("avx512_bf16")) and not has.get("amx_bf16")
+    return bool(has.get("avx512_f"))
+
+
+def _torch_symbols() -> ctypes.CDLL:
+    """The libraries that torch has loaded: a symbol is looked up in what they depend on too."""
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        path = folder / name
-        if not path.exists():
-            continue
-        # A symbol is looked up in this library and in those that it depends on.
-        function = getattr(ctypes.CDLL(str(path)), "sgemm_", None)
-        if function is not None:
-            return ctypes.cast(function, _pointer).value or 0
-    raise OSError("this build of torch exports no BLAS (sgemm_)")
+        if (folder / name).exists():
+            return ctypes.CDLL(str(folder / name))
+    raise OSError(f"there is no library of torch in {folder}")
+
+
+def _address(symbols: ctypes.CDLL, name: str) -> int:
+    function = getattr(symbols, name, None)
+    return 0 if function is None else ctypes.cast(function, _pointer).value or 0

@@ -6,6 +6,8 @@ if neither holds. The others trust arguments that the public functions have vali
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,17 +30,17 @@ def expand_add_reason(
 ) -> str | None:
     if U is None or V is None:
         return "the native kernels need both bases"
-    if auto and rounding == "nearest":
-        return "rounding to nearest is the library's own"
+    if auto and rounding == "nearest" and W.dtype == torch.float32:
+        return "torch adds float32 products in place, which is faster"
     return _unsupported(W, C, U, V, base) or (_slow(W, base) if auto else None)
 
 
-def adamw_reason(auto: bool, complement: str, *tensors: Tensor | None) -> str | None:
+def adamw_reason(
+    auto: bool, complement: str, state: Sequence[Tensor | None], U: Tensor | None, V: Tensor | None
+) -> str | None:
     if complement != "none":
         return f"the native kernels take no complement={complement!r}"
-    if auto:
-        return "products take most of the time, and the library's fused AdamW the rest"
-    return _unsupported(*tensors)
+    return _unsupported(*state, U, V) or (_slow(*state) if auto else None)
 
 
 def expand_add_(
@@ -152,8 +154,10 @@ def _products(W: Tensor, U: Tensor | None, V: Tensor | None, form: str) -> nativ
     turned = (
         form == "core" and bool(r and s) and arrange(form, "none", m, n, r, s, False).transposed
     )
+    library = native.library()
     return native.Products(
-        m, n, r, s, native.describe(U), native.describe(V), native.library().sgemm,
+        m, n, r, s, native.describe(U), native.describe(V), library.sgemm,
+        library.row_gemm(torch.float32), library.row_gemm(torch.bfloat16),
         form=native.FORMS[form], left_first=int(turned), threads=torch.get_num_threads(),
         panel_rows=PANEL_ROWS,
     )  # fmt: skip

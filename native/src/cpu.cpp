@@ -1,7 +1,10 @@
 // The C ABI: every argument is checked before anything is written.
 #include "sculpt_kernels/cpu.h"
 
+#include <algorithm>
+#include <cstring>
 #include <initializer_list>
+#include <limits>
 
 #include "operations.h"
 #include "refuse.h"
@@ -84,6 +87,41 @@ bool check_rounding(const sculpt_rounding &rounding, const char *name, const scu
   return true;
 }
 
+// A small product of whole numbers, exact in every order. A library may throw where the CPU or a
+// setting of the process is not what it needs.
+bool multiplies(sculpt_row_gemm multiply, bool paired) {
+  constexpr int64_t M = 3, N = 17, K = 6;
+  const auto left = [](int64_t i, int64_t k) { return static_cast<float>((i + 2 * k) % 5 - 2); };
+  const auto right = [](int64_t k, int64_t j) { return static_cast<float>((3 * k + j) % 7 - 3); };
+  const auto low = [](float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return static_cast<uint16_t>(bits >> 16);
+  };
+  float a[M * K], b[K * N], c[M * N];
+  uint16_t low_a[M * K], low_b[K * N];
+  std::fill_n(c, M * N, std::numeric_limits<float>::quiet_NaN());
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t i = 0; i < M; ++i) low_a[i * K + k] = low(a[i * K + k] = left(i, k));
+    for (int64_t j = 0; j < N; ++j)
+      low_b[2 * (k / 2 * N + j) + k % 2] = low(b[k * N + j] = right(k, j));
+  }
+  try {
+    for (const bool add : {false, true})
+      multiply(M, N, K, K, N, N, add, paired ? static_cast<void *>(low_a) : a,
+               paired ? static_cast<void *>(low_b) : b, c, paired);
+  } catch (...) {
+    return false;
+  }
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < N; ++j) {
+      float sum = 0;
+      for (int64_t k = 0; k < K; ++k) sum += 2 * left(i, k) * right(k, j);
+      if (c[i * N + j] != sum) return false;
+    }
+  return true;
+}
+
 }  // namespace
 
 #if defined(_WIN32)
@@ -102,6 +140,10 @@ SCULPT_API int32_t sculpt_cpu_use_isa(const char *name) {
   if (sculpt::use_isa(name)) return 0;
   refuse("this CPU or build has no instruction set %s", name == nullptr ? "(null)" : name);
   return 1;
+}
+
+SCULPT_API int32_t sculpt_cpu_multiplies(sculpt_row_gemm multiply, bool paired) {
+  return multiply != nullptr && multiplies(multiply, paired);
 }
 
 SCULPT_API int64_t sculpt_cpu_workspace(const sculpt_products *products) {

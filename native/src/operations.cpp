@@ -23,6 +23,11 @@ void segments(const Tile &tile, Function function) {
                      i * tile.columns + j, tile.row + std::min(i + 1, tile.rows - 1)});
 }
 
+void fetch(const Ahead &next, int64_t n) {
+  for (int64_t byte = 0; byte < n * next.element; byte += 64)
+    __builtin_prefetch(next.at + byte, 0, 2);
+}
+
 class ExpandAdd final : public Operation {
  public:
   explicit ExpandAdd(const sculpt_expand_add &job) : job_(job), rows_(rows()) {}
@@ -31,9 +36,7 @@ class ExpandAdd final : public Operation {
     alignas(64) float total[SEGMENT];
     Bits bits(rows_, job_.rounding, job_.products.n);
     segments(tile, [&](const Place &at) {
-      const Ahead next = ahead(job_.base, at.next, at.column);
-      for (int64_t byte = 0; byte < at.n * next.element; byte += 64)
-        __builtin_prefetch(next.at + byte, 0, 2);
+      fetch(ahead(job_.base, at.next, at.column), at.n);
       Segment base(rows_, job_.base, at.row, at.column, at.n);
       Segment out(rows_, job_.W, at.row, at.column, at.n);
       const float *x = base.load();
@@ -64,6 +67,7 @@ class ProjectedStep final : public Operation {
   void fill(const Tile &tile, float *out, bool again) override {
     segments(tile, [&](const Place &at) {
       if (job_.gradient) {
+        fetch(ahead(job_.G, at.next, at.column), at.n);
         Segment(rows_, job_.G, at.row, at.column, at.n).load_into(out + at.offset);
         return;
       }

@@ -13,10 +13,10 @@ inline const char *address(const sculpt_matrix &x, int64_t row, int64_t column) 
          (row * x.stride_row + column * x.stride_column) * size_of(x.dtype);
 }
 
-// Whether every row is an array of floats as it lies in memory.
-inline bool in_place(const sculpt_matrix &x) {
-  return x.dtype == SCULPT_FLOAT32 && x.stride_column == 1 &&
-         reinterpret_cast<uintptr_t>(x.data) % alignof(float) == 0;
+// Whether every row is an array of this dtype as it lies in memory.
+inline bool in_place(const sculpt_matrix &x, int32_t dtype = SCULPT_FLOAT32) {
+  return x.dtype == dtype && x.stride_column == 1 &&
+         reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(size_of(dtype)) == 0;
 }
 
 // What is fetched of a row that comes later: nothing where its elements are apart.

@@ -14,6 +14,11 @@ constexpr int64_t PANEL_ROWS = 256;
 // Rows and columns of a product of bases that one thread computes, about.
 constexpr int64_t BLOCK = 512;
 
+// Columns of a right factor that `row_gemm` sees at once: they stay in the second cache.
+constexpr int64_t BAND = 128;
+// Ranks up to which it is used: of deeper products the bands outgrow the cache.
+constexpr int64_t DEPTH = 512;
+
 struct Tile {
   int64_t row, column, rows, columns;
 };

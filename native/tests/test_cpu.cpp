@@ -35,6 +35,34 @@ void sgemm(const char *ta, const char *tb, const int32_t *m, const int32_t *n, c
     }
 }
 
+// The same for rows, with operands of either kind.
+void row_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+              const void *a, const void *b, float *c, bool paired) {
+  const auto low = [](const void *x, int64_t i) {
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t *>(x)[i]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  const auto wide = [](const void *x, int64_t i) { return static_cast<const float *>(x)[i]; };
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = add ? c[i * ldc + j] : 0;
+      for (int64_t p = 0; p < k; ++p)
+        sum += paired ? low(a, i * lda + p) * low(b, 2 * (p / 2 * ldb + j) + p % 2)
+                      : static_cast<double>(wide(a, i * lda + p)) * wide(b, p * ldb + j);
+      c[i * ldc + j] = static_cast<float>(sum);
+    }
+}
+
+void row_gemm_that_throws(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const void *,
+                          const void *, float *, bool) {
+  throw 1;
+}
+
+void row_gemm_that_does_nothing(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
+                                const void *, const void *, float *, bool) {}
+
 float random_value() { return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f; }
 
 // A float32 matrix with any strides, in memory of exactly its extent, `shift` bytes off alignment.
@@ -89,7 +117,8 @@ sculpt_products products(int64_t m, int64_t n, int64_t r, int64_t s, Dense &U, D
   return p;
 }
 
-void check_expand_add(int64_t m, int64_t n, int64_t r, int64_t s, int64_t shift, int32_t threads) {
+void check_expand_add(int64_t m, int64_t n, int64_t r, int64_t s, int64_t shift, int32_t threads,
+                      bool by_rows) {
   Dense U(m, r, r > 0 ? r : 1, 1), V(n, s, 1, n), W(m, n, 1, m + 3, shift), C(r, s, s, 1);
   std::vector<double> want;
   for (int64_t i = 0; i < m; ++i)
@@ -102,6 +131,7 @@ void check_expand_add(int64_t m, int64_t n, int64_t r, int64_t s, int64_t shift,
     }
   sculpt_expand_add job{};
   job.products = products(m, n, r, s, U, V, SCULPT_CORE, threads);
+  job.products.row_gemm = by_rows ? row_gemm : nullptr;
   Workspace workspace(job.products);
   job.W = job.base = W.matrix();
   job.C = static_cast<const float *>(C.matrix().data);
@@ -139,6 +169,68 @@ void check_adamw(int64_t m, int64_t n, int32_t form, int32_t gradient, int64_t s
     }
 }
 
+float to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= 0xFFFF0000u;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Products by rows, of bfloat16 where the gradient and the bases are, are those of the SGEMM.
+void check_products(int64_t m, int64_t n, int32_t form, int32_t gradient, bool low, bool u_by_rows,
+                    bool v_by_rows) {
+  const int64_t r = m < 3 ? m : 3, s = n < 2 ? n : 2;
+  Dense U(m, r, u_by_rows ? r : 1, u_by_rows ? 1 : m), V(n, s, v_by_rows ? s : 1, v_by_rows ? 1 : n);
+  const Dense W(m, n, n, 1), M(m, n, n, 1), S(m, n, n, 1);
+  Dense G(m, n, n, 1);
+  std::vector<uint16_t> G_low(static_cast<size_t>(m * n));
+  sculpt_matrix G_matrix = G.matrix();
+  if (low) {
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t a = 0; a < r; ++a) U.set(i, a, to_bfloat16(U.get(i, a)));
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t b = 0; b < s; ++b) V.set(j, b, to_bfloat16(V.get(j, b)));
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        const float g = G.get(i, j);
+        uint32_t bits;
+        std::memcpy(&bits, &g, sizeof bits);
+        G_low[static_cast<size_t>(i * n + j)] = static_cast<uint16_t>(bits >> 16);
+      }
+    G_matrix = {G_low.data(), n, 1, SCULPT_BFLOAT16, 0};
+  }
+  std::vector<Dense> results;
+  for (const bool by_rows : {false, true}) {
+    Dense w = W, a = M, b = S;
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) b.set(i, j, S.get(i, j) * S.get(i, j) + 0.1f);
+    sculpt_adamw job{};
+    job.products = products(m, n, r, s, U, V, form, 2);
+    if (by_rows) job.products.row_gemm = job.products.row_gemm_bfloat16 = row_gemm;
+    Workspace workspace(job.products);
+    job.W = w.matrix(), job.G = G_matrix, job.exp_avg = a.matrix(), job.exp_avg_sq = b.matrix();
+    job.lr = 0.1f, job.rest1 = 0.1f, job.rest2 = 0.01f, job.eps = 1e-6f, job.lift = 2, job.root = 3;
+    job.gradient = gradient;
+    expect(sculpt_cpu_project_adamw(&job) == 0, "products", m, n);
+    results.push_back(w);
+    results.push_back(a);
+  }
+  for (size_t k : {size_t{0}, size_t{1}})
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j)
+        expect(std::fabs(results[k].get(i, j) - results[k + 2].get(i, j)) < 1e-4, "by rows", m, n);
+}
+
+void check_multiplies() {
+  for (const bool paired : {false, true}) {
+    expect(sculpt_cpu_multiplies(row_gemm, paired) == 1, "a right product is taken", 0, paired);
+    expect(sculpt_cpu_multiplies(nullptr, paired) == 0, "no product", 0, paired);
+    expect(sculpt_cpu_multiplies(row_gemm_that_throws, paired) == 0, "one that throws", 0, paired);
+    expect(sculpt_cpu_multiplies(row_gemm_that_does_nothing, paired) == 0, "a wrong one", 0, paired);
+  }
+}
+
 void check_rounding() {
   // The first call of the generator with key 0 and counter 0 is a published test vector.
   const uint32_t words[4] = {0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u};
@@ -162,14 +254,21 @@ int main() {
     for (const int64_t m : {0, 1, 2, 17, 40})
       for (const int64_t n : {0, 1, 9, 33, 530}) {
         for (const int64_t shift : {0, 1, 2}) {
-          check_expand_add(m, n, m < 3 ? m : 3, n < 2 ? n : 2, shift, 2);
-          check_expand_add(m, n, 0, 0, shift, 1);
+          for (const bool by_rows : {false, true})
+            check_expand_add(m, n, m < 3 ? m : 3, n < 2 ? n : 2, shift, 2, by_rows);
+          check_expand_add(m, n, 0, 0, shift, 1, true);
         }
         for (int32_t form = SCULPT_CORE; form <= SCULPT_RIGHT; ++form)
           for (const int32_t gradient : {0, 1}) check_adamw(m, n, form, gradient, gradient);
       }
     check_rounding();
   }
+  check_multiplies();
+  for (const int64_t m : {1, 2, 17, 40})
+    for (const int64_t n : {1, 9, 34, 530})
+      for (int32_t form = SCULPT_CORE; form <= SCULPT_RIGHT; ++form)
+        for (int bits = 0; bits < 16; ++bits)
+          check_products(m, n, form, bits & 1, bits & 2, bits & 4, bits & 8);
   if (failures == 0) std::puts("all right");
   return failures == 0 ? 0 : 1;
 }

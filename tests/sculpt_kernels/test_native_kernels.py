@@ -22,11 +22,20 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=["rows", "blas"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Torch's products of row-major panels, and what there is without them."""
+    if request.param == "blas":
+        monkeypatch.setattr(native.Library, "row_gemm", lambda *_: 0)
+    return str(request.param)
+
+
 def ranks(m: int, n: int) -> list[tuple[int, int]]:
     k = min(m, n)
     return [(0, 0), (1, 1), (min(5, m), min(3, n)), (k, k)]
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_expand_add(m: int, n: int, dtype: torch.dtype) -> None:
@@ -41,6 +50,7 @@ def test_expand_add(m: int, n: int, dtype: torch.dtype) -> None:
         assert ours <= 2 * torchs + EPS[FP32]
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("project", ["update", "gradient"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("m", "n"), SHAPES)
@@ -69,6 +79,36 @@ def test_project_adamw(m: int, n: int, form: str, project: str) -> None:
             errors[backend].append(error(copy, want[0]))
         for ours, torchs in zip(errors["native"], errors["torch"], strict=True):
             assert ours <= 2 * torchs + 8 * EPS[FP32]
+
+
+def projected(G: Tensor, U: Tensor, V: Tensor, form: str) -> Tensor:
+    """The first moment of a step without memory: the projected gradient itself."""
+    state = [torch.zeros(G.shape), G, torch.zeros(G.shape), torch.zeros(G.shape)]
+    project_adamw_(
+        *state, U, V, form=form, project="gradient", betas=(0.0, 0.0), lr=0.0, step=1,
+        backend="native",
+    )  # fmt: skip
+    return state[2]
+
+
+@pytest.mark.parametrize("form", ["core", "strict"])
+@pytest.mark.parametrize("n", [530, 531])
+def test_bfloat16_products_lose_nothing(form: str, n: int) -> None:
+    G = gaussian(40, n, dtype=BF16)
+    for dtype in (BF16, FP32):  # bases that are bfloat16 numbers, and bases that are none
+        U, V = basis(40, 6, dtype=dtype), basis(n, 5, dtype=dtype)
+        want = reference.project(*(X.double() for X in (G, U, V)), form)
+        assert error(projected(G, U.float(), V.float(), form), want) <= 8 * EPS[FP32]
+        strided = torch.zeros(40, 2 * n, dtype=BF16)[:, ::2].copy_(G)
+        assert error(projected(strided, U, V, form), want) <= 8 * EPS[FP32]
+
+
+def test_products_are_left_to_the_blas_where_torch_has_none(library: native.Library) -> None:
+    G, U, V = gaussian(40, 70, dtype=BF16), basis(40, 6, dtype=BF16), basis(70, 5, dtype=BF16)
+    want = projected(G, U, V, "core")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert library.row_gemm(FP32) == library.row_gemm(BF16) == 0
+        assert error(projected(G, U, V, "core"), want.double()) <= 8 * EPS[FP32]
 
 
 def exact_case(dtype: torch.dtype, *batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -169,7 +209,7 @@ def run_everything() -> list[Tensor]:
     return results
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "products")
 def test_threads_and_panels_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     want = run_everything()
@@ -211,7 +251,35 @@ def test_no_temporary_of_the_size_of_the_matrix(library: native.Library) -> None
     products = native_backend._products(W, U, V, "core")
     library.workspace(products)
     tiles = products.threads * 520 * 520
-    assert products.workspace_floats <= m * r + r * r + tiles + 64
+    assert products.workspace_floats <= 3 * m * r + r * r + tiles
+
+
+STATES = {
+    "float32": (FP32, FP32, FP32),
+    "bfloat16 gradients": (FP32, BF16, BF16),
+    "float16 gradients": (FP32, FP16, FP16),
+    "bfloat16": (BF16, BF16, BF16),
+}
+
+
+@pytest.mark.parametrize("project", ["gradient", "update"])
+@pytest.mark.parametrize("state", STATES)
+def test_auto_takes_the_step(state: str, project: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(native_backend, "project_adamw_", lambda *_, **__: calls.append("native"))
+    kept, gradient, bases = STATES[state]
+    W, exp_avg, exp_avg_sq = (torch.zeros(16, 24, dtype=kept) for _ in range(3))
+    G = gaussian(16, 24, dtype=gradient)
+    U, V = basis(16, 2, dtype=bases), basis(24, 3, dtype=bases)
+    options: dict[str, Any] = {"project": project, "lr": 1e-3, "step": 1}
+    for form in FORMS:
+        project_adamw_(W, G, exp_avg, exp_avg_sq, *sides(form, U, V), form=form, **options)
+    assert calls == ["native"] * len(FORMS)
+    # What it does not do at all, or not fast: complements, float64, rows with gaps.
+    project_adamw_(W, G, exp_avg, exp_avg_sq, U, V, complement="left", **options)
+    project_adamw_(*(X.double() for X in (W, G, exp_avg, exp_avg_sq, U, V)), **options)
+    project_adamw_(W.t(), G.t(), exp_avg.t(), exp_avg_sq.t(), V, U, **options)
+    assert calls == ["native"] * len(FORMS)
 
 
 def test_auto_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,12 +288,13 @@ def test_auto_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> No
     W, C = gaussian(16, 16, dtype=BF16), gaussian(2, 2, dtype=FP32)
     U, V = basis(16, 2, dtype=BF16), basis(16, 2, dtype=BF16)
     expand_add_(W, C, U, V, rounding="stochastic", seed=1)
-    assert calls == ["native"]
     expand_add_(W, C, U, V)
+    assert calls == ["native", "native"]
+    expand_add_(*(X.float() for X in (W, C, U, V)))
     expand_add_(W.t(), C, U, V, rounding="stochastic", seed=1)
     wide = [X.double() for X in (W, C, U, V)]
     expand_add_(*wide)
-    assert calls == ["native"]
+    assert calls == ["native", "native"]
     with pytest.raises(RuntimeError, match="no float64"):
         expand_add_(*wide, backend="native")
     with pytest.raises(RuntimeError, match="need both bases"):

@@ -118,6 +118,15 @@ def test_the_same_job_without_the_fault(library: native.Library) -> None:
     assert not torch.equal(tensors[0], before)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_product_is_taken_only_if_it_is_right(paired: bool, library: native.Library) -> None:
+    sizes = [ctypes.c_int64] * 6 + [ctypes.c_bool] + [ctypes.c_void_p] * 3 + [ctypes.c_bool]
+    nothing = ctypes.CFUNCTYPE(None, *sizes)(lambda *_: None)
+    address = ctypes.cast(nothing, ctypes.c_void_p).value
+    assert library._handle.sculpt_cpu_multiplies(address, paired) == 0
+    assert library._handle.sculpt_cpu_multiplies(None, paired) == 0
+
+
 def test_an_unknown_instruction_set(library: native.Library) -> None:
     with pytest.raises(ValueError, match="no instruction set sse9"):
         library.use_isa("sse9")
@@ -127,6 +136,6 @@ def test_the_structs_are_those_of_the_header() -> None:
     header = Path(__file__).parents[2] / "native/include/sculpt_kernels/cpu.h"
     assert f"#define SCULPT_CPU_ABI {native.ABI}\n" in header.read_text(encoding="utf-8")
     assert ctypes.sizeof(native.Matrix) == 32
-    assert ctypes.sizeof(native.Products) == 32 + 2 * 32 + 3 * 8 + 16
-    assert ctypes.sizeof(native.ExpandAdd) == 136 + 2 * 32 + 8 + 24
-    assert ctypes.sizeof(native.AdamW) == 136 + 5 * 32 + 32 + 24
+    assert ctypes.sizeof(native.Products) == 32 + 2 * 32 + 5 * 8 + 16
+    assert ctypes.sizeof(native.ExpandAdd) == 152 + 2 * 32 + 8 + 24
+    assert ctypes.sizeof(native.AdamW) == 152 + 5 * 32 + 32 + 24

@@ -10,6 +10,7 @@
 #ifndef SCULPT_KERNELS_CPU_H
 #define SCULPT_KERNELS_CPU_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -17,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a function below changes; a caller refuses any other number. */
-#define SCULPT_CPU_ABI 1
+#define SCULPT_CPU_ABI 2
 
 enum { SCULPT_FLOAT32 = 0, SCULPT_BFLOAT16 = 1, SCULPT_FLOAT16 = 2 };
 enum { SCULPT_CORE = 0, SCULPT_STRICT = 1, SCULPT_LEFT = 2, SCULPT_RIGHT = 3 };
@@ -37,17 +38,27 @@ typedef void (*sculpt_sgemm)(const char *transa, const char *transb, const int32
                              const float *a, const int32_t *lda, const float *b,
                              const int32_t *ldb, const float *beta, float *c, const int32_t *ldc);
 
+/* c (+)= a b on the calling thread, row-major, `c` float32. `paired` is false for float32 operands.
+ * For bfloat16 ones it is true: `b` has its rows in pairs, element (i, j) of b at 2 (i/2 ldb + j) +
+ * i % 2, and `k` is even.
+ */
+typedef void (*sculpt_row_gemm)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
+                                int64_t ldc, bool add, const void *a, const void *b, float *c,
+                                bool paired);
+
 /* The products of an operation on an `m x n` matrix.
  *
  * U is m x r and V is n x s, float32, with one stride of 1; NULL data where the form has no such
  * side. `left_first` contracts (and expands last) the left side. The products of one panel run on
  * one thread each; `panel_rows` is the height of a panel, 0 for the default. `workspace` holds
- * sculpt_cpu_workspace() floats, aligned to 64 bytes.
+ * sculpt_cpu_workspace() floats, aligned to 64 bytes. `row_gemm` and `row_gemm_bfloat16`, which
+ * may be NULL, take over from `sgemm` what they can.
  */
 typedef struct sculpt_products {
   int64_t m, n, r, s;
   sculpt_matrix U, V;
   sculpt_sgemm sgemm;
+  sculpt_row_gemm row_gemm, row_gemm_bfloat16;
   float *workspace;
   int64_t workspace_floats;
   int32_t form;
@@ -101,6 +112,9 @@ int32_t sculpt_cpu_use_isa(const char *name);
 
 /* Floats of workspace that these products need, or -1. */
 int64_t sculpt_cpu_workspace(const sculpt_products *products);
+
+/* Whether `multiply` gives right results here, without throwing; float32 or, if `paired`, bfloat16. */
+int32_t sculpt_cpu_multiplies(sculpt_row_gemm multiply, bool paired);
 
 int32_t sculpt_cpu_expand_add(const sculpt_expand_add *job);
 int32_t sculpt_cpu_project_adamw(const sculpt_adamw *job);
