@@ -103,12 +103,17 @@ def test_bfloat16_products_lose_nothing(form: str, n: int) -> None:
         assert error(projected(strided, U, V, form), want) <= 8 * EPS[FP32]
 
 
-def test_products_are_left_to_the_blas_where_torch_has_none(library: native.Library) -> None:
+def test_products_are_left_to_the_blas_where_torch_has_none(
+    library: native.Library,
+) -> None:
     G, U, V = gaussian(40, 70, dtype=BF16), basis(40, 6, dtype=BF16), basis(70, 5, dtype=BF16)
     want = projected(G, U, V, "core")
-    with torch.backends.mkldnn.flags(enabled=False):
+    torch._C._set_mkldnn_enabled(False)
+    try:
         assert library.row_gemm(FP32) == library.row_gemm(BF16) == 0
         assert error(projected(G, U, V, "core"), want.double()) <= 8 * EPS[FP32]
+    finally:
+        torch._C._set_mkldnn_enabled(True)
 
 
 def exact_case(dtype: torch.dtype, *batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

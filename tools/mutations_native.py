@@ -1,0 +1,111 @@
+"""Changes to the native CPU kernels for `mutations.py`: name, file, before, after and test."""
+
+TESTS = "tests/sculpt_kernels/"
+
+NATIVE = [
+    (
+        "native: every matrix of a batch starts at row 0",
+        "native/src/segment.h",
+        "static_cast<uint64_t>(rounding_.row0 + row)",
+        "static_cast<uint64_t>(row)",
+        TESTS + "test_native_kernels.py::test_stochastic_rounding_has_the_bits_of_torch",
+    ),
+    (
+        "native: sums over rows follow the height of the panels",
+        "native/src/sweep.cpp",
+        "fixed_rows_(p.m, PANEL_ROWS, 1)",
+        "fixed_rows_(p.m, p.panel_rows > 0 ? p.panel_rows : PANEL_ROWS, 1)",
+        TESTS + "test_native_kernels.py::test_threads_and_panels_change_no_bit",
+    ),
+    (
+        "native: ties of bfloat16 are rounded up",
+        "native/src/rows.cpp",
+        "(u + 0x7FFFu + ((u >> 16) & 1u))",
+        "(u + 0x8000u)",
+        TESTS + "test_native_kernels.py::test_conversions_are_those_of_torch",
+    ),
+    (
+        "native: one element too many is written",
+        "native/src/rows.cpp",
+        "i < n; ++i)\n      write<T>(out + i * static_cast",
+        "i <= n; ++i)\n      write<T>(out + i * static_cast",
+        TESTS + "test_native_memory.py::test_expand_add",
+    ),
+    (
+        "native: a library of another ABI is taken",
+        "sculpt_kernels/native.py",
+        "if abi != ABI:",
+        "if False:",
+        TESTS + "test_native_library.py::test_a_library_of_another_version",
+    ),
+    (
+        "native: bases that are no bfloat16 numbers are multiplied as such",
+        "native/src/basis.h",
+        "return rest == 0;",
+        "return true;",
+        TESTS + "test_native_kernels.py::test_bfloat16_products_lose_nothing",
+    ),
+    (
+        "native: rows are paired where one is left over",
+        "native/src/sweep.cpp",
+        "needs_y_ && p.n % 2 == 0",
+        "needs_y_",
+        TESTS + "test_native_kernels.py::test_bfloat16_products_lose_nothing",
+    ),
+    (
+        "native: every second band of a product is left out",
+        "native/src/sweep.cpp",
+        "j < n; j += BAND)",
+        "j < n; j += 2 * BAND)",
+        TESTS + "test_native_kernels.py::test_project_adamw",
+    ),
+    (
+        "native: what is on both sides is removed twice",
+        "native/src/sweep.cpp",
+        "out[a * p_.s + b] *= -1;",
+        "out[a * p_.s + b] *= 0;",
+        TESTS + "test_native_kernels.py::test_project_adamw",
+    ),
+    (
+        "native: a product that is wrong is taken",
+        "native/src/cpu.cpp",
+        "if (c[i * N + j] != sum) return false;",
+        "",
+        TESTS + "test_native_library.py::test_a_product_is_taken_only_if_it_is_right",
+    ),
+    (
+        "native: torch's products are taken where they are turned off",
+        "sculpt_kernels/native.py",
+        "not torch.backends.mkldnn.enabled or",
+        "",
+        TESTS + "test_native_kernels.py::test_products_are_left_to_the_blas_where_torch_has_none",
+    ),
+    (
+        "native: a gradient is taken into the moments twice",
+        "native/src/operations.cpp",
+        "step(at, !again, Out::DIRECTION",
+        "step(at, true, Out::DIRECTION",
+        TESTS + "test_native_kernels.py::test_project_adamw",
+    ),
+    (
+        "native: moments are used before they are rounded",
+        "native/src/operations.cpp",
+        "if (take && !exact_) {",
+        "if (take && !exact_ && false) {",
+        TESTS + "test_native_kernels.py::test_project_adamw",
+    ),
+    (
+        "native: weights are rounded stochastically beside their copy",
+        "native/src/operations.cpp",
+        "w.store(out, copied ? nullptr : random);",
+        "w.store(out, random);",
+        TESTS + "test_native_kernels.py::test_the_step_is_rounded_stochastically_where_asked",
+    ),
+    (
+        "native: auto takes rows with gaps",
+        "sculpt_kernels/native_backend.py",
+        "or (_slow(*state) if auto else None)",
+        "",
+        TESTS + "test_native_kernels.py::test_auto_takes_the_step",
+    ),
+]
