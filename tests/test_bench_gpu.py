@@ -102,6 +102,17 @@ def test_a_check_that_just_fails_keeps_the_timing(run):
     assert run.is_wrong("left")
 
 
+def test_what_cannot_be_checked_is_wrong(run):
+    def fails() -> float:
+        raise ValueError("no luck")
+
+    run.attempt("check it", 0.0, run.checked, "it 1x1", fails, 1.0)
+    (check,) = stored(run)["checks"]
+    assert not check["ok"]
+    assert run.is_wrong("it")
+    assert stored(run)["skipped"] == ["check it: ValueError: no luck"]
+
+
 def test_a_case_that_fails_is_noted_and_not_repeated(run):
     calls = []
 
@@ -128,11 +139,11 @@ def _dies_once(run: Run) -> None:
 
 
 def _breaks(run: Run) -> None:
-    def breaks() -> None:
+    def breaks(free: bool) -> None:
         raise Broken("an illegal memory access")
 
     for name in "abcd":
-        run._clean_up = breaks  # type: ignore[method-assign]
+        run._check_device = breaks  # type: ignore[method-assign]
         run.attempt(name, 0.0, lambda: None)
 
 

@@ -7,6 +7,7 @@ leave these rows as they were, or end in an illegal access.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,13 +35,9 @@ def part_huge(run: Run) -> None:
     }
     for name, check in checks.items():
         limit = 0.0 if name == "sketch" else 2e-2 if name != "compress" else 1e-3
-        run.attempt(f"huge {name}", 8.0, _check, run, f"huge {name}", check, limit)
+        run.attempt(f"huge {name}", 8.0, run.checked, f"huge {name}", partial(check, run), limit)
     done = [check for check in run.results["checks"] if check["what"].startswith("huge")]
     print(f"huge: {sum(check['ok'] for check in done)} of {len(done)} passed", flush=True)
-
-
-def _check(run: Run, name: str, check: Callable[[Run], float], limit: float) -> None:
-    run.check(name, check(run), limit)
 
 
 def _operands(run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,14 +56,17 @@ def part_graph(run: Run) -> None:
         return
     scalars = new_scalars(run.device)
     for operation in operations(run.device, scalars):
-        run.attempt(f"replay {operation.name}", 5.0, _compare, run, operation, scalars)
-    for dtype in (FP32, BF16):
-        run.attempt(f"replay step {dtype}", 8.0, _compare_steps, run, dtype)
+        what, measure = f"replay {operation.name}", partial(_differing, operation, scalars)
+        run.attempt(what, 5.0, run.checked, what, measure, 0.0)
+    for name, dtype in (("float32", FP32), ("bfloat16", BF16)):
+        what, measure = "replay step", partial(_steps_differ, run.device, dtype)
+        run.attempt(f"{what} {name}", 8.0, run.checked, what, measure, 0.0, name)
     same = [c for c in run.results["checks"] if c["what"].startswith("replay")]
     print(f"replays: {sum(c['ok'] for c in same)} of {len(same)} equal eager calls", flush=True)
 
 
-def _compare(run: Run, operation: Operation, scalars: Scalars) -> None:
+def _differing(operation: Operation, scalars: Scalars) -> float:
+    """How many elements differ after three replays."""
     eager, replayed = operation.fresh(), operation.fresh()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -84,14 +88,12 @@ def _compare(run: Run, operation: Operation, scalars: Scalars) -> None:
             X.add_(new)
             Y.add_(new)
     torch.cuda.synchronize()
-    wrong = sum(int((X != Y).sum()) for X, Y in zip(eager, replayed, strict=True))
-    run.check(f"replay {operation.name}", float(wrong), 0.0)
+    return float(sum(int((X != Y).sum()) for X, Y in zip(eager, replayed, strict=True)))
 
 
-def _compare_steps(run: Run, dtype: torch.dtype) -> None:
+def _steps_differ(device: torch.device, dtype: torch.dtype) -> float:
     """A whole step of the compact engine: forward, backward, fused AdamW, update of the weights."""
-    name = str(dtype).removeprefix("torch.")
-    run.check("replay step", float(not step_replays(run.device, dtype)), 0.0, name)
+    return float(not step_replays(device, dtype))
 
 
 def step_replays(device: torch.device, dtype: torch.dtype) -> bool:

@@ -72,22 +72,26 @@ class Run:
             return
         self.results["now"] = case
         self.save()
+        start, failed = time.monotonic(), False
         try:
             call(*arguments)
         except Exception as error:
             self.skip(case, error)
+            failed = True
         self.results["finished"].append(case)
         self.results["now"] = None
         self.save()
-        self._clean_up()
+        self._check_device(free=failed or time.monotonic() - start > 1)
 
-    def _clean_up(self) -> None:
-        gc.collect()
+    def _check_device(self, free: bool) -> None:
+        if free:
+            gc.collect()
         if self.device.type != "cuda":
             return
         try:
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+            if free:
+                torch.cuda.empty_cache()
         except RuntimeError as error:
             raise Broken(str(error)) from error
 
@@ -107,6 +111,17 @@ class Run:
         self.results["checks"].append(about)
         if not ok:
             print(f"WRONG {what} {dtype}: error {error:.2e}, limit {limit:.2e}", flush=True)
+
+    def checked(
+        self, what: str, measure: Callable[[], float], limit: float, dtype: str = ""
+    ) -> None:
+        """Measure an error and note it; what cannot be measured is wrong."""
+        try:
+            error = measure()
+        except Exception:
+            self.check(what, float("inf"), limit, dtype)
+            raise
+        self.check(what, error, limit, dtype)
 
     def is_wrong(self, operation: str) -> bool:
         """Whether a check of an operation failed by far."""
