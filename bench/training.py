@@ -23,13 +23,14 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.contenders import LORA_RANK, RATIOS, Contender, decompose, make
+from bench.contenders import LORA_RANK, RATIOS, Contender, Decomposition, decompose, make
 from bench.llama import SMOLLM2_135M, TINY, Llama, Shape, two_layers
 from bench.memory import peak as allocated
 from bench.memory import tensor_bytes
@@ -109,7 +110,20 @@ def compare(case: str, tokens: int, ratios: Sequence[str], rounds: int) -> dict[
 
 
 def memory(case: str, tokens: int, ratios: Sequence[str]) -> dict[str, Any]:
-    """Peak memory above that of the imported libraries, every method in a process of its own."""
+    """Peak memory above that of the imported libraries, every method in a process of its own.
+
+    Subspaces are found in this one: the library keeps the work buffers that it takes for them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "decomposed.pt"
+        torch.save(decompose(builder(CASES[case][0])), found)
+        rows = _peaks(case, tokens, ratios, found)
+    for row in rows:
+        row["of_plain"] = row["peak_bytes"] / rows[0]["peak_bytes"]
+    return {"case": case, "tokens": tokens, "shape": vars(CASES[case][0]), "memory": rows}
+
+
+def _peaks(case: str, tokens: int, ratios: Sequence[str], found: Path) -> list[dict[str, Any]]:
     rows = []
     field = contestants(ratios) + [("sculpt/disk", ratio) for ratio in ratios]
     # What is freed is given back: otherwise the C library keeps a quarter of the peak, another one
@@ -118,6 +132,8 @@ def memory(case: str, tokens: int, ratios: Sequence[str]) -> dict[str, Any]:
     for method, ratio in field:
         command = [sys.executable, "-m", "bench.training", "--peak", method, "--case", case]
         command += ["--tokens", str(tokens), "--ratios", ratio or ratios[0]]
+        if method not in ("plain", "lora"):
+            command += ["--decomposed", str(found)]
         done = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -125,9 +141,7 @@ def memory(case: str, tokens: int, ratios: Sequence[str]) -> dict[str, Any]:
         row["predicted_bytes"] = predicted_peak(method, case, tokens, ratio or ratios[0])
         rows.append(row)
         print(f"  {row}", flush=True)
-    for row in rows:
-        row["of_plain"] = row["peak_bytes"] / rows[0]["peak_bytes"]
-    return {"case": case, "tokens": tokens, "shape": vars(CASES[case][0]), "memory": rows}
+    return rows
 
 
 def predicted_peak(method: str, case: str, tokens: int, ratio: str) -> int:
@@ -159,8 +173,8 @@ def predicted_peak(method: str, case: str, tokens: int, ratio: str) -> int:
     return expected
 
 
-def peak(method: str, case: str, tokens: int, ratio: str) -> dict[str, Any]:
-    """Of three steps, and of the tensors of a fourth; finding the subspaces is over by then."""
+def peak(method: str, case: str, tokens: int, ratio: str, found: Path | None) -> dict[str, Any]:
+    """Of three steps, and of the tensors of a fourth; `found` has the subspaces of the others."""
     import peft  # noqa: F401  (what it takes is no method's own)
 
     shape = CASES[case][0]
@@ -170,7 +184,7 @@ def peak(method: str, case: str, tokens: int, ratio: str) -> dict[str, Any]:
     give_back_freed_memory()
     reset_peak_memory()
     base = peak_memory_bytes()
-    known = {} if method in ("plain", "lora") else decompose(builder(shape))
+    known: dict[str, Decomposition] = torch.load(found, weights_only=False) if found else {}
     contender = make(method, RATIOS[ratio], lambda: builder(shape), known)
     known.clear()
     give_back_freed_memory()
@@ -270,6 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--decomposed", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--table", nargs="+", type=Path, help="print results as Markdown")
     options = parser.parse_args(arguments)
     tokens = options.tokens or CASES[options.case][1]
@@ -277,7 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(table([json.loads(path.read_text(encoding="utf-8")) for path in options.table]))
         return
     if options.peak:
-        print(json.dumps(peak(options.peak, options.case, tokens, options.ratios[0])))
+        found = peak(options.peak, options.case, tokens, options.ratios[0], options.decomposed)
+        print(json.dumps(found))
         return
     if options.memory:
         result = memory(options.case, tokens, options.ratios)
