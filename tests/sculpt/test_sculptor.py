@@ -162,6 +162,18 @@ def test_final_weights_are_the_fold_rounded_once():
     assert bool(((model[2].weight.double() - truth).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_weights_carry_no_rounding_from_step_to_step(dtype):
+    model = small_model(dtype)
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    sculptor.attach(optimizer)
+    train(model, optimizer, 30)
+    for matrix in sculptor._task.values():
+        assert torch.equal(matrix.weight, matrix.truth())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight_update", ["stochastic", "recompute"])
 def test_low_precision_truth_is_exact_and_the_weights_follow_it(dtype, weight_update):
