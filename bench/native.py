@@ -23,7 +23,8 @@ from bench.cpu import machine
 from bench.timing import interleaved
 from sculpt_kernels import expand_add_, native, project_adamw_
 
-SHAPES = [(4096, 4096), (1536, 576)]
+# Small ones first: after large matrices the allocator hands out pages that are not there yet.
+SHAPES = [(1536, 576), (4096, 4096)]
 RATIOS = ["1/32", "1/8", "1/2"]
 BACKENDS = ("torch", "native")
 

@@ -130,7 +130,7 @@ class Pack:
         """The compiled kernel for a launch, as Triton launches it: `find(...)[grid](*values)`.
 
         Raises:
-            RuntimeError: the pack is for another architecture, or lacks this launch.
+            RuntimeError: the pack is for another architecture, lacks this launch or is not whole.
         """
         arch = 10 * capability[0] + capability[1]
         variant = Variant.of(kernel, arguments, options, arch)
@@ -155,4 +155,10 @@ class Pack:
                 f"the pack with its --matrix, --rank and --dtype: {variant}"
             )
         files = {f"{key}.{kind}": str(self.folder / f"{key}.{kind}") for kind in ("json", "cubin")}
+        gone = [name for name, path in files.items() if not Path(path).is_file()]
+        if gone:
+            raise RuntimeError(
+                f"SCULPT_AOT names {self.folder}, which lacks {' and '.join(gone)} of its own "
+                f"{MANIFEST}; copy the whole pack, or build it again"
+            )
         return CompiledKernel(variant.source(), files, key)

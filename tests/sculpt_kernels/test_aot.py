@@ -149,6 +149,19 @@ def test_a_pack_made_with_something_else(
         update.update_(X, A, B)
 
 
+def test_a_pack_that_is_not_whole(
+    folder: Path, opened: pytest.MonkeyPatch, driver: FakeDriver, tmp_path: Path
+) -> None:
+    (tmp_path / pack.MANIFEST).write_text((folder / pack.MANIFEST).read_text())
+    opened.setenv("SCULPT_AOT", str(tmp_path))
+    X, A, B = operands()
+    with pytest.raises(
+        RuntimeError, match=r"lacks update_kernel_\w+\.json and update_kernel_\w+\.cub"
+    ):
+        update.update_(X, A, B, rounding="stochastic", seed=1)
+    assert driver.launches == []
+
+
 def test_a_folder_that_is_no_pack(opened: pytest.MonkeyPatch, tmp_path: Path) -> None:
     X, A, B = operands()
     for text in (None, "{", "[]", "{}"):
