@@ -15,10 +15,10 @@ SCULPT_CACHE ?= $(CURDIR)/.cache
 export SCULPT_CACHE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo native test lint format clean distclean
+.PHONY: help setup demo native eight-bit test lint format clean distclean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1@\2/p' Makefile | \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile | \
 	  while IFS=@ read -r command what; do printf '%-16s %s\n' "$$command" "$$what"; done
 
 setup: ## only the set-up: .venv with pinned versions
@@ -36,6 +36,17 @@ demo: setup ## three tasks in a row, plain fine-tuning beside sculpt
 
 native: setup ## build and test the native CPU kernels, where there is a compiler
 	@$(RUN)/python tools/native.py
+
+# Beside .venv: whatever imports PEFT would import them, and they complain where there is no GPU.
+EIGHT_BIT := .cache/8-bit-0.18.0-0.50.2
+
+$(EIGHT_BIT): | setup
+	@rm -rf $@.part
+	@$(RUN)/python -m pip install --quiet --no-deps --target $@.part torchao==0.18.0 bitsandbytes==0.50.2
+	@mv $@.part $@
+
+eight-bit: $(EIGHT_BIT) ## tests with torchao and bitsandbytes: 8-bit optimizers, quantised layers
+	@PYTHONPATH=$(EIGHT_BIT) $(RUN)/python -m pytest tests/sculpt/test_eight_bit.py
 
 test: lint native ## lint, types and the whole test suite
 	@$(RUN)/python -m sculpt.demo.assets --quick

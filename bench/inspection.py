@@ -222,8 +222,32 @@ def predicted(folder: Path, way: Way, layout: Layout) -> Inspection:
     )
 
 
-def compare(name: str, way: Way) -> dict[str, Any]:
-    """Predicted and measured, in bytes and FLOPs, of all layouts."""
+def compare(
+    folder: Path, way: Way, trained: Trained, layouts: Iterable[Layout]
+) -> dict[str, dict[str, Any]]:
+    """Predicted and measured, in bytes and FLOPs, of each layout."""
+    found = {}
+    for layout in layouts:
+        method = predicted(folder, way, layout).methods[way.method]
+        cost = method.cost
+        # Here the host is the device.
+        on_host = cost.host if way.options.get("originals") != "disk" else 0
+        expected = {
+            "weights": cost.weights,
+            "beside": cost.bases + cost.factors + cost.copies + on_host,
+            "gradients": cost.gradients,
+            "optimizer": cost.optimizer,
+            "activations": method.activations,
+            "peak": (method.peak or 0) + on_host,
+            "flops": method.flops,
+        }
+        real = {"weights": trained.weights, "beside": trained.beside} | measured(trained, layout)
+        found[str(layout)] = {"predicted": expected, "measured": real}
+    return found
+
+
+def one(name: str, way: Way) -> dict[str, Any]:
+    """All that is measured of one way, in this process."""
     import peft  # noqa: F401  (what it takes is no method's own)
 
     folder = MODELS[name]()
@@ -239,24 +263,7 @@ def compare(name: str, way: Way) -> dict[str, Any]:
         trained.optimizer.step()
         trained.optimizer.zero_grad()
     process = peak_memory_bytes() - base
-    result: dict[str, Any] = {"process": process, "layouts": {}}
-    for layout in LAYOUTS:
-        method = predicted(folder, way, layout).methods[way.method]
-        cost = method.cost
-        on_host = cost.host if way.options.get("originals", "auto") != "disk" else 0
-        expected = {
-            "weights": cost.weights,
-            # Here the host is the device.
-            "beside": cost.bases + cost.factors + cost.copies + on_host,
-            "gradients": cost.gradients,
-            "optimizer": cost.optimizer,
-            "activations": method.activations,
-            "peak": (method.peak or 0) + on_host,
-            "flops": method.flops,
-        }
-        found = {"weights": trained.weights, "beside": trained.beside} | measured(trained, layout)
-        result["layouts"][str(layout)] = {"predicted": expected, "measured": found}
-    return result
+    return {"process": process, "layouts": compare(folder, way, trained, LAYOUTS)}
 
 
 COLUMNS = ("weights", "beside", "gradients", "optimizer", "activations", "peak", "flops")
@@ -313,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        print(json.dumps(compare(options.models[0], WAYS[options.ways[0]])))
+        print(json.dumps(one(options.models[0], WAYS[options.ways[0]])))
         return
     path = options.out / NAME
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []

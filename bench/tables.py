@@ -19,6 +19,7 @@ from bench.engines import table as engines_table
 from bench.gpu_table import draw as draw_gpu
 from bench.gpu_table import table as gpu_table
 from bench.importance import table as importance_table
+from bench.inspection import table as inspection_table
 from bench.native import tables as native_tables
 from bench.stream import table as stream_table
 from bench.subspace_table import subspaces
@@ -191,6 +192,7 @@ WRITERS: dict[str, Callable[[str, Row], str]] = {
     "gpu-": gpu_table,
     "native-": native,
     "importance-": importance_table,
+    "inspection": inspection_table,
     "stream-": stream_table,
     "subspaces-": subspaces,
     "training-": training,

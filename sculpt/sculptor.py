@@ -235,7 +235,7 @@ class Sculptor:
         """Bring every weight up to date with its coordinates, as each step does once attached.
 
         Where that fails, for want of memory for instance, coordinates and weights go back to before
-        the step.
+        the step; weights that train themselves are projected with the next one.
         """
         matrices = list(self._running().values())
         self._watch.driven = True

@@ -1,4 +1,4 @@
-"""Break the kernels on purpose, one small change at a time, and see which test notices.
+"""Break the code on purpose, one small change at a time, and see which test notices.
 
     python tools/mutations.py                # every change; a minute or two, needs Triton
     python tools/mutations.py int64 sides    # changes whose name contains one of the words
@@ -22,11 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutations_native import NATIVE
+from mutations_steps import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = "tests/sculpt_kernels/"
 INTERPRETER = TESTS + "interpreter/test_interpreted_"
 KERNELS = "sculpt_kernels/kernels/"
+
+
+# An editable install finds its packages before PYTHONPATH does, in the tree that it was made from.
+IN_THE_COPY = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if not hasattr(f, "known_packages")]
+"""
 
 
 @dataclass(frozen=True)
@@ -245,6 +253,7 @@ MUTATIONS = [
         "places = {_storage(X): i for i, X in enumerate(reversed(call.tensors.values()))}",
         TESTS + "test_aot_library.py::test_launches_are_those_of_python",
     ),
+    *(Mutation(*change) for change in STEPS),
 ]
 
 
@@ -287,6 +296,7 @@ def copied() -> Iterator[Path]:
             if (ROOT / name).is_file():
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, Path(folder) / name)
+        (Path(folder) / "sitecustomize.py").write_text(IN_THE_COPY, encoding="utf-8")
         yield Path(folder)
 
 
@@ -341,7 +351,7 @@ def table(mutations: list[Mutation]) -> str:
     """Markdown: what is broken, and the test that notices."""
     lines = ["| what is broken | where | the test that notices |", "| --- | --- | --- |"]
     for mutation in mutations:
-        test = mutation.test.removeprefix(TESTS).removeprefix("interpreter/")
+        test = Path(mutation.test).name
         lines.append(f"| {mutation.name} | `{mutation.file}` | `{test}` |")
     return "\n".join(lines)
 

@@ -80,22 +80,76 @@ def test_a_closure_that_is_called_many_times_computes_with_current_weights(engin
     assert certificate.ok, str(certificate)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_closure_without_finite_gradients_changes_nothing(engine):
+def test_a_closure_without_finite_gradients_changes_nothing(engine, by_name):
     model, sculptor = sculpted(**ENGINES[engine])
     optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3), weight_decay=0.1)
     sculptor.attach(optimizer)
     optimizer.step(closure_of(model, optimizer))
     before = values(model)
     state = {k: v.clone() for k, v in optimizer.state[sculptor.parameters()[0]].items()}
+    bad = closure_of(model, optimizer, float("nan"))
     with pytest.warns(UserWarning, match=r"a step was left out.*1 so far"):
-        optimizer.step(closure_of(model, optimizer, float("nan")))
+        optimizer.step(closure=bad) if by_name else optimizer.step(bad)
     assert sculptor.skipped_steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
     after = optimizer.state[sculptor.parameters()[0]]
     assert all(torch.equal(after[key], value) for key, value in state.items())
     optimizer.step(closure_of(model, optimizer))
     assert not all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
+
+
+class Twice(torch.optim.Optimizer):
+    """Evaluates its closure twice and moves at the end, along all gradients that there were."""
+
+    def step(self, closure):
+        params = self.param_groups[0]["params"]
+        found = []
+        for _ in range(2):
+            with torch.enable_grad():
+                closure()
+            found.append([None if p.grad is None else p.grad.clone() for p in params])
+        with torch.no_grad():
+            for gradients in found:
+                for p, gradient in zip(params, gradients, strict=True):
+                    if gradient is not None:
+                        p.sub_(gradient, alpha=0.1)
+
+
+@pytest.mark.parametrize("finite", ["first", "second"])
+def test_weights_follow_what_any_finite_evaluation_moved(finite):
+    model, sculptor = sculpted()
+    optimizer = Twice(sculptor.parameters(), {})
+    sculptor.attach(optimizer)
+    good, bad = closure_of(model, optimizer), closure_of(model, optimizer, float("nan"))
+    order = iter((good, bad) if finite == "first" else (bad, good))
+    before = values(model)
+    with pytest.warns(UserWarning, match="a step was left out"):
+        optimizer.step(lambda: next(order)())
+    assert not any(torch.equal(a, b) for a, b in zip(before[::2], values(model)[::2], strict=True))
+    good()  # The weights have followed.
+    assert sculptor.verify(independent=True).ok
+
+
+def test_steps_that_are_not_finite_are_taken_where_that_is_wanted():
+    model, sculptor = sculpted(skip_nonfinite=False)
+    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
+    sculptor.attach(optimizer)
+    closure_of(model, optimizer, float("nan"))()
+    optimizer.step()
+    assert sculptor.skipped_steps == 0
+    assert not model[0].weight.isfinite().any()
+
+
+def test_an_optimizer_that_lost_coordinates_before_its_first_step():
+    model, sculptor = sculpted()
+    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
+    sculptor.attach(optimizer)
+    optimizer.param_groups[0]["params"].pop()
+    closure_of(model, optimizer)()
+    with pytest.raises(ValueError, match=r"holds 1 of the 2 .*first missing: '2'"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("constraint", ["strict", "core"])

@@ -132,6 +132,19 @@ def test_optimizers_of_others_are_left_alone():
     sculptor.end_task()
 
 
+def test_all_parameters_of_the_model_by_hand():
+    """They are coordinates and what is frozen."""
+    model = model_of()
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    optimizer = sgd(model.parameters())
+    for _ in range(2):
+        steps(model, optimizer)
+        sculptor.update_weights()
+    assert sculptor.verify().ok
+    sculptor.end_task()
+
+
 def test_nobody_looks_between_tasks_or_without_a_sculptor():
     before = watching()
     model = model_of()
