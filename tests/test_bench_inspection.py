@@ -13,7 +13,13 @@ from sculpt.demo.models import minilm
 
 pytest.importorskip("peft")
 LAYOUTS = (Layout(2, 64), Layout(1, 64, True))
-CHECKED = ("plain", "LoRA", "sculpt 1/4", "sculpt, update, core", "sculpt, bfloat16")
+SLOW = pytest.mark.slow
+CHECKED = (
+    pytest.param("plain", marks=SLOW),
+    pytest.param("LoRA", marks=SLOW),
+    "sculpt 1/4",
+    pytest.param("sculpt, update, core", marks=SLOW),
+)
 
 
 @pytest.mark.parametrize("way", CHECKED)
