@@ -92,7 +92,7 @@ NATIVE = [
         "native/src/operations.cpp",
         "if (take && !exact_) {",
         "if (take && !exact_ && false) {",
-        TESTS + "test_native_kernels.py::test_project_adamw",
+        TESTS + "test_native_kernels.py::test_a_step_is_made_of_the_moments_that_are_stored",
     ),
     (
         "native: weights are rounded stochastically beside their copy",
