@@ -166,8 +166,8 @@ def test_a_step_is_made_of_the_moments_that_are_stored() -> None:
     W, exp_avg, exp_avg_sq = torch.zeros(3, 20), torch.zeros(3, 20, dtype=BF16), torch.zeros(3, 20)
     G, U, V = torch.full((3, 20), 1 + 2.0**-10), torch.zeros(3, 0), torch.zeros(20, 0)
     project_adamw_(
-        W, G, exp_avg, exp_avg_sq, U, V, lr=1.0, betas=(0.0, 0.0), eps=0.0, step=1,
-        backend="native",
+        W, G, exp_avg, exp_avg_sq, U, V, project="gradient", lr=1.0, betas=(0.0, 0.0), eps=0.0,
+        step=1, backend="native",
     )  # fmt: skip
     torch.testing.assert_close(W, -exp_avg.float() / G, rtol=2e-7, atol=0)  # 1 is stored, not G
 
