@@ -74,10 +74,10 @@ class Coordinates:
             )
         self.version = C._version
 
-    def end(self) -> None:
-        """Whoever still holds the coordinates trains nothing from now on."""
+    def end(self, weight: Tensor) -> None:
+        """Whoever still holds the coordinates of this weight trains nothing from now on."""
         self.C.grad = None
-        self.C.sculpt_ended = True  # type: ignore[attr-defined]
+        self.C.sculpt_ended = id(weight)  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Coordinates:
         """A copy of the model, an average for instance, goes its own ways: it is not guarded."""
@@ -85,9 +85,10 @@ class Coordinates:
         return Coordinates(C, U, V, removed, self.folded, guarded=False)
 
 
-def has_ended(parameter: Tensor) -> bool:
-    """Whether these are coordinates of a task that is over."""
-    return hasattr(parameter, "sculpt_ended")
+def ended_of(parameter: Tensor) -> int | None:
+    """The id of the weight whose coordinates these were in a task that is over, or None."""
+    found: int | None = getattr(parameter, "sculpt_ended", None)
+    return found
 
 
 class Compact(nn.Module):

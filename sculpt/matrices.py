@@ -220,7 +220,7 @@ class CompactMatrix(Matrix):
         self.write(self.state.C.detach())
         for place in self.target.places:
             remove(place)
-        self.state.end()
+        self.state.end(self.target.parameter)
 
 
 def follow_together(matrices: Sequence[CompactMatrix], seeds: Sequence[Tensor]) -> None:

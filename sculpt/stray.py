@@ -9,7 +9,7 @@ from weakref import finalize
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from sculpt.layers import has_ended
+from sculpt.layers import ended_of
 from sculpt.matrices import Matrix
 
 MAKE_ANOTHER = (
@@ -33,10 +33,10 @@ class Watch:
         self.attached: Optimizer | None = None
         self.driven = False
         self._matrices = matrices
-        weights = {id(m.target.parameter): m.name for m in matrices}
+        self._weights = {id(matrix.target.parameter): matrix.name for matrix in matrices}
+        self._frozen = self._weights.copy()
         for matrix in matrices:
-            weights.pop(id(matrix.trained), None)
-        self._frozen = weights
+            self._frozen.pop(id(matrix.trained), None)
         self._stop = finalize(owner, register_optimizer_step_pre_hook(self._before).remove)
 
     def follow(self, optimizer: Optimizer) -> None:
@@ -53,7 +53,7 @@ class Watch:
         frozen, over = None, False
         for parameter in _held(optimizer):
             frozen = frozen or self._frozen.get(id(parameter))
-            over = over or has_ended(parameter)
+            over = over or ended_of(parameter) in self._weights
         # What drives the task may leave steps of others alone that train something else.
         if not (frozen or over) or (self.driven and not is_idle(optimizer)):
             return
@@ -72,7 +72,7 @@ class Watch:
 
 def refuse_idle_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """A hook for an optimizer whose task has ended."""
-    if is_idle(optimizer) and any(map(has_ended, _held(optimizer))):
+    if is_idle(optimizer) and any(ended_of(p) is not None for p in _held(optimizer)):
         raise RuntimeError(
             f"the task whose coordinates this {type(optimizer).__name__} holds has ended, and its "
             f"steps train nothing: {MAKE_ANOTHER}"

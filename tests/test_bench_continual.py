@@ -11,8 +11,6 @@ import pytest
 from bench import continual, gpu
 from bench.continual import VARIANTS, Plan, compute, describe, fields, run_config, searched
 from bench.continual_table import accuracy, draw, read, table
-from bench.gpu_parts.continual import part_continual
-from bench.gpu_parts.run import Run
 from bench.rehearsal import tiny_data, tiny_model
 from sculpt.files import write_json
 from sculpt.runs.start import run
@@ -179,10 +177,10 @@ def test_a_field_without_a_value_is_refused() -> None:
 
 
 def test_the_gpu_part_rehearses(tmp_path: Path) -> None:
-    options = gpu.parse(["--tiny", "--only", "continual", "--out", str(tmp_path)])
-    part_continual(now := Run(options))
-    assert [row["variant"] for row in now.results["continual"]] == list(VARIANTS)
-    assert now.results["skipped"] == []
-    for row in now.results["continual"]:
+    assert gpu.main(["--tiny", "--only", "continual", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "gpu-tiny-cpu.json").read_text())
+    assert [row["variant"] for row in results["continual"]] == list(VARIANTS)
+    assert results["skipped"] == []
+    for row in results["continual"]:
         assert 0 <= row["average_accuracy"] <= 1
         assert (row["trainable"] == 0) == (row["variant"] == "frozen")

@@ -75,13 +75,16 @@ def test_an_attached_optimizer_whose_task_is_over():
     with pytest.raises(RuntimeError, match="whose coordinates this SGD holds has ended"):
         optimizer.step()
     assert torch.equal(model[2].weight, weight)
-    # What else it holds goes on.
+    # What else it holds goes on, also while a task is running in another model.
+    other = Sculptor(model_of(), SculptConfig())
+    other.begin_task()
     head = nn.Linear(8, 1)
     optimizer.add_param_group({"params": head.parameters()})
     before = head.weight.detach().clone()
     head(model(X)).sum().backward()
     optimizer.step()
     assert not torch.equal(head.weight, before)
+    other.end_task()
 
 
 @pytest.mark.parametrize("engine", ["compact", "update"])
