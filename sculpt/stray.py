@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from typing import Any
-from weakref import finalize
+from weakref import finalize, ref
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -25,12 +25,12 @@ class Watch:
         owner: of the task; without it nobody looks.
 
     Attributes:
-        attached: the optimizer of the task.
         driven: something brings the weights up to date: that optimizer, or the caller.
     """
 
     def __init__(self, owner: object, matrices: Collection[Matrix]) -> None:
-        self.attached: Optimizer | None = None
+        # Weak: an optimizer knows its task, and hooks of all optimizers are never forgotten.
+        self._attached: ref[Optimizer] | None = None
         self.driven = False
         self._matrices = matrices
         self._weights = {id(matrix.target.parameter): matrix.name for matrix in matrices}
@@ -41,14 +41,14 @@ class Watch:
 
     def follow(self, optimizer: Optimizer) -> None:
         """Let this one drive the task."""
-        self.attached, self.driven = optimizer, True
+        self._attached, self.driven = ref(optimizer), True
 
     def remove(self) -> None:
         self._stop()
-        self.attached, self._matrices = None, ()
+        self._attached, self._matrices = None, ()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer is self.attached:
+        if self._attached is not None and optimizer is self._attached():
             return
         frozen, over = None, False
         for parameter in _held(optimizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from weakref import ref
 
 import pytest
 import torch
@@ -149,6 +150,7 @@ def test_all_parameters_of_the_model_by_hand():
 
 
 def test_nobody_looks_between_tasks_or_without_a_sculptor():
+    gc.collect()
     before = watching()
     model = model_of()
     sculptor = Sculptor(model, SculptConfig())
@@ -156,7 +158,13 @@ def test_nobody_looks_between_tasks_or_without_a_sculptor():
     assert watching() == before + 1
     sculptor.end_task()
     assert watching() == before
+    # A task that is given up leaves nothing behind, attached optimizer and model included.
     sculptor.begin_task()
-    del sculptor
+    optimizer = sgd(sculptor.parameters())
+    sculptor.attach(optimizer)
+    steps(model, optimizer)
+    weight = ref(model[0].weight)
+    del sculptor, optimizer, model
     gc.collect()
     assert watching() == before
+    assert weight() is None
