@@ -8,8 +8,8 @@ counts `2abc` FLOPs; what is not a matrix product counts nothing.
 |---|---|---|---|
 | plain | `2Tmn` | `2Tmn + 2Tmn` (`dx`, `dW`) | |
 | compact, thin | `2Tmn + 2Tnt` | `2Tmn + 2Tmt + 2Tt²` | `2mnt + 2kt²` (`W += U ΔC Vᵀ`) |
-| compact, full, `m > n` | `2Tmn + 2Tnt` | `2Tmn + 2Tmt + 4lht` | `2mnt + 4lht` |
-| compact, full, `m < n` | `2Tmn` | `2Tmn + 2Tmt + 2Tnt + 4lht` | `2mnt + 4lht` |
+| compact, full, `m > n` | `2Tmn + 2Tnt` | `2Tmn + 2Tmt` | `2mnt + 8lht` |
+| compact, full, `m < n` | `2Tmn` | `2Tmn + 2Tmt + 2Tnt` | `2mnt + 8lht` |
 | update, gradient | `2Tmn` | `2Tmn + 2Tmn` | one projection (`sculpt_kernels.plan`) |
 | LoRA | `2Tmn + 2Tr(m+n)` | `2Tmn + 4Tr(m+n)` | |
 | OSF | `2Tmn + 4Tt(m+n)` | `2Tmn + 8Tt(m+n)` | `4kt² + 4lht` (two gradients projected) |
@@ -102,7 +102,8 @@ class Cost:
         copies: bytes of other values kept on the device: `W₀`, coordinates before a step.
         gradients, optimizer: bytes.
         host: bytes kept in host memory or on disk.
-        forward, backward: FLOPs of all passes of one step; update: FLOPs once a step.
+        forward, backward: FLOPs of all passes of one step; update: FLOPs once a step,
+            and of projecting gradients.
     """
 
     trainable: int = 0
@@ -195,8 +196,10 @@ def _compact_full(matrix: Matrix, storage: Storage) -> Cost:
         **_copies(matrix, storage, coordinates),
         bases=matrix.count * (short * t + long * h) * storage.basis.itemsize,
         forward=forward + project_input,
-        backward=dx + project_gradient + 2 * T * long * t + storage.micro_batches * away,
-        update=matrix.count * 2 * m * n * t + away,
+        backward=dx + project_gradient + 2 * T * long * t,
+        # Each pass projects its gradient, and each step the coordinates; without values neither is
+        # seen when a pass is traced.
+        update=matrix.count * 2 * m * n * t + (storage.micro_batches + 1) * away,
     )
 
 
