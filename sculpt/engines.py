@@ -24,6 +24,7 @@ from sculpt.matrices import (
     follow_together,
 )
 from sculpt.notices import SculptWarning
+from sculpt.optimizers import held_by
 from sculpt.originals import Original
 from sculpt.subspaces import Bases
 from sculpt.targets import Target
@@ -192,7 +193,7 @@ def check_holds(optimizer: torch.optim.Optimizer, matrices: Collection[Matrix]) 
             "DeepSpeed ZeRO-1 or ZeRO-2 attach nothing: call sculptor.update_weights() after each "
             "engine.step()"
         )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = set(map(id, held_by(optimizer)))
     missing = [matrix.name for matrix in matrices if id(matrix.trained) not in held]
     if missing:
         raise ValueError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import local
+from sculpt.optimizers import held_by
 from sculpt_kernels import is_divided
 
 
@@ -19,7 +18,7 @@ def drop_nonfinite_gradients(optimizer: Optimizer, processes: Processes) -> bool
     Returns:
         Whether that was so, on any process.
     """
-    held = _held(optimizer)
+    held = held_by(optimizer)
     grads = [local(p.grad) for p in held if p.grad is not None]
     grads = [grad for grad in grads if grad.numel()]
     bad = bool(grads) and not bool(torch.isfinite(_largest(grads)))
@@ -33,7 +32,7 @@ def drop_nonfinite_gradients(optimizer: Optimizer, processes: Processes) -> bool
 
 def is_captured(optimizer: Optimizer) -> bool:
     """Whether a CUDA graph records this step: the host must not look at values then."""
-    grads = (p.grad for p in _held(optimizer))
+    grads = (p.grad for p in held_by(optimizer))
     on_cuda = any(grad is not None and grad.is_cuda for grad in grads)
     return on_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -44,16 +43,12 @@ def flag_nonfinite_gradients(optimizer: Optimizer) -> Tensor | None:
     Its kernels then change nothing, and no value goes to the host. `None` for optimizers that
     take no such flag, and for gradients that are divided over processes, which would not agree.
     """
-    held = _held(optimizer)
+    held = held_by(optimizer)
     grads = [p.grad for p in held if p.grad is not None and p.grad.numel()]
     takes = getattr(optimizer, "_step_supports_amp_scaling", False)
     if not takes or not grads or any(is_divided(p) for p in held):
         return None
     return (~torch.isfinite(_largest(grads))).float()
-
-
-def _held(optimizer: Optimizer) -> list[Any]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _largest(grads: list[Tensor]) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 from weakref import finalize, ref
 
-from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from sculpt.layers import ended_of
 from sculpt.matrices import Matrix
+from sculpt.optimizers import held_by
 
 MAKE_ANOTHER = (
     "make one from sculptor.parameters() or sculptor.param_groups(lr), after begin_task(), and "
@@ -51,14 +51,14 @@ class Watch:
         if self._attached is not None and optimizer is self._attached():
             return
         frozen, over = None, False
-        for parameter in _held(optimizer):
+        for parameter in held_by(optimizer):
             frozen = frozen or self._frozen.get(id(parameter))
             over = over or ended_of(parameter) in self._weights
         # What drives the task may leave steps of others alone that train something else.
         if not (frozen or over) or (self.driven and not is_idle(optimizer)):
             return
         running = {id(matrix.trained) for matrix in self._matrices}
-        if running.isdisjoint(map(id, _held(optimizer))):
+        if running.isdisjoint(map(id, held_by(optimizer))):
             what = (
                 "coordinates of a task that has ended"
                 if over
@@ -72,7 +72,7 @@ class Watch:
 
 def refuse_idle_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """A hook for an optimizer whose task has ended."""
-    if is_idle(optimizer) and any(ended_of(p) is not None for p in _held(optimizer)):
+    if is_idle(optimizer) and any(ended_of(p) is not None for p in held_by(optimizer)):
         raise RuntimeError(
             f"the task whose coordinates this {type(optimizer).__name__} holds has ended, and its "
             f"steps train nothing: {MAKE_ANOTHER}"
@@ -81,9 +81,4 @@ def refuse_idle_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def is_idle(optimizer: Optimizer) -> bool:
     """Whether nothing that it holds has a gradient."""
-    return all(parameter.grad is None for parameter in _held(optimizer))
-
-
-def _held(optimizer: Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+    return all(parameter.grad is None for parameter in held_by(optimizer))

@@ -29,15 +29,6 @@ TESTS = "tests/sculpt_kernels/"
 INTERPRETER = TESTS + "interpreter/test_interpreted_"
 KERNELS = "sculpt_kernels/kernels/"
 
-# An editable installation finds its own tree before any path: without its finder the copy counts.
-PYTEST = """
-import sys
-sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_editable")]
-import pytest
-sys.exit(pytest.main(sys.argv[1:]))
-"""
-
-
 # An editable install finds its packages before PYTHONPATH does, in the tree that it was made from.
 IN_THE_COPY = """
 import sys
@@ -340,7 +331,7 @@ def run(tree: Path, test: str) -> bool:
     environment["TRITON_INTERPRET"] = "1" if test.startswith(INTERPRETER) else "0"
     if test.startswith(TESTS + "test_native"):
         build(tree)
-    command = [sys.executable, "-c", PYTEST, "-q", "-x", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode > 1:
         raise RuntimeError(f"pytest could not run {test}:\n{done.stdout}\n{done.stderr}")

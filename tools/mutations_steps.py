@@ -95,7 +95,7 @@ STEPS = [
     (
         "steps: coordinates beside frozen weights are not seen",
         "sculpt/stray.py",
-        "if running.isdisjoint(map(id, _held(optimizer))):",
+        "if running.isdisjoint(map(id, held_by(optimizer))):",
         "if True:",
         STRAY + "test_all_parameters_of_the_model_by_hand",
     ),
