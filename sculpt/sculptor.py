@@ -172,7 +172,7 @@ class Sculptor:
             for target, bases, original in zip(targets, found, originals, strict=True)
         }
         self._task = task
-        self._watch = Watch(self, task.values())
+        self._watch = Watch(task.values())
         hold(self.model, [matrix.trained for matrix in task.values()])
         device = targets[0].parameter.device
         # A seed is used once: by one matrix in one update of one task.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache
 from typing import Any
-from weakref import finalize, ref
+from weakref import WeakSet, ref
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
@@ -21,15 +22,14 @@ MAKE_ANOTHER = (
 class Watch:
     """Looks at every optimizer that steps while a task is running.
 
-    Args:
-        owner: of the task; without it nobody looks.
+    It does so as long as somebody holds it.
 
     Attributes:
-        driven: something brings the weights up to date: that optimizer, or the caller.
+        driven: something brings the weights up to date: an attached optimizer, or the caller.
     """
 
-    def __init__(self, owner: object, matrices: Collection[Matrix]) -> None:
-        # Weak: an optimizer knows its task, and hooks of all optimizers are never forgotten.
+    def __init__(self, matrices: Collection[Matrix]) -> None:
+        # Weak: an optimizer knows its task, which holds this.
         self._attached: ref[Optimizer] | None = None
         self.driven = False
         self._matrices = matrices
@@ -37,17 +37,21 @@ class Watch:
         self._frozen = self._weights.copy()
         for matrix in matrices:
             self._frozen.pop(id(matrix.trained), None)
-        self._stop = finalize(owner, register_optimizer_step_pre_hook(self._before).remove)
+        _watches.add(self)
+        _look_at_all_steps()
 
     def follow(self, optimizer: Optimizer) -> None:
         """Let this one drive the task."""
         self._attached, self.driven = ref(optimizer), True
 
     def remove(self) -> None:
-        self._stop()
+        _watches.discard(self)
         self._attached, self._matrices = None, ()
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def refuse_stray(self, optimizer: Optimizer) -> None:
+        """Raises:
+        RuntimeError: steps of this optimizer train nothing.
+        """
         if self._attached is not None and optimizer is self._attached():
             return
         frozen, over = None, False
@@ -68,6 +72,20 @@ class Watch:
                 f"this {type(optimizer).__name__} holds {what} and no coordinates of the task that "
                 f"is running, which its steps do not train: {MAKE_ANOTHER}"
             )
+
+
+_watches: WeakSet[Watch] = WeakSet()
+
+
+@cache
+def _look_at_all_steps() -> None:
+    """Once and for ever: a hook that went with a forgotten task could go in the midst of a step."""
+    register_optimizer_step_pre_hook(_before)
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for watch in list(_watches):
+        watch.refuse_stray(optimizer)
 
 
 def refuse_idle_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

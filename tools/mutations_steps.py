@@ -102,7 +102,7 @@ STEPS = [
     (
         "steps: the watch goes on after the task",
         "sculpt/stray.py",
-        "        self._stop()\n",
+        "        _watches.discard(self)\n",
         "",
         STRAY + "test_nobody_looks_between_tasks_or_without_a_sculptor",
     ),

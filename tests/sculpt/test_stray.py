@@ -8,9 +8,9 @@ from weakref import ref
 import pytest
 import torch
 from torch import nn
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sculpt import SculptConfig, Sculptor
+from sculpt import SculptConfig, Sculptor, stray
 
 ENDED = "SGD holds coordinates of a task that has ended and no coordinates of the task that is"
 X = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
@@ -33,7 +33,7 @@ def steps(model, optimizer, count: int = 1) -> None:
 
 
 def watching() -> int:
-    return len(torch_optimizer._global_optimizer_pre_hooks)
+    return len(stray._watches)
 
 
 @pytest.mark.parametrize("coordinates", ["thin", "full"])
@@ -168,3 +168,19 @@ def test_nobody_looks_between_tasks_or_without_a_sculptor():
     gc.collect()
     assert watching() == before
     assert weight() is None
+
+
+def test_a_task_may_be_forgotten_in_the_midst_of_a_step():
+    """Garbage is collected at any time, between the hooks of another optimizer too."""
+    sculptor = Sculptor(model_of(), SculptConfig())
+    sculptor.begin_task()
+    sculptor.attach(sgd(sculptor.parameters()))
+    forgotten = ref(sculptor)
+    sculptor.itself = sculptor
+    del sculptor
+    handle = register_optimizer_step_pre_hook(lambda *_: gc.collect() and None)
+    try:
+        sgd(nn.Linear(3, 3).parameters()).step()
+    finally:
+        handle.remove()
+    assert forgotten() is None
