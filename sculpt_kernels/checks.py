@@ -277,6 +277,13 @@ def fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be strictly between 0 and 1; got {value}")
 
 
+def positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a finite number above 0; got {describe(value)}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0; got {value}")
+
+
 def out_dtype(value: Any, default: torch.dtype) -> torch.dtype:
     if value is None:
         return default

@@ -13,14 +13,21 @@ from sculpt_kernels.sharded import whole
 
 
 def compact_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor | None, V: Tensor | None, C: Tensor
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    U: Tensor | None,
+    V: Tensor | None,
+    C: Tensor,
+    *,
+    scale: float = 1.0,
 ) -> Tensor:
-    """`y = x Wᵀ + bias`, differentiable in the coordinates `C` of `W = W₀ + U C Vᵀ`.
+    """`y = x Wᵀ + bias`, differentiable in the coordinates `C` of `W = W₀ + scale U C Vᵀ`.
 
-    The forward is one dense product with the current weight, which already contains `U C Vᵀ`:
-    the values of `C` are not read. The backward gives
+    The forward is one dense product with the current weight, which already contains
+    `scale U C Vᵀ`: the values of `C` are not read. The backward gives
 
-        dx = dy W        dbias = Σ dy        dC = (dy U)ᵀ (x V)
+        dx = dy W        dbias = Σ dy        dC = scale (dy U)ᵀ (x V)
 
     so `dW` (`m x n`) is never formed and `x V` (`T x s`) is saved instead of `x` (`T x n`), before
     the dense product is computed: non-reentrant checkpointing, which stops at the last saved tensor
@@ -34,6 +41,9 @@ def compact_linear(
             `DTensor` is gathered when it is used, `V` in the forward and `U` in the backward.
             `None` is the identity: `r = m`, or `s = n` (then `x` itself is saved).
         C: `(r, s)`, any floating dtype; its gradient has that dtype.
+        scale: finite, above 0. An optimizer such as Adam moves each entry by about its rate,
+            whatever the gradient's size. `√(mn / rs)` makes a step of all `r s` coordinates move
+            the weight as far, in the Frobenius norm, as the same step of its `m n` entries would.
 
     Returns:
         `(..., m)`.
@@ -51,11 +61,19 @@ def compact_linear(
     if bias is not None and bias.shape != W.shape[:1]:
         raise ValueError(f"bias must have shape ({W.shape[0]},); got {checks.describe(bias)}")
     checks.bases_and_coordinates(W, U, V, C)
+    checks.positive("scale", scale)
     if not torch.is_grad_enabled():
         C = C.detach()  # no backward will come, so `x V` is not needed
-    shape = _Backward.apply(x, W, bias, U, V, C)  # type: ignore[no-untyped-call]
+    shape = _Backward.apply(x, W, bias, U, V, C, scale)  # type: ignore[no-untyped-call]
     out: Tensor = _Forward.apply(x.detach(), W, bias, shape)  # type: ignore[no-untyped-call]
     return out
+
+
+def scaled_(gradient: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`scale * gradient` in `dtype`, multiplied in the wider of both; may change `gradient`."""
+    if scale != 1.0:
+        gradient = gradient.to(torch.promote_types(gradient.dtype, dtype)).mul_(scale)
+    return gradient.to(dtype)
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
@@ -75,6 +93,7 @@ class _Backward(torch.autograd.Function):
         U: Tensor | None,
         V: Tensor | None,
         C: Tensor,
+        scale: float,
     ) -> Tensor:
         dtype = _dtype_of(x)
         wants_x, wants_C = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
@@ -83,7 +102,7 @@ class _Backward(torch.autograd.Function):
             with torch.autocast(x.device.type, enabled=False):
                 xV = x.to(dtype) if V is None else x.to(dtype).flatten(0, -2) @ whole(V, dtype)
         ctx.save_for_backward(xV, U if wants_C else None, W if wants_x else None)
-        ctx.C_dtype = C.dtype
+        ctx.C_dtype, ctx.scale = C.dtype, scale
         ctx.bias_dtype = None if bias is None else bias.dtype
         shape = (*x.shape[:-1], W.shape[0])
         return x.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
@@ -92,7 +111,7 @@ class _Backward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         xV, U, W = ctx.saved_tensors
-        wants_x, _, wants_bias, _, _, wants_C = ctx.needs_input_grad
+        wants_x, _, wants_bias, _, _, wants_C, _ = ctx.needs_input_grad
         dbias = dC = None
         with torch.autocast(dy.device.type, enabled=False):
             flat = dy.flatten(0, -2)
@@ -101,8 +120,8 @@ class _Backward(torch.autograd.Function):
                 dbias = flat.sum(0).to(ctx.bias_dtype)
             if wants_C:
                 dyU = flat if U is None else flat @ whole(U, dy.dtype)
-                dC = (dyU.mT @ xV.flatten(0, -2)).to(ctx.C_dtype)
-        return dx, None, dbias, None, None, dC
+                dC = scaled_(dyU.mT @ xV.flatten(0, -2), ctx.scale, ctx.C_dtype)
+        return dx, None, dbias, None, None, dC, None
 
 
 class _Forward(torch.autograd.Function):

@@ -104,17 +104,19 @@ def project_adamw(
 
 
 def linear_gradients(
-    x: Tensor, W: Tensor, dy: Tensor, U: Tensor, V: Tensor
+    x: Tensor, W: Tensor, dy: Tensor, U: Tensor, V: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dx, dbias, dC` of `y = x (W + U C Vᵀ)ᵀ + bias` for `x` `(T, n)` and `dy` `(T, m)`."""
+    """`dx, dbias, dC` of `y = x (W + scale U C Vᵀ)ᵀ + bias` for `x` `(T, n)`, `dy` `(T, m)`."""
     dW = dy.mT @ x
-    return dy @ W, dy.sum(0), U.mT @ dW @ V
+    return dy @ W, dy.sum(0), scale * (U.mT @ dW @ V)
 
 
-def embedding_gradient(ids: Tensor, dy: Tensor, W: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """`dC` of `y = (W + U C Vᵀ)[ids]` for `ids` `(T,)` and `dy` `(T, n)`."""
+def embedding_gradient(
+    ids: Tensor, dy: Tensor, W: Tensor, U: Tensor, V: Tensor, scale: float = 1.0
+) -> Tensor:
+    """`dC` of `y = (W + scale U C Vᵀ)[ids]` for `ids` `(T,)` and `dy` `(T, n)`."""
     dW = torch.zeros_like(W).index_add(0, ids, dy)
-    return U.mT @ dW @ V
+    return scale * (U.mT @ dW @ V)
 
 
 def split(W: Tensor, rank: int, part: str) -> tuple[Tensor, Tensor]:

@@ -9,20 +9,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sculpt_kernels import checks
+from sculpt_kernels.linear import scaled_
 from sculpt_kernels.sharded import whole
 
 
-def compact_weight(W: Tensor, U: Tensor | None, V: Tensor | None, C: Tensor) -> Tensor:
-    """`W` itself, differentiable in the coordinates `C` of `W = W₀ + U C Vᵀ`.
+def compact_weight(
+    W: Tensor, U: Tensor | None, V: Tensor | None, C: Tensor, *, scale: float = 1.0
+) -> Tensor:
+    """`W` itself, differentiable in the coordinates `C` of `W = W₀ + scale U C Vᵀ`.
 
     For layers that use their weight in ways of their own, such as stacks of expert matrices: the
-    values of `C` are not read, and the backward compresses the weight's gradient, `dC = Uᵀ dW V`.
-    `dW` is formed by the layer and dropped again at once; nothing keeps it.
+    values of `C` are not read, and the backward compresses the weight's gradient,
+    `dC = scale Uᵀ dW V`. `dW` is formed by the layer and dropped again at once; nothing keeps it.
 
     Args:
         W: `(..., m, n)`, must not require grad: it moves through `C` alone.
         U: `(..., m, r)`; V: `(..., n, s)`; constants; `None` is the identity, `r = m` or `s = n`.
         C: `(..., r, s)`, any floating dtype; its gradient has that dtype.
+        scale: finite, above 0; `√(mn / rs)` lets a step of the coordinates move the weight as far
+            as one of its entries would, see `compact_linear`.
 
     Returns:
         A view of `W`, in its dtype.
@@ -33,7 +38,8 @@ def compact_weight(W: Tensor, U: Tensor | None, V: Tensor | None, C: Tensor) -> 
     checks.matrix("W", W)
     checks.moves_through_coordinates("W", W)
     checks.bases_and_coordinates(W, U, V, C)
-    out: Tensor = _CompactWeight.apply(W, U, V, C)  # type: ignore[no-untyped-call]
+    checks.positive("scale", scale)
+    out: Tensor = _CompactWeight.apply(W, U, V, C, scale)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -45,11 +51,12 @@ def compact_embedding(
     C: Tensor,
     *,
     padding_idx: int | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Rows `ids` of `W`, differentiable in the coordinates `C` of `W = W₀ + U C Vᵀ`.
+    """Rows `ids` of `W`, differentiable in the coordinates `C` of `W = W₀ + scale U C Vᵀ`.
 
-    The backward gives `dC = U[ids]ᵀ (dy V)` from the rows that were looked up; the gradient of the
-    whole table is never formed.
+    The backward gives `dC = scale U[ids]ᵀ (dy V)` from the rows that were looked up; the gradient
+    of the whole table is never formed.
 
     Args:
         ids: integers in `[0, m)`, any shape.
@@ -57,6 +64,7 @@ def compact_embedding(
         U: `(m, r)`; V: `(n, s)`; constants; `None` is the identity, `r = m` or `s = n`.
         C: `(r, s)`, any floating dtype; its gradient has that dtype.
         padding_idx: rows with this id give no gradient.
+        scale: as for `compact_weight`.
 
     Returns:
         `(*ids.shape, n)` in the dtype of `W`.
@@ -69,15 +77,20 @@ def compact_embedding(
     if torch.is_floating_point(ids):
         raise TypeError(f"ids must be integers; got {checks.describe(ids)}")
     checks.bases_and_coordinates(W, U, V, C)
-    out: Tensor = _CompactEmbedding.apply(ids, W, U, V, C, padding_idx)  # type: ignore[no-untyped-call]
+    checks.positive("scale", scale)
+    out: Tensor = _CompactEmbedding.apply(  # type: ignore[no-untyped-call]
+        ids, W, U, V, C, padding_idx, scale
+    )
     return out
 
 
 class _CompactWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, W: Tensor, U: Tensor | None, V: Tensor | None, C: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, W: Tensor, U: Tensor | None, V: Tensor | None, C: Tensor, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(U, V)
-        ctx.C_dtype = C.dtype
+        ctx.C_dtype, ctx.scale = C.dtype, scale
         return W.view_as(W)
 
     @staticmethod
@@ -92,7 +105,10 @@ class _CompactWeight(torch.autograd.Function):
             else:
                 dC = dW if V is None else dW @ whole(V, dW.dtype)
                 dC = dC if U is None else whole(U, dW.dtype).mT @ dC
-        return None, None, None, dC.to(ctx.C_dtype)
+            if U is None and V is None and ctx.scale != 1.0:
+                dC = dC.clone()  # `dW` is the layer's
+            dC = scaled_(dC, ctx.scale, ctx.C_dtype)
+        return None, None, None, dC, None
 
 
 class _CompactEmbedding(torch.autograd.Function):
@@ -105,10 +121,11 @@ class _CompactEmbedding(torch.autograd.Function):
         V: Tensor | None,
         C: Tensor,
         padding_idx: int | None,
+        scale: float,
     ) -> Tensor:
         ctx.save_for_backward(ids, U, V)
         ctx.C_shape, ctx.C_dtype = C.shape, C.dtype
-        ctx.padding_idx = padding_idx
+        ctx.padding_idx, ctx.scale = padding_idx, scale
         return torch.nn.functional.embedding(ids, W)
 
     @staticmethod
@@ -124,5 +141,6 @@ class _CompactEmbedding(torch.autograd.Function):
                 dC = image.new_zeros(ctx.C_shape, dtype=ctx.C_dtype)
                 dC.index_add_(0, ids, image.to(ctx.C_dtype))
             else:
-                dC = (whole(U)[ids].to(dy.dtype).mT @ image).to(ctx.C_dtype)
-        return None, None, None, None, dC, None
+                dC = whole(U)[ids].to(dy.dtype).mT @ image
+            dC = scaled_(dC, ctx.scale, ctx.C_dtype)
+        return None, None, None, None, dC, None, None

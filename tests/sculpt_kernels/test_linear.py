@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sculpt_kernels import compact_linear, orthonormalize, reference
+from sculpt_kernels import compact_linear, compact_weight, orthonormalize, reference
 
 
 def problem(m: int, n: int, r: int, s: int, tokens: tuple[int, ...], dtype: torch.dtype):
@@ -27,16 +28,19 @@ SHAPES = [(7, 5, 2, 3), (5, 7, 5, 5), (6, 6, 1, 6), (4, 9, 0, 2), (3, 3, 3, 3)]
 
 @pytest.mark.parametrize(("m", "n", "r", "s"), SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients_equal_those_of_the_dense_layer(m, n, r, s, bias):
+@pytest.mark.parametrize("scale", [1.0, 3, 0.3])
+def test_gradients_equal_those_of_the_dense_layer(m, n, r, s, bias, scale):
     x, W0, b, U, V, C = problem(m, n, r, s, (2, 3), torch.float64)
     dense = [t.clone().requires_grad_() for t in (x, b, C)]
-    y = torch.nn.functional.linear(dense[0], W0 + U @ dense[2] @ V.T, dense[1] if bias else None)
+    y = torch.nn.functional.linear(
+        dense[0], W0 + scale * (U @ dense[2] @ V.T), dense[1] if bias else None
+    )
     dy = torch.randn_like(y)
     y.backward(dy)
 
     x.requires_grad_(), b.requires_grad_(), C.requires_grad_()
-    W = reference.expand_add(W0, C.detach(), U, V)
-    out = compact_linear(x, W, b if bias else None, U, V, C)
+    W = reference.expand_add(W0, C.detach(), U, V, scale)
+    out = compact_linear(x, W, b if bias else None, U, V, C, scale=scale)
     out.backward(dy)
 
     torch.testing.assert_close(out, y, rtol=1e-13, atol=1e-13)
@@ -46,7 +50,7 @@ def test_gradients_equal_those_of_the_dense_layer(m, n, r, s, bias):
         torch.testing.assert_close(b.grad, dense[1].grad, rtol=1e-13, atol=1e-13)
     flat = (x.detach().flatten(0, -2), W, dy.flatten(0, -2), U, V)
     for gradient, expected in zip(
-        (x.grad, b.grad, C.grad), reference.linear_gradients(*flat), strict=True
+        (x.grad, b.grad, C.grad), reference.linear_gradients(*flat, scale), strict=True
     ):
         if gradient is not None:
             torch.testing.assert_close(
@@ -55,30 +59,50 @@ def test_gradients_equal_those_of_the_dense_layer(m, n, r, s, bias):
 
 
 @pytest.mark.parametrize(("m", "n", "r", "s"), SHAPES)
-def test_gradcheck(m, n, r, s):
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_gradcheck(m, n, r, s, scale):
     x, W0, b, U, V, C = problem(m, n, r, s, (4,), torch.float64)
 
     def layer(x: Tensor, b: Tensor, C: Tensor) -> Tensor:
-        return compact_linear(x, reference.expand_add(W0, C.detach(), U, V), b, U, V, C)
+        W = reference.expand_add(W0, C.detach(), U, V, scale)
+        return compact_linear(x, W, b, U, V, C, scale=scale)
 
     inputs = [t.requires_grad_() for t in (x, b, C)]
     assert torch.autograd.gradcheck(layer, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_is_as_good_as_the_dense_layer(dtype):
+@pytest.mark.parametrize("scale", [1.0, 11.3])
+def test_low_precision_is_as_good_as_the_dense_layer(dtype, scale):
     x, W, b, U, V, C = problem(48, 80, 12, 20, (33,), dtype)
     dy = torch.randn(33, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
-    exact = reference.linear_gradients(*(t.double() for t in (x, W, dy, U, V)))[2]
+    exact = reference.linear_gradients(*(t.double() for t in (x, W, dy, U, V)), scale)[2]
     C = C.float().requires_grad_()
-    compact_linear(x, W, b, U, V, C).backward(dy)
+    compact_linear(x, W, b, U, V, C, scale=scale).backward(dy)
 
-    dense = (U.T @ (dy.T @ x) @ V).double()
+    dense = scale * (U.T @ (dy.T @ x) @ V).double()
     error = torch.linalg.norm(C.grad.double() - exact) / torch.linalg.norm(exact)
     baseline = torch.linalg.norm(dense - exact) / torch.linalg.norm(exact)
     assert C.grad.dtype == torch.float32
     # Three products, each rounding its operands once: a few units, whatever the baseline did.
     assert error <= max(2 * baseline, 3 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_C", [torch.float64, torch.float32, torch.bfloat16])
+def test_scale_multiplies_the_finished_gradient_once(dtype, of_C):
+    x, W, b, U, V, C = problem(48, 80, 12, 20, (33,), dtype)
+    dy = torch.randn(33, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def gradients(scale: float, of_C: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in (C.to(of_C), x, b)]
+        compact_linear(leaves[1], W, leaves[2], U, V, leaves[0], scale=scale).backward(dy)
+        return tuple(t.grad for t in leaves)
+
+    dC, *others = gradients(7.1, of_C)
+    plain, *same = gradients(1.0, torch.promote_types(dtype, of_C))
+    assert torch.equal(dC, (7.1 * plain).to(of_C))
+    assert all(map(torch.equal, others, same))
 
 
 def test_saves_the_compressed_input_and_never_the_input():
@@ -170,6 +194,27 @@ def test_compiles_without_a_graph_break(checkpointed, autocast):
     expected = torch.autograd.grad(call(x), leaves)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(x), leaves), expected)
+
+
+def test_layers_of_different_scales_compile_once():
+    layers = [problem(16, 16, 4, 3, (8,), torch.float32) for _ in range(3)]
+    scales = (1.0, 2.5, 7.1)
+    Cs = [layer[-1].requires_grad_() for layer in layers]
+
+    def call(x: Tensor) -> Tensor:
+        for (_, W, b, U, V, C), scale in zip(layers, scales, strict=True):
+            x = torch.tanh(compact_linear(x, W, b, U, V, C, scale=scale))
+            x = x @ compact_weight(W, U, V, C, scale=scale)
+        return x.sum()
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for step in range(3):
+        x = layers[0][0] + step
+        expected = torch.autograd.grad(call(x), Cs)
+        torch.testing.assert_close(torch.autograd.grad(compiled(x), Cs), expected)
+    assert counter.frame_count == 1
 
 
 def test_autocast_gives_low_precision_output_and_full_precision_gradients():

@@ -27,18 +27,19 @@ def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("r", "s"), [(4, 3), (1, 9), (0, 2), (7, 9), (None, 3), (4, None)])
-def test_compact_weight(dtype, r, s):
+@pytest.mark.parametrize("scale", [1.0, 5.3])
+def test_compact_weight(dtype, r, s, scale):
     m, n, experts = 7, 9, 3
     U = None if r is None else basis(m, r, experts, dtype=torch.float64)
     V = None if s is None else basis(n, s, dtype=torch.float64, seed=1)
     U, V = rounded(U, dtype), rounded(V, dtype)
     W = gaussian(experts, n, m, dtype=dtype).mT
     C = torch.zeros(experts, m if r is None else r, n if s is None else s, requires_grad=True)
-    out = compact_weight(W, U, V, C)
+    out = compact_weight(W, U, V, C, scale=scale)
     assert torch.equal(out, W)
     dW = gaussian(experts, m, n, dtype=dtype, seed=2)
     out.backward(dW)
-    want = reference.compress(dW.double(), wide_or_eye(U, m), wide_or_eye(V, n))
+    want = scale * reference.compress(dW.double(), wide_or_eye(U, m), wide_or_eye(V, n))
     assert C.grad.dtype == torch.float32
     assert C.grad.shape == C.shape
     assert close(C.grad, want, torch.float32 if dtype == torch.float64 else dtype)
@@ -47,14 +48,15 @@ def test_compact_weight(dtype, r, s):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("r", "s"), [(4, 3), (1, 6), (0, 2), (11, 6), (None, 3), (4, None)])
 @pytest.mark.parametrize("padding", [None, 5])
-def test_compact_embedding(dtype, r, s, padding):
+@pytest.mark.parametrize("scale", [1.0, 5.3])
+def test_compact_embedding(dtype, r, s, padding, scale):
     m, n = 11, 6
     U = None if r is None else basis(m, r, dtype=dtype)
     V = None if s is None else basis(n, s, dtype=dtype, seed=1)
     W = gaussian(m, n, dtype=dtype)
     ids = torch.tensor([[5, 0, 10, 5], [2, 5, 2, 7]])
     C = torch.zeros(m if r is None else r, n if s is None else s, requires_grad=True)
-    out = compact_embedding(ids, W, U, V, C, padding_idx=padding)
+    out = compact_embedding(ids, W, U, V, C, padding_idx=padding, scale=scale)
     assert torch.equal(out, W[ids])
     dy = gaussian(2, 4, n, dtype=dtype, seed=2)
     out.backward(dy)
@@ -62,9 +64,35 @@ def test_compact_embedding(dtype, r, s, padding):
     if padding is not None:
         kept = kept * (ids.flatten() != padding).unsqueeze(1)
     want = reference.embedding_gradient(
-        ids.flatten(), kept, W.double(), wide_or_eye(U, m), wide_or_eye(V, n)
+        ids.flatten(), kept, W.double(), wide_or_eye(U, m), wide_or_eye(V, n), scale
     )
     assert close(C.grad, want, torch.float32 if dtype == torch.float64 else dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_of_a_whole_weight_leaves_its_gradient_to_the_layer(dtype):
+    W, dW = gaussian(7, 9, dtype=dtype), gaussian(7, 9, dtype=dtype, seed=1)
+    before = dW.clone()
+    C = torch.zeros(7, 9, dtype=dtype, requires_grad=True)
+    compact_weight(W, None, None, C, scale=1.7).backward(dW)
+    assert torch.equal(dW, before)
+    assert torch.equal(C.grad, 1.7 * dW)
+
+
+NO_NUMBER = [(TypeError, bad) for bad in (True, "1", None, torch.ones(()))]
+OUT_OF_RANGE = [(ValueError, bad) for bad in (0, 0.0, -1.0, float("inf"), float("nan"))]
+
+
+@pytest.mark.parametrize(("kind", "scale"), NO_NUMBER + OUT_OF_RANGE)
+def test_scale_is_a_finite_number_above_zero(kind, scale):
+    W, U, V, C = gaussian(7, 5), basis(7, 2), basis(5, 3), torch.zeros(2, 3)
+    for call in (
+        lambda: compact_weight(W, U, V, C, scale=scale),
+        lambda: compact_embedding(torch.tensor([1]), W, U, V, C, scale=scale),
+        lambda: compact_linear(gaussian(2, 5), W, None, U, V, C, scale=scale),
+    ):
+        with pytest.raises(kind, match="scale must be a finite number above 0; got"):
+            call()
 
 
 @pytest.mark.parametrize("missing", ["U", "V"])
