@@ -71,7 +71,7 @@ def _triton_spec() -> bool:
 
 def _triton_missing() -> str | None:
     if not _triton_spec():
-        return "Triton is not installed; pip install 'sculpt[triton]'"
+        return "Triton is not installed; pip install 'sculpt-kernels[triton]'"
     if not torch.cuda.is_available() and not interpreted():
         return "Triton kernels need a CUDA device, or TRITON_INTERPRET=1 for tests"
     return None

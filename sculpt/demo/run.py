@@ -49,7 +49,7 @@ def run_demo(settings: DemoSettings, console: Console) -> Results:
     except RunError as error:
         raise DemoError(str(error)) from None
     if importlib.util.find_spec("matplotlib") is None:
-        raise DemoError("matplotlib is not installed: pip install 'sculpt[demo]'")
+        raise DemoError("matplotlib is not installed: pip install 'sculpt-kernels[demo]'")
     with console.status("Model and texts"):
         try:
             for name in TEXTS:

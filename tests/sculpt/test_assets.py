@@ -88,5 +88,5 @@ def test_a_missing_reader_of_the_model_file_is_explained(
         raise ImportError("gguf")
 
     monkeypatch.setattr(models, "_convert", convert)
-    with pytest.raises(assets.AssetError, match=r"pip install 'sculpt\[demo\]'"):
+    with pytest.raises(assets.AssetError, match=r"pip install 'sculpt-kernels\[demo\]'"):
         models.smollm2()

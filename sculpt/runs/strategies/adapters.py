@@ -178,5 +178,5 @@ def check_peft(method: str) -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise RunError(
-            f"method={method!r}: peft is not installed: pip install 'sculpt[peft]'"
+            f"method={method!r}: peft is not installed: pip install 'sculpt-kernels[peft]'"
         ) from error
