@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+# Before all else: other modules tell by it that this package is the one that they belong to.
+__distribution__ = "sculpt-kernels"
+
 from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig

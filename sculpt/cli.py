@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from sculpt.commands.common import errors_in_one_line
 from sculpt.commands.doctor import doctor
 from sculpt.commands.import_model import import_model
 from sculpt.commands.inspect import inspect
 from sculpt.commands.report import report
 from sculpt.commands.verify import verify
+from sculpt.installation import require_own_package
 
 app = typer.Typer(
     name="sculpt",
@@ -23,8 +25,10 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _before_all_commands(print_version: bool) -> None:
+    with errors_in_one_line():
+        require_own_package()
+    if print_version:
         from sculpt import __version__
 
         typer.echo(f"sculpt {__version__}")
@@ -34,7 +38,8 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+        bool,
+        typer.Option("--version", callback=_before_all_commands, is_eager=True, help="Version."),
     ] = False,
 ) -> None:
     """Continual full fine-tuning of language models without forgetting."""

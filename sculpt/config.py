@@ -8,7 +8,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from sculpt.adaptive.config import AdaptiveRanks
+from sculpt.installation import require_own_package
 from sculpt.nearest import did_you_mean
+
+require_own_package()
 
 DEFAULT_UNFREEZE_RANK_RATIO = 0.25
 

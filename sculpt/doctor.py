@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 import sculpt_kernels as kernels
+from sculpt.installation import DISTRIBUTION, other_distribution
 from sculpt_kernels import reference
 
-NEEDED = ("sculpt", "torch", "transformers", "safetensors", "numpy", "typer", "rich")
+NEEDED = (DISTRIBUTION, "torch", "transformers", "safetensors", "numpy", "typer", "rich")
 OPTIONAL = {
     "triton": "GPU kernels",
     "accelerate": "transformers.Trainer",
     "trl": "SFTTrainer",
     "datasets": "data sets of the Hugging Face hub",
     "matplotlib": "pictures",
-    "peft": "nothing here; adapters are read without it",
+    "peft": "methods lora, osf and olora; adapters are read without it",
     "lm_eval": "general ability before and after",
     "tensorboard": "logging",
     "wandb": "logging",
@@ -64,16 +65,20 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """packages, machine: name and what was found; backends: as `sculpt_kernels.backends()`."""
+    """packages, machine: name and what was found; backends: as `sculpt_kernels.backends()`.
+
+    conflict: what is installed that replaces files of this project, or None.
+    """
 
     packages: dict[str, str]
     machine: dict[str, str]
     backends: dict[str, str]
     checks: list[Check]
+    conflict: str | None = None
 
     @property
     def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
+        return self.conflict is None and all(check.ok for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
         checks = [{**asdict(check), "ok": check.ok} for check in self.checks]
@@ -88,7 +93,7 @@ def diagnose() -> Diagnosis:
         checks += [_check(name, run, backend, device) for name, run in OPERATIONS.items()]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         checks += [_check(name, run, "auto", device) for name, run in CHOOSING.items()]
-    return Diagnosis(_packages(), _machine(), backends, checks)
+    return Diagnosis(_packages(), _machine(), backends, checks, other_distribution())
 
 
 def _packages() -> dict[str, str]:
@@ -97,7 +102,7 @@ def _packages() -> dict[str, str]:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            there = importlib.util.find_spec(name) is not None
+            there = importlib.util.find_spec(name.replace("-", "_")) is not None
             found[name] = "there" if there else f"not installed ({OPTIONAL.get(name, 'needed')})"
     return found
 

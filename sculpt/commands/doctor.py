@@ -14,7 +14,8 @@ def doctor(
 ) -> None:
     """What runs here: packages, GPU, backends, and a self-test of each against the reference.
 
-    Exit code 0: everything that is available computes what it should. 1: something does not.
+    Exit code 0: everything that is available computes what it should. 1: something does not, or
+    another distribution replaces files of this one.
     """
     from rich import box
     from rich.console import Console
@@ -62,5 +63,8 @@ def doctor(
     wrong = [check for check in found.checks if not check.ok]
     if wrong:
         console.print(f"{len(wrong)} of {len(found.checks)} self-tests failed.", style="red")
+    if found.conflict is not None:
+        console.print(found.conflict, style="red")
+    if not found.ok:
         raise typer.Exit(1)
     console.print("Everything that is available here computes what it should.", style="bold")

@@ -26,12 +26,13 @@ from typing import Any
 import torch
 
 from sculpt.files import flush, replacing_directory, write_json
+from sculpt.installation import DISTRIBUTION
 from sculpt.runs.config import RunConfig
 from sculpt.runs.state import Progress
 
 FORMAT = 1
 LOCK = ".lock"
-PACKAGES = ("sculpt", "torch", "transformers", "numpy", "safetensors", "tokenizers")
+PACKAGES = (DISTRIBUTION, "torch", "transformers", "numpy", "safetensors", "tokenizers")
 
 
 class RunError(RuntimeError):
