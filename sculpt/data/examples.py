@@ -76,7 +76,7 @@ class Task:
         if self.measure not in MEASURES:
             raise DataError(f"{where}: measure={self.measure!r}, expected one of {MEASURES}")
         if self.labels and (len(self.labels) < 2 or len(set(self.labels)) != len(self.labels)):
-            raise DataError(f"{where}: labels={self.labels}, expected two or more")
+            raise DataError(f"{where}: labels={self.labels}, expected two or more, all different")
         if not all(label.strip() for label in self.labels):
             raise DataError(f"{where}: labels={self.labels} has an empty label")
         if self.measure == CHOICE and not self.labels:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,21 +73,41 @@ def read_rows(path: Path, bad: BadRows) -> Iterator[Row]:
         raise DataError(f"{path}: no rows")
 
 
+class _Decoder(json.JSONDecoder):
+    """Knows which names an object of the last document has twice; `json` takes the last value."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._named)
+        self.twice: list[str] = []
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        self.twice = []
+        return super().raw_decode(s, idx)
+
+    def _named(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self.twice += _twice([name for name, _ in pairs])
+        return dict(pairs)
+
+
 def _json_lines(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
+    decoder = _Decoder()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
-            values = json.loads(line)
+            values = decoder.decode(line)
         except json.JSONDecodeError as error:
-            bad.add(f"{path}:{number}", f"not JSON: {error.msg}, column {error.colno}")
-            continue
-        yield from _object(f"{path}:{number}", values, bad)
+            bad.add(where, f"not JSON: {error.msg}, column {error.colno}")
+        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+            bad.add(where, f"JSON that cannot be read: {error}")
+        else:
+            yield from _object(where, values, decoder.twice, bad)
 
 
 def _json_list(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
     """Elements one by one, so that each is known by the line where it starts."""
-    decoder = json.JSONDecoder()
+    decoder = _Decoder()
     place, line, counted = _skip_space(text, 0), 1, 0
     if text[place] != "[":
         raise DataError(f"{path}:1: expected a JSON list of rows; one object a line goes in .jsonl")
@@ -96,7 +118,9 @@ def _json_list(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
             values, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-        yield from _object(f"{path}:{line}", values, bad)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{line}: JSON that cannot be read: {error}") from None
+        yield from _object(f"{path}:{line}", values, decoder.twice, bad)
         place = _skip_space(text, place)
         if text[place : place + 1] == ",":
             place = _skip_space(text, place + 1)
@@ -108,16 +132,22 @@ def _json_list(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
 
 
 def _csv(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-    line = 1
+    # Rows end with \n, \r\n or \r alone: `splitlines` knows eight more ends, which are text here.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line, columns = 0, list[str]()
     try:
         for values in reader:
             where, line = f"{path}:{line + 1}", reader.line_num
-            columns = len(reader.fieldnames or ())
-            if None in values or None in values.values():
-                bad.add(where, f"expected {columns} columns, as in the first line")
+            if not values:
+                continue
+            if not columns:
+                columns = values
+                if twice := _twice([name for name in columns if name]):
+                    raise DataError(f"{where}: two columns are called {twice[0]!r}")
+            elif len(values) != len(columns):
+                bad.add(where, f"expected {len(columns)} columns, as in the first line")
             else:
-                yield Row(where, values)
+                yield Row(where, dict(zip(columns, values, strict=True)))
     except csv.Error as error:
         raise DataError(f"{path}:{line + 1}: not CSV: {error}") from None
 
@@ -139,11 +169,17 @@ def _saved_dataset(path: Path) -> Iterator[Row]:
         yield Row(f"{path}: row {index}", dict(values))
 
 
-def _object(where: str, values: Any, bad: BadRows) -> Iterator[Row]:
-    if isinstance(values, dict):
-        yield Row(where, values)
-    else:
+def _object(where: str, values: Any, twice: Sequence[str], bad: BadRows) -> Iterator[Row]:
+    if not isinstance(values, dict):
         bad.add(where, f"expected an object with named values, got {type(values).__name__}")
+    elif twice:
+        bad.add(where, f"{twice[0]!r} is given twice")
+    else:
+        yield Row(where, values)
+
+
+def _twice(names: Sequence[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _skip_space(text: str, place: int) -> int:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from tiny_runs import write_lines
 
-from sculpt.data.config import DataConfig
+from sculpt.data.config import DataConfig, TaskConfig
 from sculpt.data.examples import DataError, Example, Message, Task
 from sculpt.data.folders import ORDERS, folder_tasks
 from sculpt.data.layouts import Asking, examples_of, split_question
 from sculpt.data.rows import BadRows, read_rows
 from sculpt.data.tasks import read_tasks
+from sculpt.notices import SculptWarning
 
 
 def read(path: Path, *, skip: bool = False, **asking: Any) -> tuple[list[Example], list[str]]:
@@ -65,6 +66,29 @@ def test_csv_with_columns_of_its_own_and_rows_of_several_lines(tmp_path: Path) -
     assert [e.where for e in examples] == [f"{path}:2", f"{path}:4"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_only_ends_of_lines_end_a_row(tmp_path: Path, name: str, end: str) -> None:
+    path = tmp_path / name
+    inner = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i"
+    rows = [{"prompt": f"{number} {inner}", "answer": "x"} for number in range(2)]
+    text = {
+        "a.csv": lambda: end.join(["prompt,answer", *(",".join(row.values()) for row in rows)]),
+        "a.json": lambda: json.dumps(rows, ensure_ascii=False, indent=1).replace("\n", end),
+        "a.jsonl": lambda: "\n".join(
+            json.dumps(row, ensure_ascii=False) + end.removesuffix("\n") for row in rows
+        ),
+    }
+    path.write_bytes(text[name]().encode())
+    assert read(path)[0] == [Example(row["prompt"], "x") for row in rows]
+
+
+def test_csv_columns_without_a_name_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,answer,,\na,b,,\n")
+    assert read(path)[0] == [Example("a", "b")]
+
+
 @pytest.mark.parametrize(
     ("prompt", "text", "suffix"),
     [
@@ -91,6 +115,10 @@ BAD_LINES = [
     ('{"messages": [{"role": "bot", "content": "a"}]}', "message 1 is .* expected a role, one of"),
     ('["a", "b"]', "expected an object with named values, got list"),
     ('{"prompt": "a", ', "not JSON: .* column"),
+    ('{"prompt": "a", "answer": "b", "answer": "c"}', "'answer' is given twice"),
+    ('{"messages": [{"role": "user", "role": "assistant"}]}', "'role' is given twice"),
+    ('{"prompt": "a", "answer": ' + "1" * 5000 + "}", "JSON that cannot be read: .* digits"),
+    ("[" * 100_000, "JSON that cannot be read: maximum recursion"),
     ('{"prompt": "\udcff", "answer": "b"}', "not UTF-8 text"),
     ('{"prompt": "\\ud800", "answer": "b"}', "not UTF-8 text"),
 ]
@@ -120,6 +148,10 @@ def test_a_bad_row_is_named_or_listed(tmp_path: Path, line: str, reason: str) ->
         ("a.json", '[{"prompt": "a",\n "answer"}]', "a.json:2: not JSON"),
         ("a.json", '[{"prompt": "a",\n "answer": "b"}\n', "a.json:3: not JSON: the list ends"),
         ("a.json", "[]", "a.json: no rows"),
+        ("a.json", '[\n\n{"prompt": "a",\n"prompt": "b"}]', "a.json:3: 'prompt' is given twice"),
+        ("a.json", "[\n" + "[" * 100_000, "a.json:2: JSON that cannot be read: maximum recursion"),
+        ("a.csv", "\na,a,b\n1,2,3\n", "a.csv:2: two columns are called 'a'"),
+        ("a.csv", "prompt,answer\n\na,b\nc\n", "a.csv:4: expected 2 columns"),
         ("a.csv", "prompt,answer\na\n", "a.csv:2: expected 2 columns"),
         ("a.csv", "prompt,answer\na,b,c\n", "a.csv:2: expected 2 columns"),
         ("a.csv", 'prompt,answer\n"a,b\n', "a.csv:2: not CSV"),
@@ -143,23 +175,29 @@ def test_an_answer_that_is_no_label_is_a_bad_row(tmp_path: Path) -> None:
 
 def benchmark(folder: Path) -> Path:
     """A CL_Benchmark folder, a TRACE one, and one with prompts, as they are laid out."""
-    sentences = [{"label": "Good", "sentence": "a film"}, {"label": "Bad", "sentence": "no film"}]
+
+    def sentences(split: str) -> str:
+        return json.dumps([{"label": "Good", "sentence": f"a film to {split}"}])
+
+    def answers(split: str) -> str:
+        return json.dumps([ANSWER | {"answer": split}])
+
     for name in ("TC/agnews", "TC/dbpedia", "SC/amazon"):
         data_set = folder / "cl" / name
         data_set.mkdir(parents=True)
         for split in ("train", "dev", "test"):
-            (data_set / f"{split}.json").write_text(json.dumps(sentences))
+            (data_set / f"{split}.json").write_text(sentences(split))
         (data_set / "labels.json").write_text('["Good", "Bad"]')
     for name in ("C-STANCE", "MeetingBank"):
         data_set = folder / "trace" / name
         data_set.mkdir(parents=True)
         for split in ("train", "eval", "test"):
-            (data_set / f"{split}.json").write_text(json.dumps([ANSWER]))
+            (data_set / f"{split}.json").write_text(answers(split))
     data_set = folder / "prompts" / "BoolQA"
     data_set.mkdir(parents=True)
     for split in ("train", "test"):
-        (data_set / f"{split}.json").write_text(json.dumps([ANSWER]))
-    (data_set / "labels.json").write_text('["yes", "no"]')
+        (data_set / f"{split}.json").write_text(answers(split))
+    (data_set / "labels.json").write_text('["train", "test"]')
     return folder
 
 
@@ -170,7 +208,7 @@ def test_cl_benchmark_folders(tmp_path: Path) -> None:
     assert tasks[0].labels == ("Good", "Bad")
     assert tasks[0].train[0].prompt == (
         "What is the topic of the following paragraph? Choose one from the option.\n"
-        "Option: Good, Bad \na film\nAnswer:"
+        "Option: Good, Bad \na film to train\nAnswer:"
     )
     assert "sentiment" in tasks[2].train[0].prompt
     assert tasks[0].test[0].where.endswith("TC/dbpedia/test.json:1")
@@ -182,7 +220,7 @@ def test_trace_and_prompt_folders(tmp_path: Path) -> None:
     assert (stance.name, stance.labels, stance.measure) == ("C-STANCE", (), "exact_match")
     assert meetings.measure == "rouge_l"
     (boolq,) = read_tasks(DataConfig(folder=folder / "prompts", order=("boolqa",)), 0)
-    assert boolq.labels == ("yes", "no")
+    assert boolq.labels == ("train", "test")
     assert boolq.train[0].prompt == ANSWER["prompt"]
 
 
@@ -221,6 +259,39 @@ def test_rows_are_held_out_and_drawn_by_the_seed(tmp_path: Path) -> None:
     assert task == tasks_of(tmp_path, 20, holdout=0.25, train_rows=10, test_rows=4)
     with pytest.raises(DataError, match="1 rows are too few to hold out"):
         tasks_of(tmp_path, 1)
+
+
+def task_of(train: Path, test: Path | None, **data: Any) -> Task:
+    config = TaskConfig(name="t", train=train, test=test)
+    (task,) = read_tasks(DataConfig(tasks=(config,), **data), 0)
+    return task
+
+
+def test_a_task_is_not_tested_on_the_file_that_trains_it(tmp_path: Path) -> None:
+    train, test = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_lines(train, [ANSWER])
+    for make in (test.symlink_to, test.hardlink_to):
+        make(train)
+        with pytest.raises(DataError, match=r"'t' .*train=\S+a\.jsonl, test=\S+b\.jsonl"):
+            task_of(train, test)
+        test.unlink()
+    with pytest.raises(DataError, match=r"train=\S+a\.jsonl, test=\S+a\.jsonl"):
+        task_of(train, train)
+
+
+def test_test_rows_that_are_trained_on_are_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": f"number {number}\nAnswer:", "answer": "x"} for number in range(20)]
+    train = write_lines(tmp_path / "a.jsonl", rows)
+    test = write_lines(tmp_path / "b.jsonl", [ANSWER, *rows[3:5], rows[3] | {"answer": "y"}])
+    with pytest.warns(SculptWarning, match=r"2 of 4 test .* 't' .*b\.jsonl:2, .*a\.jsonl:4"):
+        task_of(train, test)
+    with pytest.warns(SculptWarning, match=r"\d of 6 test rows of task 't' are training rows too"):
+        task_of(write_lines(tmp_path / "c.jsonl", rows * 3), None)
+    first = TaskConfig(name="first", train=write_lines(tmp_path / "d.jsonl", [ANSWER]), test=test)
+    other = write_lines(tmp_path / "e.jsonl", [ANSWER | {"answer": "y"}])
+    both = DataConfig(tasks=(first, TaskConfig(name="t", train=train, test=other)))
+    with pytest.warns(SculptWarning, match=r"3 of 4 test rows of task 'first' .*d\.jsonl:1"):
+        read_tasks(both, 0)
 
 
 @pytest.mark.parametrize(
