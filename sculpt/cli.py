@@ -72,7 +72,7 @@ def demo(
     from sculpt.demo.settings import QUICK, DemoError, DemoSettings
     from sculpt.report import tables
 
-    console = Console()
+    console = Console(markup=False)
     if not console.is_terminal:
         console.width = 120
     errors = Console(stderr=True)

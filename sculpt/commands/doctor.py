@@ -28,7 +28,7 @@ def doctor(
     if as_json:
         print_json(found.to_dict())
         raise typer.Exit(0 if found.ok else 1)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 120
     for title, values in (

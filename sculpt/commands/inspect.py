@@ -93,7 +93,7 @@ def inspect(
     if as_json:
         print_json(found.to_dict())
         return
-    console = Console()
+    console = Console(markup=False)
     if not console.is_terminal:
         console.width = 120
     for view in views(found, every_matrix=every_matrix):

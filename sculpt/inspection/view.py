@@ -228,7 +228,7 @@ def as_text(found: Inspection, *, width: int = 120) -> str:
     from rich.console import Console
 
     buffer = StringIO()
-    console = Console(file=buffer, width=width, color_system=None, highlight=False)
+    console = Console(file=buffer, width=width, color_system=None, highlight=False, markup=False)
     for view in views(found):
         console.print(view)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())

@@ -90,7 +90,7 @@ def _console() -> Console:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console = Console()
+    console = Console(markup=False)
     if not console.is_terminal:
         console.width = 120
     return console

@@ -27,19 +27,19 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def test_train_then_nothing_left_to_resume(run_file: Path) -> None:
-    done = invoke("train", str(run_file), "training.steps=2", "seed=1")
+    out = run_file.parent / "run [/1]"  # no markup
+    done = invoke("train", str(run_file), f"out={out}", "training.steps=2", "seed=1")
     assert done.exit_code == 0, done.output
     assert "very: step 2/2  loss" in done.output
     assert "short: tested: very" in done.output
     assert "average accuracy" in done.output
-    out = run_file.parent / "run"
     assert str(out) in done.output.replace("\n", "")
     config = json.loads((out / "config.json").read_text())["config"]
     assert (config["seed"], config["training"]["steps"]) == (1, 2)
     again = invoke("resume", str(out))
     assert again.exit_code == 0
     assert "is finished; nothing is left to do" in again.output
-    refused = invoke("train", str(run_file))
+    refused = invoke("train", str(run_file), f"out={out}")
     assert refused.exit_code == 1
     assert "is not empty" in refused.output
 
