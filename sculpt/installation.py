@@ -16,7 +16,7 @@ def require_own_package() -> None:
         where = getattr(package, "__file__", None) or ", ".join(package.__path__)
         raise ImportError(
             f"the package `sculpt` that was imported, {where}, is not that of {DISTRIBUTION}: the "
-            f"distribution `sculpt` on PyPI is another project with the same import name. {REMEDY}"
+            f"distribution `sculpt` on PyPI is another project with the same import name; {REMEDY}"
         )
 
 
