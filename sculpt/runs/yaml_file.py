@@ -1,24 +1,32 @@
 """A run from a YAML file, with every mistake named by field and line, and the nearest valid name.
 
-ruamel.yaml, not PyYAML: it knows where each value stands, refuses a key given twice, and reads
-`1e-5` as a number.
+ruamel.yaml, not PyYAML: it reads `1e-5` as a number. It gives nodes, which know their lines; what
+they mean is decided here. Anchors, aliases and merge keys (`<<`) work; tags and keys that a run has
+no use for are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from sculpt.nearest import did_you_mean
 from sculpt.runs.config import RunConfig, describe
 
 Place = tuple[str | int, ...]
+T = TypeVar("T")
+
+TAG = "tag:yaml.org,2002:"
+MERGE = TAG + "merge"
+VALUES = {TAG + name for name in ("str", "int", "float", "bool", "null")}
+TEXT = {TAG + name for name in ("timestamp", "value", "merge")}
+"""What YAML takes for a date, a default key or a merge, and is text in a run."""
 
 
 class ConfigError(ValueError):
@@ -56,32 +64,89 @@ def _parse(text: str, source: str) -> tuple[Any, dict[Place, int]]:
     """Plain values, and the line of each field, counted from 1."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.reader import ReaderError
 
+    yaml = YAML(typ="safe", pure=True)
     try:
-        loaded = YAML(typ="rt").load(StringIO(text))
+        root = yaml.compose(StringIO(text))
+        reader = _Reader(source, yaml.constructor.construct_object)
+        return (None if root is None else reader.value(root, ())), reader.lines
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = str(error.problem or error).splitlines()[0]
+        problem = ": ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{source}:{line}: {problem}") from None
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(
+            f"{source}:{line}: the character U+{error.character:04X} is not allowed"
+        ) from None
     except YAMLError as error:
-        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from None
-    lines: dict[Place, int] = {}
-    return _plain(loaded, (), lines), lines
+        raise ConfigError(f"{source}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deep") from None
 
 
-def _plain(value: Any, place: Place, lines: dict[Place, int]) -> Any:
-    if isinstance(value, CommentedMap):
-        for key in value:
-            lines[*place, str(key)] = value.lc.key(key)[0] + 1
-        return {str(key): _plain(item, (*place, str(key)), lines) for key, item in value.items()}
-    if isinstance(value, CommentedSeq):
-        for index in range(len(value)):
-            lines[*place, index] = value.lc.item(index)[0] + 1
-        return [_plain(item, (*place, index), lines) for index, item in enumerate(value)]
-    for kind in (bool, int, float, str):  # the parser's own subclasses remember their spelling
-        if isinstance(value, kind):
-            return kind(value)
-    return value
+class _Reader:
+    """Nodes as plain values. `lines` has that of each field, at its anchor where it is merged."""
+
+    def __init__(self, source: str, scalar: Callable[[Node], Any]) -> None:
+        self.lines: dict[Place, int] = {}
+        self._source = source
+        self._scalar = scalar
+
+    def value(self, node: Node, place: Place, above: tuple[Node, ...] = ()) -> Any:
+        """The value of `node`, which is inside of the nodes `above`."""
+        self._refuse_circle(node, above)
+        inner = (*above, node)
+        if isinstance(node, MappingNode) and node.tag == TAG + "map":
+            found = {}
+            for name, (key, item) in self._entries(node, above).items():
+                self.lines[*place, name] = _line(key)
+                found[name] = self.value(item, (*place, name), inner)
+            return found
+        if isinstance(node, SequenceNode) and node.tag == TAG + "seq":
+            self.lines |= {(*place, index): _line(item) for index, item in enumerate(node.value)}
+            return [self.value(item, (*place, i), inner) for i, item in enumerate(node.value)]
+        if isinstance(node, ScalarNode) and node.tag in TEXT:
+            return node.value
+        if isinstance(node, ScalarNode) and node.tag in VALUES:
+            try:
+                return self._scalar(node)
+            except (ValueError, KeyError):
+                pass  # `!!int ten`
+        tag = str(node.tag).replace(TAG, "!!")
+        raise self._error(node, f"{tag} is not expected here: write plain values, without a tag")
+
+    def _entries(self, node: MappingNode, above: tuple[Node, ...]) -> dict[str, tuple[Node, Node]]:
+        """Key and value by name: those of `node` itself, then what it merges and does not have."""
+        self._refuse_circle(node, above)
+        own: dict[str, tuple[Node, Node]] = {}
+        merged: dict[str, tuple[Node, Node]] = {}
+        for key, item in node.value:
+            if key.tag == MERGE:
+                for part in item.value if isinstance(item, SequenceNode) else (item,):
+                    if not isinstance(part, MappingNode):
+                        raise self._error(key, "<< expects an alias of fields, or a list of them")
+                    merged = self._entries(part, (*above, node)) | merged
+                continue
+            if not isinstance(key, ScalarNode):
+                raise self._error(key, "expected the name of a field before the colon")
+            if key.value in own:
+                first = _line(own[key.value][0])
+                raise self._error(key, f"found duplicate key {key.value!r}, first in line {first}")
+            own[key.value] = (key, item)
+        return own | {name: entry for name, entry in merged.items() if name not in own}
+
+    def _refuse_circle(self, node: Node, above: tuple[Node, ...]) -> None:
+        if any(node is other for other in above):
+            raise self._error(node, f"the anchor {node.anchor!r} contains itself")
+
+    def _error(self, node: Node, problem: str) -> ConfigError:
+        return ConfigError(f"{self._source}:{_line(node)}: {problem}")
+
+
+def _line(node: Node) -> int:
+    return int(node.start_mark.line) + 1
 
 
 def _override(values: dict[str, Any], argument: str, places: dict[Place, str]) -> None:
@@ -92,7 +157,9 @@ def _override(values: dict[str, Any], argument: str, places: dict[Place, str]) -
     *above, last = key.split(".")
     inner: Any = values
     for depth, name in enumerate(above):
-        inner = inner.setdefault(name, {})
+        if inner.get(name) is None:
+            inner[name] = {}
+        inner = inner[name]
         places.setdefault(tuple(above[: depth + 1]), f"argument {argument!r}")
         if not isinstance(inner, dict):
             raise ConfigError(
@@ -115,10 +182,13 @@ def _problem(item: ErrorDetails, values: Any, places: dict[Place, str], source: 
     )
     kind, given = item["type"], item.get("input")
     if kind == "extra_forbidden":
-        names = _fields(place[:-1])
+        section = _section(place[:-1])
+        names = [] if section is None else list(section.model_fields)
         return f"{where}: unknown field {field!r}{_nearest(str(place[-1]), names)}"
     if kind == "missing":
         return f"{where}: the field {field!r} is missing"
+    if given is None:
+        return f"{where}: {field} is empty, expected a value"
     if kind == "literal_error":
         options = [str(option).strip("'") for option in _options(item)]
         return (
@@ -149,22 +219,24 @@ def _options(item: ErrorDetails) -> list[str]:
     return [part for part in expected.replace(" or ", ", ").split(", ") if part]
 
 
-def _fields(place: Place) -> list[str]:
-    """Names of the fields that there are at `place`."""
-    section: Any = RunConfig
+def _section(place: Place) -> type[BaseModel] | None:
+    """What has its fields at `place`; None where that is no section of its own."""
+    section: type[BaseModel] | None = RunConfig
     for part in place:
-        if isinstance(part, str) and part in section.model_fields:
-            section = next(_sections(section.model_fields[part].annotation), None)
-            if section is None:
-                return []
-    return list(section.model_fields)
+        if isinstance(part, int):
+            continue
+        if section is None or part not in section.model_fields:
+            return None
+        section = next(_types(section.model_fields[part].annotation, BaseModel), None)
+    return section
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _types(annotation: Any, kind: type[T]) -> Iterator[type[T]]:
+    """The types of `kind` that `annotation` names."""
+    if isinstance(annotation, type) and issubclass(annotation, kind):
         yield annotation
     for argument in get_args(annotation):
-        yield from _sections(argument)
+        yield from _types(argument, kind)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

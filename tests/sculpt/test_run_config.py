@@ -110,6 +110,22 @@ def test_a_typo_in_any_field_is_named_with_its_line(tmp_path: Path, line: int, n
         ("seed: 3", "seed: 3\nseed: 4", r"run\.yaml:5: found duplicate key"),
         ("seed: 3", "seed: [", r"run\.yaml:\d+: "),
         ("review,", "review, star: x,", r":12: data\.tasks\.1\.fields"),
+        ("steps: 10", "steps: 10\n---\nseed: 4", r":15: expected a single document .* another"),
+        ("labels: [good, bad]", "labels:", r":9: data\.tasks\.0\.labels is empty, expected"),
+        ("seed: 3", "seed: 3\nloggers:", r":5: loggers is empty, expected a value"),
+        ("seed: 3", "seed: \x0b3", r":4: the character U\+000B is not allowed"),
+        ("seed: 3", "seed: !!int ten", r":4: !!int is not expected here"),
+        ("seed: 3", "seed: !number 3", r":4: !number is not expected here"),
+        ("labels: [good, bad]", "labels: !!set {good}", r":9: !!set is not expected here"),
+        ("sculpt:\n", "lora: !!omap [rank: 3]\nsculpt:\n", r":17: !!omap is not expected here"),
+        ("seed: 3", "? [seed]\n: 3", r":4: expected the name of a field"),
+        ("seed: 3", "3: 3", r":4: unknown field '3'"),
+        ("seed: 3", "seed: *x", r":4: found undefined alias 'x'"),
+        ("seed: 3", "seed: &x [*x]", r":4: the anchor 'x' contains itself"),
+        ("lr: 1e-5", "<<: 3", r":15: << expects an alias of fields"),
+        ("lr: 1e-5", "<<: [{lr: 1e-5}, 3]", r":15: << expects an alias of fields"),
+        ("training:", "training: &x\n  <<: *x", r":13: the anchor 'x' contains itself"),
+        ("seed: 3", "seed: " + "[" * 5000, r"run\.yaml: nested too deep"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_its_line(
@@ -120,6 +136,72 @@ def test_a_wrong_value_is_named_with_its_line(
         read(tmp_path, GOOD.replace(old, new, 1))
 
 
+MERGED = """\
+model: m
+out: o
+data:
+  tasks:
+    - &first
+      name: first
+      train: a.jsonl
+      labels: [good, bad]
+      measure: choice
+    - <<: *first
+      name: second
+      labels: [yes, no]
+training: &pace
+  steps: 10
+  lr: 1e-5
+evaluation: {<<: [{batch_size: 4}, {batch_size: 5, max_new_tokens: 6}], lm_eval_limit: &few 7}
+sculpt:
+  seed: *few
+  rank_pattern: {<<: {q_proj: 2, v_proj: 3}, q_proj: 4}
+"""
+
+
+def test_merge_keys_anchors_and_aliases(tmp_path: Path) -> None:
+    config = read(tmp_path, MERGED)
+    first, second = config.data.tasks
+    assert (first.name, second.name) == ("first", "second")
+    assert (first.labels, second.labels) == (("good", "bad"), ("yes", "no"))
+    assert first.train == second.train == Path("a.jsonl")
+    assert first.measure == second.measure == "choice"
+    assert config.evaluation.batch_size == 4
+    assert (config.evaluation.max_new_tokens, config.evaluation.lm_eval_limit) == (6, 7)
+    assert config.sculpt.seed == 7
+    assert config.sculpt.rank_pattern == {"q_proj": 4, "v_proj": 3}
+    # An argument changes what is merged in one place only.
+    config = read(tmp_path, MERGED.replace("steps: 10", "steps: 10\n  betas: &b [0.1, 0.2]"))
+    assert config.training.betas == (0.1, 0.2)
+    config = read(tmp_path, MERGED, "evaluation.max_new_tokens=8", "sculpt.rank_pattern.v_proj=9")
+    assert (config.evaluation.batch_size, config.evaluation.max_new_tokens) == (4, 8)
+    assert config.sculpt.rank_pattern == {"q_proj": 4, "v_proj": 9}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("measure: choice", "measure: choise", r"run\.yaml:9: data\.tasks\.1\.measure='choise'"),
+        ("labels: [yes, no]", "labels: 3", r"run\.yaml:12: data\.tasks\.1\.labels=3"),
+        ("labels: [good, bad]", "label: [good]", r"run\.yaml:8: unknown .*tasks\.1\.label'"),
+        ("{batch_size: 4}", "{batch_size: 0}", r"run\.yaml:16: evaluation\.batch_size=0"),
+        ("sculpt:", "checkpoint: {<<: *pace}\nsculpt:", r":14: unknown .*checkpoint\.steps"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_merged_values_is_named_with_its_line(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in MERGED
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, MERGED.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("name", ["2026-01-31", "2026-01-31 12:30:00", "=", "<<", "yes", "'3'"])
+def test_names_that_look_like_something_else_to_yaml(tmp_path: Path, name: str) -> None:
+    config = read(tmp_path, GOOD.replace("name: first", f"name: {name}"))
+    assert config.data.tasks[0].name == name.strip("'")
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -128,6 +210,7 @@ def test_a_wrong_value_is_named_with_its_line(
         ("training.lr", "expected key=value"),
         ("seed.x=1", r"'seed\.x=1': seed holds 3, no fields"),
         ("seed=[", r"argument 'seed=\[':1: "),
+        ("seed=!!set {a}", r"argument 'seed=!!set \{a\}':1: !!set is not expected here"),
     ],
 )
 def test_a_wrong_argument_is_named(tmp_path: Path, argument: str, message: str) -> None:
