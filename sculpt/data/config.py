@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+
+def absolute(path: Any) -> Path:
+    """`path` from the root on, `~` expanded: what it names does not change with the folder.
+
+    Raises `ValueError` for what is no path.
+    """
+    try:
+        start = Path(path).expanduser().absolute()
+    except TypeError:
+        raise ValueError("expected a path") from None
+    except RuntimeError:  # of `~name`
+        raise ValueError("there is no such user, or no home folder") from None
+    # `..` goes only where it does not lead out of a symbolic link.
+    short = os.path.normpath(start)
+    real = os.path.realpath(start)
+    return Path(short if os.path.realpath(short) == real else real)
+
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Strict types would refuse the text and the lists that a file holds.
-FilePath = Annotated[Path, Strict(False)]
+FilePath = Annotated[Path, Strict(False), BeforeValidator(absolute)]
 Names = Annotated[tuple[str, ...], Strict(False)]
 
 

@@ -125,6 +125,9 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """A task sequence, trained by one method.
 
+    Paths are absolute here: `~` is expanded, and relative ones start at the current folder, or at
+    that of the YAML file that they are in.
+
     model: a Hugging Face directory. model_kind: how it answers; "auto" is told by its architecture.
     out: the run directory, new or empty.
     method: a name in `sculpt.runs.strategies.STRATEGIES`.

@@ -10,6 +10,7 @@ import statistics
 from collections import Counter
 
 from sculpt.data.examples import Example
+from sculpt.runs.config import RunConfig
 from sculpt.runs.duration import Duration, duration_of
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.space import Disk, Memory, free_bytes, space_of
@@ -23,12 +24,21 @@ def preview(prepared: Prepared) -> str:
     memory, disk = space_of(prepared.strategy)
     return "\n\n".join(
         (
+            _paths(config),
             _data(prepared),
             _ranks(prepared.strategy),
             _space(memory, disk, free_bytes(config.out)),
             _time(duration_of(prepared)),
         )
     )
+
+
+def _paths(config: RunConfig) -> str:
+    """What was made of the paths: all of them, as the run will use them."""
+    rows = [("model", config.model), ("out", config.out), ("data", config.data.folder)]
+    for task in config.data.tasks:
+        rows += [(f"{task.name}: train", task.train), (f"{task.name}: test", task.test)]
+    return "\n".join(["Paths", *(f"  {name}: {path}" for name, path in rows if path is not None)])
 
 
 def _data(prepared: Prepared) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from sculpt.data.config import absolute
 from sculpt.notices import SculptWarning
 from sculpt.report import Results
 from sculpt.runs.config import RunConfig
@@ -47,6 +48,7 @@ def resume(folder: Path, report: Report = ignore) -> Results | None:
     The weights at the end are, bit for bit, those of a run that was never interrupted, on the same
     machine with the same versions. Raises `RunError` or `CheckpointError` where that cannot be.
     """
+    folder = absolute(folder)
     if not folder.is_dir():
         raise RunError(f"{folder}: no such directory, expected that of a run")
     RunDirectory(folder).described()

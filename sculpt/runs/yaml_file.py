@@ -36,6 +36,8 @@ class ConfigError(ValueError):
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that the file at `path` describes, with `overrides` of the form "key.key=value".
 
+    Relative paths in the file start at its folder, those of `overrides` at the current one.
+
     Raises `ConfigError`.
     """
     try:
@@ -50,6 +52,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     values, lines = _parse(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected fields such as `model: DIRECTORY`, got {values!r}")
+    if path.is_file():  # a pipe has no folder
+        _start_paths_at(path.absolute().parent, values, lines)
     places: dict[Place, str] = {place: f"{path}:{line}" for place, line in lines.items()}
     for argument in overrides:
         _override(values, argument, places)
@@ -149,6 +153,17 @@ def _line(node: Node) -> int:
     return int(node.start_mark.line) + 1
 
 
+def _start_paths_at(folder: Path, values: Any, lines: dict[Place, int]) -> None:
+    """Make relative paths among `values` start at `folder`."""
+    for *above, last in lines:
+        inner = values
+        for part in above:
+            inner = inner[part]
+        text = inner[last]
+        if isinstance(text, str) and not text.startswith("~") and _is_path((*above, last)):
+            inner[last] = str(folder / text)
+
+
 def _override(values: dict[str, Any], argument: str, places: dict[Place, str]) -> None:
     key, equals, text = argument.partition("=")
     if not equals or not key:
@@ -229,6 +244,13 @@ def _section(place: Place) -> type[BaseModel] | None:
             return None
         section = next(_types(section.model_fields[part].annotation, BaseModel), None)
     return section
+
+
+def _is_path(place: Place) -> bool:
+    section, name = _section(place[:-1]), place[-1]
+    if section is None or name not in section.model_fields:
+        return False
+    return any(_types(section.model_fields[name].annotation, Path))
 
 
 def _types(annotation: Any, kind: type[T]) -> Iterator[type[T]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read(folder: Path, text: str, *overrides: str) -> RunConfig:
 
 def test_a_file_becomes_a_typed_object_and_json_and_back(tmp_path: Path) -> None:
     config = read(tmp_path, GOOD)
-    assert config.model == Path("some/model")
+    assert config.model == tmp_path / "some" / "model"
     assert config.training.lr == 1e-5
     assert config.training.betas == (0.9, 0.95)
     assert config.data.tasks[0].labels == ("good", "bad")
@@ -126,6 +127,8 @@ def test_a_typo_in_any_field_is_named_with_its_line(tmp_path: Path, line: int, n
         ("lr: 1e-5", "<<: [{lr: 1e-5}, 3]", r":15: << expects an alias of fields"),
         ("training:", "training: &x\n  <<: *x", r":13: the anchor 'x' contains itself"),
         ("seed: 3", "seed: " + "[" * 5000, r"run\.yaml: nested too deep"),
+        ("model: some", "model: ~no-such-user", r":1: model='~no-such-user/model': there is no su"),
+        ("out: runs/one", "out: [runs]", r":2: out: expected a path"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_its_line(
@@ -164,7 +167,7 @@ def test_merge_keys_anchors_and_aliases(tmp_path: Path) -> None:
     first, second = config.data.tasks
     assert (first.name, second.name) == ("first", "second")
     assert (first.labels, second.labels) == (("good", "bad"), ("yes", "no"))
-    assert first.train == second.train == Path("a.jsonl")
+    assert first.train == second.train == tmp_path / "a.jsonl"
     assert first.measure == second.measure == "choice"
     assert config.evaluation.batch_size == 4
     assert (config.evaluation.max_new_tokens, config.evaluation.lm_eval_limit) == (6, 7)
@@ -200,6 +203,50 @@ def test_what_is_wrong_with_merged_values_is_named_with_its_line(
 def test_names_that_look_like_something_else_to_yaml(tmp_path: Path, name: str) -> None:
     config = read(tmp_path, GOOD.replace("name: first", f"name: {name}"))
     assert config.data.tasks[0].name == name.strip("'")
+
+
+def test_paths_start_where_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_folder, current, home = tmp_path / "configs", tmp_path / "current", tmp_path / "home"
+    for folder in (file_folder, current, home):
+        folder.mkdir()
+    monkeypatch.chdir(current)
+    monkeypatch.setenv("HOME", str(home))
+    text = GOOD.replace("some/model", "~/model").replace("a.jsonl", "../data/a.jsonl")
+    config = read(file_folder, text, "out=../out")
+    assert config.model == home / "model"
+    assert config.out == tmp_path / "out"
+    assert [task.train for task in config.data.tasks] == [
+        tmp_path / "data" / "a.jsonl",
+        file_folder / "b.csv",
+    ]
+    assert read_config(Path("../configs/run.yaml"), ["out=../out"]) == config
+    both = read(file_folder, GOOD, "data.tasks=[{name: t, train: ~/c.csv, test: d.csv}]")
+    (task,) = both.data.tasks
+    assert (task.train, task.test) == (home / "c.csv", current / "d.csv")
+    data = {"folder": "x", "order": ["a", "b"]}
+    values: dict[str, Any] = {"model": "m", "out": Path("~/o"), "data": data}
+    config = RunConfig.model_validate(values)
+    assert (config.model, config.out) == (current / "m", home / "o")
+    assert config.data.folder == current / "x"
+    assert config.data.order == ("a", "b")
+
+
+def test_paths_beside_links_and_in_pipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "inner")
+    config = read(tmp_path, GOOD, f"model={tmp_path}/link/../m", f"out={tmp_path}/link/o")
+    assert config.model == (tmp_path / "far" / "m").resolve()  # and not the `m` beside the link
+    assert config.out == tmp_path / "link" / "o"
+    monkeypatch.chdir(tmp_path)
+    reading, writing = os.pipe()
+    os.write(writing, GOOD.encode())
+    os.close(writing)
+    try:
+        assert read_config(Path(f"/dev/fd/{reading}")).out == tmp_path / "runs" / "one"
+    finally:
+        os.close(reading)
 
 
 @pytest.mark.parametrize(

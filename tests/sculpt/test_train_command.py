@@ -12,6 +12,12 @@ from tiny_runs import run_values
 from typer.testing import CliRunner, Result
 
 from sculpt.cli import app
+from sculpt.runs.config import RunConfig
+from sculpt.runs.loop import Run
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def invoke(*arguments: str) -> Result:
@@ -44,6 +50,30 @@ def test_train_then_nothing_left_to_resume(run_file: Path) -> None:
     assert "is not empty" in refused.output
 
 
+def test_a_run_goes_on_from_any_folder(
+    tmp_path: Path, run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = run_file.read_text()
+    run_file.write_text(text.replace(f"{tmp_path}/", ""))  # every path starts at the file's folder
+    assert str(tmp_path) not in run_file.read_text()
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(Run, "_certify", interrupt)
+    stopped = invoke("train", "../run.yaml", "out=../run")
+    assert stopped.exit_code == 130, stopped.output
+    described = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert described == RunConfig.model_validate(YAML(typ="safe").load(text)).model_dump(
+        mode="json"
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "there")
+    done = invoke("resume", "../run")
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["config"] == described
+
+
 def test_layers_without_room_are_noted(run_file: Path) -> None:
     sculpt = ("sculpt.protect=accumulate", "sculpt.unfreeze_rank_ratio=0.08")
     done = invoke("train", str(run_file), *sculpt, "sculpt.when_full=release")
@@ -67,7 +97,8 @@ def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
     done = invoke("train", str(run_file), "--dry-run")
     assert done.exit_code == 0, done.output
     for words in (
-        "very",
+        f"model: {run_file.parent / 'tiny'}",
+        f"short: test: {run_file.parent / 'short-test.jsonl'}",
         "question, answer",
         "q_proj",
         "32 x 32",
@@ -91,8 +122,8 @@ def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
     ("arguments", "message"),
     [
         (["training.stepss=3"], "unknown field 'training.stepss'; did you mean 'steps'?"),
-        (["model=nowhere"], "model='nowhere' does not exist; expected"),
-        (["sculpt.target_modules=[nothing]"], "target_modules=['nothing'] matches nothing"),
+        (["model=nowhere"], f"model='{Path.cwd()}/nowhere' does not exist; expected"),
+        (["sculpt.target_modules=[nothing]"], "'nothing' matches nothing"),
         (["training.max_tokens=4"], "do not fit into max_tokens=4"),
         (["device=tpu9"], "device='tpu9' cannot be used"),
         (["evaluation.lm_eval=[piqa]"], "lm-eval is not installed"),
