@@ -191,8 +191,8 @@ def make(
         sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=ratio, originals=originals))
         given = {name: found.low(preserved(found, ratio)) for name, found in known.items()}
         sculptor.begin_task(subspaces=given)
-        groups = sculptor.param_groups(lr)
-        optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
+        trained = sculptor.parameters()
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
         return Contender(method, model, optimizer, delta, sculptor)
     return _with_peft(method, ratio, model, known, lr)
 

@@ -136,7 +136,7 @@ def _learned(sculptor: Sculptor) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _train(model: nn.Module, sculptor: Sculptor, task: int) -> None:
-    optimizer = torch.optim.AdamW(sculptor.param_groups(lr=1e-4), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-4, weight_decay=0.0)
     sculptor.attach(optimizer)
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(STEPS):

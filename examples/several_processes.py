@@ -45,7 +45,7 @@ def main() -> None:
         sculptor.begin_task(name=task)
         # Replicas get a new wrapper for each task, around the coordinates that train in it.
         wrapped = model if options.shard else DistributedDataParallel(model)
-        optimizer = torch.optim.AdamW(sculptor.param_groups(lr=1e-3))
+        optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
         sculptor.attach(optimizer)
         own = torch.Generator().manual_seed(dist.get_rank())  # Other data in every process.
         for _ in range(10):

@@ -170,18 +170,6 @@ def warn_that_gradients_leak(worst: LeakRow | None = None) -> None:
     warnings.warn(text, SculptWarning, stacklevel=4)
 
 
-def rate_groups(
-    matrices: Iterable[Matrix], others: Iterable[nn.Parameter], lr: float
-) -> list[dict[str, Any]]:
-    """Optimizer groups, one for each rate; see `Sculptor.param_groups`."""
-    groups: dict[float, list[nn.Parameter]] = {}
-    for matrix in matrices:
-        groups.setdefault(matrix.rate_factor, []).append(matrix.trained)
-    for parameter in others:
-        groups.setdefault(1.0, []).append(parameter)
-    return [{"params": params, "lr": lr * factor} for factor, params in groups.items()]
-
-
 def check_holds(optimizer: torch.optim.Optimizer, matrices: Collection[Matrix]) -> None:
     """Raise `ValueError` where the optimizer does not hold the coordinates of every matrix.
 
@@ -199,7 +187,7 @@ def check_holds(optimizer: torch.optim.Optimizer, matrices: Collection[Matrix]) 
         raise ValueError(
             f"optimizer holds {len(matrices) - len(missing)} of the {len(matrices)} trainable "
             f"coordinates of this task (first missing: {missing[0]!r}); make it from "
-            "sculptor.parameters() or sculptor.param_groups(lr), after begin_task(). Where an "
-            "engine has put them into flat buffers, as DeepSpeed does, attach nothing: call "
-            "sculptor.update_weights() after each engine.step()"
+            "sculptor.parameters(), after begin_task(). Where an engine has put them into flat "
+            "buffers, as DeepSpeed does, attach nothing: call sculptor.update_weights() after each "
+            "engine.step()"
         )

@@ -31,7 +31,7 @@ def coordinates_name(parameter: str) -> str:
 
 @dataclass
 class Coordinates:
-    """How one weight `W = W₀ + U C Vᵀ` moves.
+    """How one weight `W = W₀ + scale U C Vᵀ` moves.
 
     Attributes:
         C: `(..., r, s)`, what trains.
@@ -39,6 +39,7 @@ class Coordinates:
         removed: with full coordinates: basis of what is preserved on the longer side; `C` has
             nothing in its span.
         folded: the coordinates that are in the weight by now.
+        scale: see `sculpt.matrices.scale_of`.
     """
 
     C: nn.Parameter
@@ -46,6 +47,7 @@ class Coordinates:
     V: Tensor | None
     removed: Tensor | None
     folded: Tensor
+    scale: float
     version: int = 0
     guarded: bool = True
 
@@ -82,7 +84,7 @@ class Coordinates:
     def __deepcopy__(self, memo: dict[int, Any]) -> Coordinates:
         """A copy of the model, an average for instance, goes its own ways: it is not guarded."""
         C, U, V, removed = deepcopy((self.C, self.U, self.V, self.removed), memo)
-        return Coordinates(C, U, V, removed, self.folded, guarded=False)
+        return Coordinates(C, U, V, removed, self.folded, self.scale, guarded=False)
 
 
 def ended_of(parameter: Tensor) -> int | None:
@@ -96,8 +98,8 @@ class Compact(nn.Module):
 
     sculpt: dict[str, Coordinates]
 
-    def sculpt_inputs(self, parameter: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """`U`, `V` and the coordinates whose gradient stays in the allowed set."""
+    def sculpt_inputs(self, parameter: str) -> dict[str, Any]:
+        """Bases, scale, and the coordinates whose gradient stays in the allowed set."""
         state = self.sculpt[parameter]
         C: Tensor | None = self._parameters.get(coordinates_name(parameter))
         if C is None:
@@ -110,10 +112,9 @@ class Compact(nn.Module):
             state.check_current(C, f"{type(self).__name__}.{parameter}")
         if is_divided(C):
             C = average(C)
-        if state.removed is None:
-            return state.U, state.V, C
-        confined: Tensor = _Confined.apply(C, state.removed, state.U is None)  # type: ignore[no-untyped-call]
-        return state.U, state.V, confined
+        if state.removed is not None:
+            C = _Confined.apply(C, state.removed, state.U is None)  # type: ignore[no-untyped-call]
+        return {"U": state.U, "V": state.V, "C": C, "scale": state.scale}
 
     def extra_repr(self) -> str:
         shapes = (f"{name}: C {tuple(state.C.shape)}" for name, state in self.sculpt.items())
@@ -142,7 +143,7 @@ class CompactLinear(Compact, nn.Linear):
     """`y = x Wᵀ + bias` without a dense weight gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return compact_linear(input, self.weight, self.bias, *self.sculpt_inputs("weight"))
+        return compact_linear(input, self.weight, self.bias, **self.sculpt_inputs("weight"))
 
 
 class CompactEmbedding(Compact, nn.Embedding):
@@ -150,7 +151,7 @@ class CompactEmbedding(Compact, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return compact_embedding(
-            input, self.weight, *self.sculpt_inputs("weight"), padding_idx=self.padding_idx
+            input, self.weight, **self.sculpt_inputs("weight"), padding_idx=self.padding_idx
         )
 
 
@@ -168,7 +169,7 @@ class CompactOther(Compact):
     def sculpt_weight(self, parameter: str) -> Tensor:
         weight = self._parameters[parameter]
         assert weight is not None
-        return compact_weight(weight, *self.sculpt_inputs(parameter))
+        return compact_weight(weight, **self.sculpt_inputs(parameter))
 
 
 def install(place: Place, state: Coordinates) -> None:
@@ -209,7 +210,7 @@ def _compact_class(kind: Any, parameter: str) -> Any:
 
 
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
-    return compact_linear(x, self.weight.mT, self.bias, *self.sculpt_inputs("weight"))
+    return compact_linear(x, self.weight.mT, self.bias, **self.sculpt_inputs("weight"))
 
 
 def _reader(parameter: str) -> Callable[[Any], Tensor]:

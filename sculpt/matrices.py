@@ -54,11 +54,6 @@ class Matrix(ABC):
         """What the optimizer holds."""
         return self.target.parameter
 
-    @property
-    def rate_factor(self) -> float:
-        """How much larger a learning rate must be to move `W` as far as a dense step would."""
-        return math.sqrt(self.target.parameter.numel() / self.trained.numel())
-
     def before(self) -> Tensor:
         """`W₀` `(..., m, n)`, on the device of `W` and divided as it is."""
         weight = self.target.parameter.detach()
@@ -119,8 +114,18 @@ class Matrix(ABC):
         """Round the truth into the weight, once; the module is a plain one again."""
 
 
+def scale_of(weight: Tensor, C: Tensor) -> float:
+    """The factor `√(mn / rs)` between an `m x n` weight and the `r x s` coordinates it moves by.
+
+    A step of an optimizer that normalises its elements (AdamW, Lion) has entries of about its rate
+    `lr`. It moves a dense weight by `lr √(mn)` in Frobenius norm, and `U C Vᵀ` with orthonormal
+    bases by `lr √(rs)`. With this factor both move as far, and gradients are as large.
+    """
+    return math.sqrt(weight.numel() / C.numel())
+
+
 class CompactMatrix(Matrix):
-    """`W = W₀ + U C Vᵀ`: coordinates train, the weight follows."""
+    """`W = W₀ + scale U C Vᵀ`: coordinates train, the weight follows."""
 
     def __init__(self, target: Target, bases: Bases, original: Original, recompute: bool) -> None:
         super().__init__(target, bases, original)
@@ -131,7 +136,9 @@ class CompactMatrix(Matrix):
         columns = weight.shape[-1] if V is None else V.shape[-1]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         C = zeros(weight, (*weight.shape[:-2], rows, columns), dtype)
-        self.state = Coordinates(nn.Parameter(C), U, V, bases.removed, torch.zeros_like(C))
+        self.state = Coordinates(
+            nn.Parameter(C), U, V, bases.removed, torch.zeros_like(C), scale_of(weight, C)
+        )
         target.parameter.requires_grad_(False)
         for place in target.places:
             install(place, self.state)
@@ -180,8 +187,9 @@ class CompactMatrix(Matrix):
         return C if self.recompute else C - state.folded
 
     def write(self, C: Tensor) -> None:
-        """`W ← W₀ + U C Vᵀ`, rounded once."""
-        expand_add_(self.weight, C, self.state.U, self.state.V, base=self.before())
+        """`W ← W₀ + scale U C Vᵀ`, rounded once."""
+        state = self.state
+        expand_add_(self.weight, C, state.U, state.V, alpha=state.scale, base=self.before())
 
     def commit(self) -> None:
         self.state.folded.copy_(self.state.C.detach())
@@ -203,7 +211,7 @@ class CompactMatrix(Matrix):
         dtype = state.C.dtype
         total = self.before().to(dtype, copy=True)
         bases = (None if B is None else B.to(dtype) for B in (state.U, state.V))
-        return expand_add_(total, state.C.detach(), *bases)
+        return expand_add_(total, state.C.detach(), *bases, alpha=state.scale)
 
     def protected(self) -> tuple[Side, Side]:
         state = self.state
@@ -224,13 +232,14 @@ class CompactMatrix(Matrix):
 
 
 def follow_together(matrices: Sequence[CompactMatrix], seeds: Sequence[Tensor]) -> None:
-    """Bring weights up to date that are all recomputed, or all not, in common launches."""
+    """Bring weights of one layout up to date, all recomputed or none, in common launches."""
     recompute = matrices[0].recompute
     expand_add_many_(
         [matrix.weight for matrix in matrices],
         [matrix.change() for matrix in matrices],
         [matrix.state.U for matrix in matrices],
         [matrix.state.V for matrix in matrices],
+        alpha=matrices[0].state.scale,
         rounding="nearest" if recompute else "stochastic",
         seeds=None if recompute else torch.stack(list(seeds)),
         bases=[matrix.before() for matrix in matrices] if recompute else None,

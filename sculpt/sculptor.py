@@ -30,7 +30,6 @@ from sculpt.engines import (
     follow_all,
     freeze,
     make_matrix,
-    rate_groups,
     warn_that_gradients_leak,
 )
 from sculpt.matrices import Matrix
@@ -52,15 +51,16 @@ class Sculptor:
 
         sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=0.25))
         sculptor.begin_task(name="first")
-        optimizer = torch.optim.AdamW(sculptor.param_groups(lr=1e-5))
+        optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-5)
         sculptor.attach(optimizer)
         ...                                  # the usual loop: forward, backward, optimizer.step()
         print(sculptor.verify())
         sculptor.end_task()                  # a plain model again
 
     Each target `W` keeps its leading singular subspaces `U_h`, `V_h`. The task trains coordinates
-    `C` `(t, t)`, float32, and the weight is `W₀ + U_l C V_lᵀ` with the trailing bases: whatever the
-    optimizer does to `C`, `U_hᵀ ΔW = 0` and `ΔW V_h = 0`. `SculptConfig.engine` has other ways.
+    `C` `(t, t)`, float32, and the weight is `W₀ + γ U_l C V_lᵀ` with the trailing bases and a
+    constant `γ`: whatever the optimizer does to `C`, `U_hᵀ ΔW = 0` and `ΔW V_h = 0`.
+    `SculptConfig.engine` has other ways.
 
     Args:
         model: any `nn.Module` on one device.
@@ -185,20 +185,12 @@ class Sculptor:
         yield from self._others.items()
 
     def parameters(self) -> list[nn.Parameter]:
-        """All that trains, for any torch optimizer."""
-        return [parameter for _, parameter in self.named_parameters()]
+        """All that trains, for any torch optimizer, at the learning rate of dense weights.
 
-    def param_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Optimizer groups whose steps move the weights as far as AdamW at `lr` would move them.
-
-        A step of an elementwise-normalised optimizer (AdamW, Lion) has about unit entries: it moves
-        a dense `m x n` weight by `lr √(mn)` in Frobenius norm, and one trained through `r x s`
-        coordinates by `lr √(rs)`. Each group's rate is `lr √(mn / rs)`.
-
-        Raises:
-            RuntimeError: no task is running.
+        Coordinates are scaled: a step of an optimizer that normalises its elements, such as AdamW,
+        moves a weight as far as it would move the dense one.
         """
-        return rate_groups(self._running().values(), self._others.values(), lr)
+        return [parameter for _, parameter in self.named_parameters()]
 
     def attach(self, optimizer: Optimizer) -> None:
         """Keep the weights current: from now on each `optimizer.step()` ends by updating them.
@@ -356,8 +348,7 @@ class Sculptor:
     ) -> Sculptor:
         """The sculptor that `save` wrote, its task running; nothing is decomposed again.
 
-        Make an optimizer from `parameters()` or `param_groups(lr)`, give it its saved state, and
-        `attach` it.
+        Make an optimizer from `parameters()`, give it its saved state, and `attach` it.
 
         Args:
             model: a plain model with the weights of the moment of saving, divided or not.

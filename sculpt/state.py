@@ -36,7 +36,7 @@ from sculpt.subspaces import Bases
 from sculpt.targets import Target, find_targets
 from sculpt_kernels import is_divided
 
-FORMAT = 2
+FORMAT = 3
 FilePath = str | os.PathLike[str]
 
 
@@ -217,8 +217,9 @@ def config_to_json(config: SculptConfig) -> dict[str, Any]:
     values = asdict(config)
     cache = values["subspace_cache"]
     values["subspace_cache"] = None if cache is None else os.fspath(cache)
-    if not isinstance(values["target_modules"], str):
-        values["target_modules"] = list(values["target_modules"])
+    for name in ("target_modules", "exclude_modules"):
+        if not isinstance(values[name], str | None):
+            values[name] = list(values[name])
     return values
 
 

@@ -13,10 +13,7 @@ from sculpt.layers import ended_of
 from sculpt.matrices import Matrix
 from sculpt.optimizers import held_by
 
-MAKE_ANOTHER = (
-    "make one from sculptor.parameters() or sculptor.param_groups(lr), after begin_task(), and "
-    "attach it"
-)
+MAKE_ANOTHER = "make one from sculptor.parameters(), after begin_task(), and attach it"
 
 
 class Watch:

@@ -23,7 +23,6 @@ from sculpt.distributed.sharding import device_of, local
 from sculpt.files import write_json
 from sculpt.logs import Loggers, certificate_metrics, task_metrics
 from sculpt.matrices import CompactMatrix
-from sculpt.rates import convert_rates
 from sculpt.sculptor import Sculptor
 from sculpt.state import config_to_json
 from sculpt.targets import find_targets
@@ -43,10 +42,10 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         trainer.save_model("after")          # a plain Hugging Face model
 
     The task begins when the Trainer is made, so that its optimizer gets the coordinates, and ends
-    with `train()`. `TrainingArguments.learning_rate` is that of dense weights, converted for each
-    matrix as `Sculptor.param_groups` does. Checkpoints are plain models with what a restart needs
-    beside them in `sculptor/`: `trainer.train(resume_from_checkpoint=True)` goes on where it was.
-    The next task takes a new Trainer and a new callback on the same model.
+    with `train()`. `TrainingArguments.learning_rate` is that of dense weights. Checkpoints are
+    plain models with what a restart needs beside them in `sculptor/`:
+    `trainer.train(resume_from_checkpoint=True)` goes on where it was. The next task takes a new
+    Trainer and a new callback on the same model.
 
     The certificate is in `output_dir/certificate.json`, and what it says goes to the services that
     `TrainingArguments.report_to` names.
@@ -80,7 +79,6 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         self.sculptor: Sculptor | None = None
         self.table: TaskTable | None = None
         self.certificate: Certificate | None = None
-        self._handles: list[Any] = []
         self._loggers: Loggers | None = None
         self._saved: Path | None = None
         self._waiting = False
@@ -126,12 +124,6 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step > 0 and not self._divided:
             self._resume(_saved_state(args, state.global_step), optimizer)
         self.sculptor.attach(optimizer)
-        factors = {
-            parameter: group["lr"]
-            for group in self.sculptor.param_groups(lr=1.0)
-            for parameter in group["params"]
-        }
-        self._handles = convert_rates(optimizer, factors)
         self._loggers = Loggers(
             args.report_to if state.is_world_process_zero else [],
             Path(args.output_dir),
@@ -191,8 +183,6 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Prove, and leave a plain model behind."""
         assert self.sculptor is not None
-        for handle in self._handles:
-            handle.remove()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # The Trainer has put back the weights; their coordinates are beside them.
             self._resume(Path(state.best_model_checkpoint) / FOLDER, None)

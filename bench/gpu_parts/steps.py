@@ -38,9 +38,10 @@ class Training:
         self.load(0)
         self.sculptor = Sculptor(self.model, SculptConfig(unfreeze_rank_ratio=RATIO))
         self.sculptor.begin_task(subspaces=given)
-        groups = self.sculptor.param_groups(1e-3)
         # On a CPU there is nothing to capture, and torch refuses to promise it.
-        self.optimizer = torch.optim.AdamW(groups, fused=True, capturable=device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(
+            self.sculptor.parameters(), lr=1e-3, fused=True, capturable=device.type == "cuda"
+        )
         self.sculptor.attach(self.optimizer)
         self._start = self.state()
 

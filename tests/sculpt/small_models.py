@@ -29,6 +29,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from sculpt import Sculptor
+from sculpt.matrices import CompactMatrix
+
 LLAMA = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -39,6 +42,15 @@ LLAMA = {
     "max_position_embeddings": 32,
 }
 EXPERTS = LLAMA | {"num_hidden_layers": 1, "num_experts_per_tok": 2}
+
+
+def projected_sgd(sculptor: Sculptor, lr: float) -> torch.optim.Optimizer:
+    """Steps that move each weight by `lr` times its projected gradient."""
+    groups = []
+    for matrix in sculptor._task.values():
+        scale = matrix.state.scale if isinstance(matrix, CompactMatrix) else 1.0
+        groups.append({"params": [matrix.trained], "lr": lr / scale**2})
+    return torch.optim.SGD(groups)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def test_8_bit_optimizers(package):
     model = torch.nn.Sequential(torch.nn.Linear(256, 256))
     sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=0.25))
     sculptor.begin_task()
-    optimizer = AdamW8bit(sculptor.param_groups(1e-3))
+    optimizer = AdamW8bit(sculptor.parameters(), lr=1e-3)
     sculptor.attach(optimizer)
     x = torch.randn(4, 256)
     # What is compiled here is no kernel of ours.

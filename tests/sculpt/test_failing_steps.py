@@ -14,7 +14,7 @@ def test_a_failing_fold_leaves_the_weights_as_before_the_step(monkeypatch, faili
     model = model_of()
     sculptor = Sculptor(model, SculptConfig())
     sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
     sculptor.attach(optimizer)
     fit(model, optimizer, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -42,7 +42,7 @@ def test_a_failing_fold_of_16_bit_weights_loses_no_weight_its_coordinates(monkey
     model = model_of(torch.bfloat16)
     sculptor = Sculptor(model, SculptConfig())
     sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
     sculptor.attach(optimizer)
     fit(model, optimizer, 3)
     before = [p.detach().clone() for p in sculptor.parameters()]
@@ -75,7 +75,7 @@ def test_a_failing_projection_is_made_good_by_the_next_one(monkeypatch, constrai
     model = model_of()
     sculptor = Sculptor(model, SculptConfig(engine="update", constraint=constraint))
     sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
     sculptor.attach(optimizer)
     fit(model, optimizer, 2)
 
@@ -99,7 +99,7 @@ def test_a_gradient_that_overflows_halves_the_scale_and_moves_nothing(engine, fu
     model = model_of()
     sculptor = Sculptor(model, SculptConfig(**EXACT[engine]))
     sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3), fused=fused)
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3, fused=fused)
     sculptor.attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
     x, y = inputs(torch.float32)

@@ -40,7 +40,7 @@ def test_a_captured_step_without_finite_gradients_is_left_out_by_the_optimizer(m
     model = nn.Linear(12, 20)
     sculptor = Sculptor(model, SculptConfig())
     sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3), weight_decay=0.1, fused=fused)
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3, weight_decay=0.1, fused=fused)
     sculptor.attach(optimizer)
     (C,) = sculptor.parameters()
     x = torch.randn(6, 12)

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from sculpt.logs import Loggers
-from sculpt.rates import convert_rates
 
 
 @pytest.fixture
@@ -78,22 +75,3 @@ def test_tensorboard_writes_what_is_logged(tmp_path: Path):
     board.Reload()
     [event] = board.Scalars("train/sculpt/worst_leak")
     assert (event.step, event.value) == (3, pytest.approx(1e-7))
-
-
-def test_rates_are_converted_for_the_length_of_a_step():
-    slow, fast, other = (nn.Parameter(torch.zeros(1)) for _ in range(3))
-    optimizer = torch.optim.SGD([{"params": [slow, fast]}, {"params": [other], "lr": 5.0}], lr=1.0)
-    groups = list(optimizer.param_groups)
-    handles = convert_rates(optimizer, {slow: 0.5, fast: 2.0})
-    for factor in (1.0, 0.1):  # a scheduler in between
-        for parameter in (slow, fast, other):
-            parameter.grad = torch.ones(1)
-        for group, rate in zip(optimizer.param_groups, (1.0, 5.0), strict=True):
-            group["lr"] = rate * factor
-        optimizer.step()
-        assert all(a is b for a, b in zip(optimizer.param_groups, groups, strict=True))
-    assert [p.item() for p in (slow, fast, other)] == pytest.approx([-0.55, -2.2, -5.5])
-    for handle in handles:
-        handle.remove()
-    optimizer.step()
-    assert slow.item() == pytest.approx(-0.65)

@@ -111,7 +111,7 @@ def test_a_replaced_module_is_found_before_the_step(engine):
     model.forward = lambda x: model["head"](model["body"](x))
     sculptor = Sculptor(model, SculptConfig(**ENGINES[engine]))
     sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
     sculptor.attach(optimizer)
     steps(model, optimizer)
     coordinates = [p.detach().clone() for p in sculptor.parameters()]
@@ -142,7 +142,7 @@ def test_a_replaced_module_is_found_before_the_step(engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_wrapped_module_goes_on_training(engine):
     model, sculptor = sculpted(**ENGINES[engine])
-    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
     sculptor.attach(optimizer)
     trained = model[3]
     model[3] = Wrapped(trained)

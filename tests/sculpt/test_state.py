@@ -17,7 +17,7 @@ from tests.sculpt.test_engines import EXACT, fit, model_of
 def begun(model, config):
     sculptor = Sculptor(model, config)
     sculptor.begin_task(name="first")
-    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
     sculptor.attach(optimizer)
     return sculptor, optimizer
 
@@ -48,7 +48,7 @@ def test_a_resumed_task_gives_the_same_bits(tmp_path, monkeypatch, engine, dtype
     assert [name for name, _ in resumed.named_parameters()] == [
         "2", "4", "5", "0.weight", "2.bias", "4.bias", "5.bias"
     ]  # fmt: skip
-    optimizer = torch.optim.AdamW(resumed.param_groups(1e-3))
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
     optimizer.load_state_dict(moments)
     resumed.attach(optimizer)
     fit(again, optimizer, 4)
@@ -94,7 +94,7 @@ def test_damaged_and_foreign_saves_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"model does not fit: .*no '2'"):
         Sculptor.load(torch.nn.Sequential(model_of()[0]), tmp_path)
     about.write_text(json.dumps(json.loads(text) | {"format": 99}))
-    with pytest.raises(ValueError, match="has format 99; this version reads format 2"):
+    with pytest.raises(ValueError, match="has format 99; this version reads format 3"):
         load()
     about.write_text("{")
     with pytest.raises(ValueError, match="is not a sculptor's description"):

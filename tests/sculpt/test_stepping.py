@@ -47,7 +47,7 @@ def test_a_closure_gives_the_steps_of_a_plain_loop(engine, by_name):
     results = []
     for with_closure in (False, True):
         model, sculptor = sculpted(**ENGINES[engine])
-        optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3))
+        optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
         sculptor.attach(optimizer)
         closure = closure_of(model, optimizer)
         for _ in range(3):
@@ -84,7 +84,7 @@ def test_a_closure_that_is_called_many_times_computes_with_current_weights(engin
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_closure_without_finite_gradients_changes_nothing(engine, by_name):
     model, sculptor = sculpted(**ENGINES[engine])
-    optimizer = torch.optim.AdamW(sculptor.param_groups(1e-3), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3, weight_decay=0.1)
     sculptor.attach(optimizer)
     optimizer.step(closure_of(model, optimizer))
     before = values(model)

@@ -51,7 +51,7 @@ def test_the_optimizer_of_the_task_before(coordinates, attached):
     sculptor.begin_task()
     before = [value.clone() for value in model.state_dict().values()]
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=rf"{ENDED}.*sculptor.param_groups.lr., after begin"):
+        with pytest.raises(RuntimeError, match=rf"{ENDED}.*sculptor.parameters\(\), after begin"):
             steps(model, old)
     assert all(map(torch.equal, before, model.state_dict().values()))
     # With the right one attached, a step of the wrong one is found too.

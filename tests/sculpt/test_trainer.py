@@ -93,15 +93,14 @@ def test_the_losses_are_those_of_a_plain_loop(accumulate, tmp_path):
     model = tiny_model().train()
     sculptor = Sculptor(model, CONFIG)
     sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.param_groups(LR), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=LR, weight_decay=0.01)
     sculptor.attach(optimizer)
-    full = [group["lr"] for group in optimizer.param_groups]
     batches = made.data_collator.batches
     expected = []
     for step in range(8):
         factor = step / 2 if step < 2 else (8 - step) / 6
-        for group, rate in zip(optimizer.param_groups, full, strict=True):
-            group["lr"] = rate * factor
+        for group in optimizer.param_groups:
+            group["lr"] = LR * factor
         total = 0.0
         for batch in batches[step * accumulate : (step + 1) * accumulate]:
             loss = model(**batch).loss / accumulate
@@ -215,6 +214,30 @@ def test_two_tasks_in_one_process(tmp_path):
         assert callback.certificate.ok
         moved = [n for n, t in model.state_dict().items() if not torch.equal(t, weights[n])]
         assert len(moved) == 14
+
+
+class StateInGroups(torch.optim.AdamW):
+    """Counts its steps in its groups, as schedule-free optimizers and Prodigy do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        return super().step(closure)
+
+
+def test_optimizers_may_keep_their_state_in_groups(tmp_path):
+    callback = SculptCallback(CONFIG)
+    made = Trainer(
+        tiny_model(),
+        arguments(tmp_path),
+        data_collator=Collator(),
+        train_dataset=rows(),
+        callbacks=[callback],
+        optimizer_cls_and_kwargs=(StateInGroups, {"lr": LR}),
+    )
+    made.train()
+    assert {group["k"] for group in made.optimizer.param_groups} == {8}
+    assert callback.certificate.ok
 
 
 def test_mixed_precision_keeps_the_weights_exact(tmp_path):

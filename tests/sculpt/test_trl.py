@@ -61,7 +61,7 @@ def test_the_losses_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     model = tiny_model().train()
     sculptor = Sculptor(model, CONFIG)
     sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.param_groups(LR), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=LR, weight_decay=0.0)
     sculptor.attach(optimizer)
     expected = []
     for batch in batches[:6]:

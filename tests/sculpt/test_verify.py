@@ -27,7 +27,7 @@ RATIO = 0.25
 
 def train(model: torch.nn.Module, sculptor: Sculptor, steps: int = 8) -> None:
     sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.param_groups(lr=1e-3))
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
     sculptor.attach(optimizer)
     ids = torch.randint(0, 40, (4, 12), generator=torch.Generator().manual_seed(1))
     for _ in range(steps):

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,11 +158,12 @@ class Strategy(ABC):
         return None
 
 
-def adamw(groups: list[dict[str, Any]], config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW as the run asks for it, over groups with their own rates."""
+def adamw(parameters: Sequence[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW as the run asks for it."""
     training = config.training
     return torch.optim.AdamW(
-        groups,
+        parameters,
+        lr=training.lr,
         betas=training.betas,
         eps=training.eps,
         weight_decay=training.weight_decay,
@@ -172,14 +172,17 @@ def adamw(groups: list[dict[str, Any]], config: RunConfig) -> torch.optim.Optimi
 
 
 def begun(
-    parameters: Sequence[nn.Parameter], free: Sequence[nn.Parameter], config: RunConfig
+    parameters: Sequence[nn.Parameter],
+    free: Sequence[nn.Parameter],
+    config: RunConfig,
+    subspaces: Sequence[TaskRow] = (),
 ) -> Begun:
     """All of them made trainable, at the rate of the run."""
     trained = [*parameters, *free]
     for parameter in trained:
         parameter.requires_grad_(True)
-    groups = [{"params": trained, "lr": config.training.lr}]
-    return Begun(adamw(groups, config), sum(parameter.numel() for parameter in trained))
+    count = sum(parameter.numel() for parameter in trained)
+    return Begun(adamw(trained, config), count, list(subspaces))
 
 
 def freeze(parameters: Sequence[nn.Parameter]) -> None:

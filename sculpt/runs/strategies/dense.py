@@ -65,7 +65,7 @@ class Frozen(Strategy):
     def begin_task(self, task: int, advance: Advance) -> Begun:
         # An optimizer without parameters is refused by torch.
         nothing = nn.Parameter(torch.empty(0))
-        return Begun(adamw([{"params": [nothing], "lr": self.config.training.lr}], self.config), 0)
+        return Begun(adamw([nothing], self.config), 0)
 
     def resume_task(self, task: int, folder: Path) -> Begun:
         return self.begin_task(task, lambda done, total: None)

@@ -20,8 +20,8 @@ from sculpt.runs.strategies.base import (
     Cost,
     Setting,
     Strategy,
-    adamw,
     batches_of,
+    begun,
     freeze,
 )
 from sculpt.sculptor import Sculptor
@@ -108,12 +108,6 @@ class Sculpt(Strategy):
         return "" if learned is None else str(learned.capacity())
 
     def _begun(self, subspaces: list[TaskRow]) -> Begun:
-        groups = self._sculptor.param_groups(lr=self.config.training.lr)
-        if self.free:
-            for parameter in self.free:
-                parameter.requires_grad_(True)
-            groups.append({"params": self.free, "lr": self.config.training.lr})
-        optimizer = adamw(groups, self.config)
-        self._sculptor.attach(optimizer)
-        count = sum(p.numel() for group in groups for p in group["params"])
-        return Begun(optimizer, count, subspaces)
+        begun_task = begun(self._sculptor.parameters(), self.free, self.config, subspaces)
+        self._sculptor.attach(begun_task.optimizer)
+        return begun_task

@@ -27,9 +27,9 @@ ENGINES = {
     "gradient": {"engine": "gradient"},
 }
 OPTIMIZERS = {
-    "fused AdamW": lambda groups: torch.optim.AdamW(groups, fused=True, capturable=True),
-    "AdamW": lambda groups: torch.optim.AdamW(groups, capturable=True),
-    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+    "fused AdamW": lambda trained: torch.optim.AdamW(trained, fused=True, capturable=True),
+    "AdamW": lambda trained: torch.optim.AdamW(trained, capturable=True),
+    "SGD": lambda trained: torch.optim.SGD(trained, lr=0.1, momentum=0.9),
 }
 
 
@@ -98,7 +98,7 @@ class Captured:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_captured_step_looks_at_no_value(monkeypatch, engine, dtype, optimizer):
     task = Captured(monkeypatch, dtype, ENGINES[engine])
-    made = OPTIMIZERS[optimizer](task.sculptor.param_groups(1e-3))
+    made = OPTIMIZERS[optimizer](task.sculptor.parameters())
     task.sculptor.attach(made)
     task.step(made)
     task.step(made)

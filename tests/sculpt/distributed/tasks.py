@@ -73,7 +73,7 @@ def train(
     for task in range(tasks):
         sculptor.begin_task()
         wrapped = wrap(model)
-        optimizer = torch.optim.AdamW(sculptor.param_groups(lr=3e-3))
+        optimizer = torch.optim.AdamW(sculptor.parameters(), lr=3e-3)
         sculptor.attach(optimizer)
         for step in range(steps):
             x, y = (share(part) for part in batch(task, step))
