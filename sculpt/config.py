@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -29,8 +30,12 @@ class SculptConfig:
             layer.
         target_modules: PEFT's rules: `"all-linear"` (every linear layer and every stack of expert
             matrices, but no output embedding or classification head), a regular expression that
-            matches the full module name, or a list of name suffixes. Embeddings and the output
-            embedding on request.
+            matches the full module name, or a list of names and suffixes, `"all-linear"` among
+            them or not. Embeddings and the output embedding on request. Weights that are frozen
+            (`requires_grad` is False) when the task begins are not trained.
+        exclude_modules: PEFT's rules: what of the targets is none: a regular expression that
+            matches the full module name, or a list of names and suffixes. It is then one of
+            `others`.
         rank_pattern: maps regular expressions (matched against the end of the module name, PEFT's
             rule) to a preserved rank like `effective_rank`; the first match wins.
         constraint: `"strict"`: `U_hᵀ ΔW = 0` and `ΔW V_h = 0`; `"core"`: `U_hᵀ ΔW V_h = 0`.
@@ -72,6 +77,7 @@ class SculptConfig:
     effective_rank: int | float | None = None
     ranks: AdaptiveRanks | None = None
     target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int | float] = field(default_factory=dict)
     constraint: str = "strict"
     engine: str = "auto"
@@ -115,8 +121,11 @@ class SculptConfig:
                 f"got {self.rank_pattern!r}"
             )
         for pattern, rank in self.rank_pattern.items():
+            _check_regex("rank_pattern", pattern)
             check_preserved(f"rank_pattern[{pattern!r}]", rank)
-        _check_targets(self.target_modules)
+        _check_patterns("target_modules", self.target_modules, "'all-linear', ")
+        if self.exclude_modules is not None:
+            _check_patterns("exclude_modules", self.exclude_modules, "None, ")
         _check_choice("constraint", self.constraint, ("strict", "core"))
         _check_choice("engine", self.engine, ("auto", "compact", "update", "gradient"))
         _check_choice("coordinates", self.coordinates, ("thin", "full"))
@@ -221,16 +230,30 @@ def check_preserved(name: str, rank: Any) -> None:
         raise ValueError(f"{name} must be an int >= 1 or a float in (0, 1); got {rank!r}")
 
 
-def _check_targets(targets: Any) -> None:
-    if isinstance(targets, str):
-        if targets:
+def _check_patterns(name: str, patterns: Any, more: str) -> None:
+    if isinstance(patterns, str):
+        if patterns:
+            _check_regex(name, patterns)
             return
-    elif isinstance(targets, Sequence) and targets and all(isinstance(t, str) for t in targets):
+    elif (
+        isinstance(patterns, Sequence)
+        and patterns
+        and all(isinstance(entry, str) and entry for entry in patterns)
+    ):
         return
     raise TypeError(
-        "target_modules must be 'all-linear', a regular expression or a non-empty list of "
-        f"module name suffixes; got {targets!r}"
+        f"{name} must be {more}a regular expression or a non-empty list of module names and "
+        f"suffixes; got {patterns!r}"
     )
+
+
+def _check_regex(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{name} must have regular expressions; got {pattern!r}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from error
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sculpt.config import SculptConfig
+from sculpt.patterns import matches_end
 
 
 def preserved_rank(name: str, shape: tuple[int, int], config: SculptConfig) -> int:
@@ -38,7 +39,7 @@ def with_ranks(config: SculptConfig, preserved: Mapping[str, int]) -> SculptConf
 def pattern_rank(name: str, k: int, config: SculptConfig) -> int | None:
     """What the first `rank_pattern` that matches says, if any does."""
     for pattern, rank in config.rank_pattern.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+        if matches_end(name, pattern):
             return _from_preserved(f"rank_pattern[{pattern!r}]", rank, name, k)
     return None
 

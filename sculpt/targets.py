@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.parametrize import ParametrizationList
 
 from sculpt.config import SculptConfig
-from sculpt.distributed.refusals import refuse_hidden_weights
-from sculpt.distributed.sharding import why_not_divided
+from sculpt.patterns import (
+    Patterns,
+    match_any,
+    matches,
+    matches_end,
+    names_of,
+    no_match,
+    split_targets,
+    without_match,
+)
 from sculpt.ranks import preserved_rank
-from sculpt.standing import is_held
-from sculpt_kernels import is_divided
+from sculpt.supported import (
+    computed_weights,
+    is_bias,
+    refuse_model,
+    why_no_matrix,
+    why_not_alone,
+    why_not_stored,
+    why_not_used,
+)
 
-# Layers of other packages that keep their weights in a quantised form of their own.
-QUANTISED = ("bitsandbytes", "hqq", "gptqmodel", "awq", "auto_gptq", "optimum.quanto", "torchao")
+EXCLUDED = "in exclude_modules"
+FROZEN = "frozen: requires_grad is False"
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Place:
     @property
     def name(self) -> str:
         """The module, and the parameter where a module may have several matrices."""
-        return self.path if self.parameter == "weight" else f"{self.path}.{self.parameter}"
+        return names_of(self.path, self.parameter)[-1]
 
 
 @dataclass(frozen=True)
@@ -87,84 +101,112 @@ class Targets:
     left_out: dict[str, str]
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A matrix that may be asked for.
+
+    Attributes:
+        names: see `names_of`.
+        places: where it is used; nowhere if its module computes it from other parameters.
+        linear: whether `"all-linear"` takes it.
+        computed: how it is computed, and the way out.
+        parts: with what the names of those other parameters begin.
+    """
+
+    names: tuple[str, ...]
+    places: tuple[Place, ...]
+    linear: bool
+    computed: str = ""
+    parts: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> int | str:
+        """The same for all names of a weight."""
+        return id(self.places[0].weight) if self.places else self.names[-1]
+
+    def why_not(self) -> str | None:
+        """Why it cannot be sculpted, or None if it can."""
+        if not self.places:
+            return self.computed
+        weight = self.places[0].weight
+        reason = why_not_stored(weight)
+        if reason is None and not weight.requires_grad:
+            return FROZEN
+        uses = (why_not_used(place.module, weight) for place in self.places)
+        return reason or next(filter(None, uses), None)
+
+
 def find_targets(model: nn.Module, config: SculptConfig) -> Targets:
     """Match `config.target_modules` against the model by PEFT's rules.
 
+    What `config.exclude_modules` matches is left out, and so is what is frozen.
+
     Raises:
-        ValueError: nothing matches, a named module is of a kind that cannot be sculpted, or a rank
-            does not fit its matrix.
+        ValueError: an entry matches nothing, a named module is of a kind that cannot be sculpted,
+            nothing is left to train, or a rank does not fit its matrix.
         RuntimeError: a task is running in the model.
     """
-    _refuse_running(model)
-    refuse_hidden_weights(model)
-    _refuse_quantised(model)
-    wanted, refused = _wanted(model, config.target_modules)
-    users = _users(model)
-    chosen: dict[int, Target] = {}
-    for place in wanted:
-        weight = place.weight
-        if id(weight) in chosen:
-            continue
-        places = (place, *(other for other in users[id(weight)] if other.name != place.name))
-        reason = next(filter(None, (_refusal(other) for other in places)), None)
-        if reason is not None:
-            refused[place.name] = reason
-            continue
-        shape = place.weight.shape[-2:]
-        preserved = preserved_rank(place.name, (shape[0], shape[1]), config)
-        chosen[id(weight)] = Target(places, preserved)
-    if refused and (not chosen or config.target_modules != "all-linear"):
-        name, reason = next(iter(refused.items()))
-        raise ValueError(
-            f"target_modules={config.target_modules!r} matches {name!r}, which cannot be "
-            f"sculpted: {reason}"
-        )
-    if not chosen:
-        raise ValueError(
-            f"target_modules={config.target_modules!r} matches nothing; "
-            f"the model's linear layers end in {_linear_suffixes(model)}"
-        )
-    taken = {place.name for target in chosen.values() for place in target.places}
-    return Targets(list(chosen.values()), _left_out(model, taken, refused))
-
-
-def _wanted(model: nn.Module, targets: str | Sequence[str]) -> tuple[list[Place], dict[str, str]]:
-    """Weights that the request names, in the model's order; names without one, with the reason."""
-    found: list[Place] = []
-    refused: dict[str, str] = {}
+    refuse_model(model)
+    linear, named = split_targets(config.target_modules)
     heads = _heads(model)
-    for path, module in model.named_modules():
-        matrices = list(_matrices(path, module))
-        if targets == "all-linear":
-            found += [place for place in matrices if _is_linear(place) and module not in heads]
-        elif matches(path, targets):
-            found += matrices
-            if not matrices:
-                kind = type(module).__name__
-                refused[path] = f"{kind} has no weight that is a matrix or a stack of matrices"
+    candidates = _candidates(model, heads)
+    _check_named(model, candidates, named, config)
+    _check_ranks(candidates, config)
+    excluded = _excluded(model, candidates, config.exclude_modules or ())
+    chosen: dict[int | str, Target] = {}
+    left: dict[int | str, tuple[str, str]] = {}
+    for candidate in candidates:
+        key, name = candidate.key, candidate.names[-1]
+        asked = match_any(candidate.names, named)
+        if key in chosen or not (asked or (linear and candidate.linear)):
+            continue
+        reason = EXCLUDED if key in excluded else candidate.why_not()
+        if reason is None:
+            place = candidate.places[0]
+            m, n = place.weight.shape[-2:]
+            chosen[key] = Target(candidate.places, preserved_rank(place.name, (m, n), config))
+        elif asked and reason not in (EXCLUDED, FROZEN):
+            raise _cannot(name, reason, config)
         else:
-            found += [place for place in matrices if matches(place.name, targets)]
-    return found, refused
+            left[key] = name, reason
+    if not chosen:
+        raise _nothing_trains([*left.values()], config)
+    return Targets([*chosen.values()], _left_out(model, candidates, chosen, left, heads))
 
 
-def matches(name: str, targets: str | Sequence[str]) -> bool:
-    """PEFT's rules: a regular expression for the whole name, or a list of suffixes."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in targets)
+def _candidates(model: nn.Module, heads: Mapping[nn.Module, str]) -> list[_Candidate]:
+    """All matrices in the model's order; those of a shared module once for each of its names."""
+    users: dict[int, list[Place]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for parameter, value in module.named_parameters("", recurse=False, remove_duplicate=False):
+            users[id(value)].append(Place(path, module, parameter, _is_conv1d(module)))
+    found = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ParametrizationList):
+            continue
+        computed = computed_weights(module)
+        parts = tuple(f"{name}_" for name in computed)
+        for parameter, value in module.named_parameters("", recurse=False, remove_duplicate=False):
+            if _is_matrix(parameter, value) and not parameter.startswith(parts):
+                own = [
+                    u for u in users[id(value)] if (u.module, u.parameter) == (module, parameter)
+                ]
+                others = [use for use in users[id(value)] if use not in own]
+                linear = module not in heads and _is_linear(module, parameter)
+                found.append(_Candidate(names_of(path, parameter), (*own, *others), linear))
+        for name, reason in computed.items():
+            linear = module not in heads and _is_linear(module, name)
+            prefix = f"{path}." if path else ""
+            parts = (f"{prefix}{name}_", f"{prefix}parametrizations.{name}.")
+            found.append(_Candidate(names_of(path, name), (), linear, reason, parts))
+    return found
 
 
-def _matrices(path: str, module: nn.Module) -> Iterator[Place]:
-    """The module's own parameters that may be a target: its weight, or a stack of matrices."""
-    for parameter, value in module.named_parameters(recurse=False, remove_duplicate=False):
-        if (parameter == "weight" and value.ndim >= 2) or (
-            value.ndim == 3 and min(value.shape[-2:]) > 1
-        ):
-            yield _place(path, module, parameter)
-
-
-def _place(path: str, module: nn.Module, parameter: str) -> Place:
-    return Place(path, module, parameter, transposed=_is_conv1d(module))
+def _is_matrix(parameter: str, value: Tensor) -> bool:
+    """Whether a module's parameter may be a target: its weight, or a stack of matrices."""
+    if parameter == "weight":
+        return value.ndim >= 2
+    return value.ndim == 3 and min(value.shape[-2:]) > 1
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -172,98 +214,142 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _is_linear(place: Place) -> bool:
+def _is_linear(module: nn.Module, parameter: str) -> bool:
     """What `"all-linear"` takes: linear layers, and the matrices of a mixture of experts."""
-    if place.parameter == "weight":
-        return isinstance(place.module, nn.Linear) or _is_conv1d(place.module)
-    return type(place.module).__name__.endswith("Experts")
+    kind = type(module).__name__.removeprefix("Parametrized")
+    if parameter == "weight":
+        return isinstance(module, nn.Linear) or kind == "Conv1D"
+    return kind.endswith("Experts")
 
 
-def _users(model: nn.Module) -> dict[int, list[Place]]:
-    """Every use of each weight."""
-    users: dict[int, list[Place]] = defaultdict(list)
-    for path, module in model.named_modules():
-        for parameter, value in module.named_parameters(recurse=False, remove_duplicate=False):
-            users[id(value)].append(_place(path, module, parameter))
-    return users
+def _check_named(
+    model: nn.Module, candidates: list[_Candidate], named: Patterns, config: SculptConfig
+) -> None:
+    """Raise `ValueError` for an entry without a match, and for a module without a matrix."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    known = {name for candidate in candidates for name in candidate.names}
+    for path in (path for path in modules if path not in known):
+        if matches(path, named) and not matches(path, config.exclude_modules or ()):
+            raise _cannot(path, why_no_matrix(modules[path]), config)
+    for entry in without_match(named, (*modules, *known)):
+        for full, value in model.named_parameters(remove_duplicate=False):
+            if matches(full, entry if isinstance(named, str) else [entry]):
+                module = model.get_submodule(full.rpartition(".")[0])
+                raise _cannot(full, _why_no_candidate(full, value, module, candidates), config)
+        raise ValueError(
+            f"{no_match('target_modules', config.target_modules, entry, known)}; "
+            f"the model's linear layers end in {_linear_suffixes(candidates)}"
+        )
 
 
-def _refusal(place: Place) -> str | None:
-    """Why the weight cannot be sculpted where it is used, or None if it can."""
-    weight, module = place.weight, place.module
-    kind = type(module).__name__
-    if isinstance(module, nn.modules.conv._ConvNd) or weight.ndim > 3:
-        return f"{kind} has a weight of shape {tuple(weight.shape)}, which is not a matrix"
-    if is_divided(weight):
-        reason = why_not_divided(weight)
-        if reason is not None:
-            return reason
-    elif type(weight) not in (nn.Parameter, FakeTensor):  # Shapes without values will do.
-        return f"its weight is a {type(weight).__name__}, not a plain parameter"
-    if not torch.is_floating_point(weight):
-        return f"its weight is {weight.dtype}, not a floating dtype"
-    if weight.device.type == "meta":
-        return "its weight is on the meta device and has no values"
-    if min(weight.shape[-2:]) < 2:
-        return f"its weight {tuple(weight.shape)} has too few directions to preserve and train"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        for option in ("max_norm", "sparse", "scale_grad_by_freq"):
-            if getattr(module, option):
-                return f"{kind} with {option}={getattr(module, option)} is not supported"
-    return None
+def _check_ranks(candidates: list[_Candidate], config: SculptConfig) -> None:
+    known = {name for candidate in candidates for name in candidate.names}
+    for pattern in config.rank_pattern:
+        if not any(matches_end(name, pattern) for name in known):
+            raise ValueError(no_match("rank_pattern", config.rank_pattern, pattern, known))
 
 
-def _refuse_running(model: nn.Module) -> None:
-    """Two tasks in one model would take each other's weights for those before the task."""
-    for path, module in model.named_modules():
-        if is_held(module) or "sculpt" in vars(module):
-            raise RuntimeError(
-                f"a task is running in {path or 'model'!r} ({type(module).__name__}), or was when "
-                "it was copied: call end_task() of its Sculptor first"
-            )
+def _why_no_candidate(
+    full: str, value: Tensor, module: nn.Module, candidates: list[_Candidate]
+) -> str:
+    path, _, parameter = full.rpartition(".")
+    whole = _computed_from(full, candidates)
+    if whole is not None:
+        return whole.computed
+    if _is_matrix(parameter, value):
+        return f"a weight goes by the name of its module, {path!r}"
+    reason = why_not_alone(module, parameter, value)
+    return reason or f"its shape {tuple(value.shape)} is not that of a matrix"
 
 
-def _refuse_quantised(model: nn.Module) -> None:
-    way_out = (
-        "load the model unquantised, or dequantise it (model.dequantize() for bitsandbytes), copy "
-        "its state into a fresh model of the same configuration, and sculpt that"
+def _computed_from(full: str, candidates: list[_Candidate]) -> _Candidate | None:
+    """The matrix that is computed from this parameter, if any is."""
+    return next((c for c in candidates if c.parts and full.startswith(c.parts)), None)
+
+
+def _excluded(model: nn.Module, candidates: list[_Candidate], exclude: Patterns) -> set[int | str]:
+    """Keys of what is excluded. Raises `ValueError` for an entry without a match."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = (path for path, m in modules.items() if any(True for _ in m.parameters(False)))
+    known = {*layers, *(name for candidate in candidates for name in candidate.names)}
+    for entry in without_match(exclude, known):
+        for path in modules:
+            if matches(path, entry if isinstance(exclude, str) else [entry]):
+                raise ValueError(
+                    f"exclude_modules={exclude!r}: {path!r} has no weight of its own, and PEFT's "
+                    "rule excludes the layers that are named, not what is inside of them: for that "
+                    f"write a regular expression, exclude_modules={re.escape(path) + '[.].*'!r}"
+                )
+        raise ValueError(no_match("exclude_modules", exclude, entry, known))
+    return {c.key for c in candidates if match_any(c.names, exclude)}
+
+
+def _cannot(name: str, reason: str, config: SculptConfig) -> ValueError:
+    return ValueError(
+        f"target_modules={config.target_modules!r} matches {name!r}, which cannot be sculpted: "
+        f"{reason}"
     )
-    for path, module in model.named_modules():
-        package = type(module).__module__
-        if package.startswith(tuple(f"{name}." for name in QUANTISED)):
-            raise ValueError(
-                f"{path!r} is a {type(module).__name__} of {package.split('.')[0]}: quantised "
-                f"weights cannot take an exact update; {way_out}"
-            )
-        config = getattr(module, "config", None)
-        quantised = getattr(config, "quantization_config", None)
-        if quantised is not None:
-            about = quantised if isinstance(quantised, dict) else vars(quantised)
-            method = about.get("quant_method", "unknown method")
-            method = getattr(method, "value", method)
-            raise ValueError(
-                f"the model was loaded with a quantization_config ({method}) and would be saved as "
-                f"a quantised one: {way_out}"
-            )
 
 
-def _left_out(model: nn.Module, taken: set[str], refused: dict[str, str]) -> dict[str, str]:
-    heads = _heads(model)
-    reasons = {}
-    for full, _ in model.named_parameters(remove_duplicate=False):
+def _nothing_trains(left: list[tuple[str, str]], config: SculptConfig) -> ValueError:
+    """What to say where each matrix that matches was left out, by name with the reason."""
+    targets = f"target_modules={config.target_modules!r}"
+    if not left:
+        return ValueError(f"{targets}: the model has no linear layer and no stack of experts")
+    named = {reason: name for name, reason in reversed(left)}  # The first one of each reason.
+    parts = []
+    if EXCLUDED in named:
+        parts.append(f"in exclude_modules={config.exclude_modules!r}")
+    if FROZEN in named:
+        parts.append(
+            f"frozen ({named[FROZEN]!r} the first): requires_grad is False, and what is frozen is "
+            "not trained; call parameter.requires_grad_(True) on what shall train"
+        )
+    parts += [
+        f"of a kind that cannot be sculpted ({name!r}): {reason}"
+        for reason, name in named.items()
+        if reason not in (EXCLUDED, FROZEN)
+    ]
+    return ValueError(f"{targets}: every matching matrix is {', or '.join(parts)}")
+
+
+def _left_out(
+    model: nn.Module,
+    candidates: list[_Candidate],
+    chosen: Mapping[int | str, Target],
+    left: Mapping[int | str, tuple[str, str]],
+    heads: Mapping[nn.Module, str],
+) -> dict[str, str]:
+    """The reason for each parameter that is no target, and for each matrix that is computed."""
+    computed = [candidate for candidate in candidates if candidate.parts]
+    reasons: dict[str, str] = {}
+    for full, value in model.named_parameters(remove_duplicate=False):
+        if id(value) in chosen:
+            continue
         path, _, parameter = full.rpartition(".")
-        name = path if parameter == "weight" else full
-        if name not in taken:
-            module = model.get_submodule(path)
-            reasons[full] = refused.get(name) or _why_not(module, parameter, heads)
+        whole = _computed_from(full, computed)
+        if whole is not None:
+            reasons[full] = "not in target_modules"
+            if whole.key in left:
+                name, reasons[name] = left[whole.key]
+                reasons[full] = f"part of {name!r}"
+        elif id(value) in left:
+            reasons[full] = left[id(value)][1]
+        else:
+            reasons[full] = _why_not_asked(model.get_submodule(path), parameter, value, heads)
     return reasons
 
 
-def _why_not(module: nn.Module, parameter: str, heads: dict[nn.Module, str]) -> str:
-    if module in heads and parameter == "weight":
-        return heads[module]
-    if parameter.endswith("bias"):
+def _why_not_asked(
+    module: nn.Module, parameter: str, value: Tensor, heads: Mapping[nn.Module, str]
+) -> str:
+    if is_bias(parameter):
         return "bias: only matrices are sculpted"
+    if module in heads:
+        return heads[module]
+    reason = None if _is_matrix(parameter, value) else why_not_alone(module, parameter, value)
+    if reason is not None:
+        return reason
     if isinstance(module, nn.Linear) or _is_conv1d(module):
         return "not in target_modules"
     return f"{type(module).__name__}: not in target_modules"
@@ -284,8 +370,6 @@ def _heads(model: nn.Module) -> dict[nn.Module, str]:
     return {}
 
 
-def _linear_suffixes(model: nn.Module) -> str:
-    places = (place for path, module in model.named_modules() for place in _matrices(path, module))
-    return ", ".join(sorted({p.name.rpartition(".")[2] for p in places if _is_linear(p)})) or (
-        "nothing"
-    )
+def _linear_suffixes(candidates: list[_Candidate]) -> str:
+    names = {c.names[-1].rpartition(".")[2] for c in candidates if c.linear}
+    return ", ".join(sorted(names)) or "nothing"

@@ -7,7 +7,7 @@ neither on the number of layers nor on the size of the files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,18 @@ from torch import Tensor
 from sculpt.certificate import Certificate, LeakRow
 from sculpt.config import SculptConfig
 from sculpt.memory import available_memory_bytes
+from sculpt.patterns import (
+    Patterns,
+    match_any,
+    matches_end,
+    names_of,
+    no_match,
+    split_targets,
+    without_match,
+)
 from sculpt.ranks import preserved_rank
 from sculpt.stored_weights import Stored, StoredWeights, StoredWeightsError
 from sculpt.streamed_leak import Panel, bytes_for, streamed_leak
-from sculpt.targets import matches
 
 Progress = Callable[[int, int, str], None]
 CHUNK_BYTES = 64 * 2**20
@@ -105,10 +113,11 @@ def verify_checkpoints(
 ) -> DiskCertificate:
     """Measure what moved between two checkpoints of one model.
 
-    A matrix may change if `config.target_modules` takes it; `"all-linear"` takes every matrix and
-    stack of matrices here, since files do not tell a linear layer from an embedding. What changed
-    must keep the constraint; everything else must be the same, bit by bit. With `others="train"`
-    the targets must be named, and what is none of them is free.
+    A matrix may change if `config.target_modules` takes it and `config.exclude_modules` does not;
+    `"all-linear"` takes every matrix and stack of matrices here, since files do not tell a linear
+    layer from an embedding. What changed must keep the constraint; everything else must be the
+    same, bit by bit. With `others="train"` the targets must be named, and what is none of them is
+    free.
 
     Args:
         before, after: see `StoredWeights`.
@@ -162,27 +171,65 @@ def _check_memory(weights: StoredWeights, plan: Plan) -> None:
 
 
 def make_plan(weights: StoredWeights, config: SculptConfig) -> Plan:
-    """Matrices with their preserved ranks, and all other tensors, in the order of the files."""
-    named = config.target_modules != "all-linear"
-    if config.others == "train" and not named:
+    """Matrices with their preserved ranks, and all other tensors, in the order of the files.
+
+    Raises:
+        ValueError: a pattern of the configuration matches nothing in the files.
+    """
+    linear, named = split_targets(config.target_modules)
+    exclude = config.exclude_modules or ()
+    if config.others == "train" and linear:
         raise ValueError(
             "others='train' with target_modules='all-linear': files do not tell a linear layer "
             "from an embedding, so name the targets, e.g. --target-modules q_proj,k_proj,v_proj"
         )
+    names = {full: names_of(*full.rpartition(".")[::2]) for full in weights.tensors}
+    candidates = {}
+    for full, stored in weights.tensors.items():
+        if _is_matrix(stored):
+            # As in a model: the name of a module takes its weight and its stacks.
+            several = not full.endswith(".weight") and len(stored.shape) == 2
+            candidates[full] = names[full][-1:] if several else names[full]
+    _check_patterns(weights, config, named, names, candidates)
     matrices, others = [], []
-    for name, stored in weights.tensors.items():
-        module = name.removesuffix(".weight")
-        if _is_matrix(stored) and (not named or matches(module, config.target_modules)):
+    for full, stored in weights.tensors.items():
+        taken = full in candidates and (linear or match_any(candidates[full], named))
+        if taken and not match_any(names[full], exclude):
             shape = (stored.shape[-2], stored.shape[-1])
-            matrices.append((name, preserved_rank(module, shape, config)))
+            matrices.append((full, preserved_rank(names[full][-1], shape, config)))
         else:
-            others.append(name)
+            others.append(full)
     if not matrices:
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches no matrix of {weights.path}, which "
-            f"has {_some([n for n, s in weights.tensors.items() if _is_matrix(s)])}"
+            f"target_modules={config.target_modules!r} and exclude_modules="
+            f"{config.exclude_modules!r} leave no matrix of {weights.path}, which has "
+            f"{_some([*candidates]) or 'none'}"
         )
     return Plan(matrices, others)
+
+
+def _check_patterns(
+    weights: StoredWeights,
+    config: SculptConfig,
+    named: Patterns,
+    names: Mapping[str, tuple[str, ...]],
+    candidates: Mapping[str, tuple[str, ...]],
+) -> None:
+    """Raise `ValueError` for a pattern that matches nothing: a slip must not judge silently."""
+    tensors = [name for group in names.values() for name in group]
+    matrices = [name for group in candidates.values() for name in group]
+    exclude = config.exclude_modules or ()
+    ranks = [p for p in config.rank_pattern if not any(matches_end(n, p) for n in matrices)]
+    for name, given, entries, known in (
+        ("target_modules", config.target_modules, without_match(named, matrices), matrices),
+        ("exclude_modules", exclude, without_match(exclude, tensors), tensors),
+        ("rank_pattern", config.rank_pattern, ranks, matrices),
+    ):
+        for entry in entries:
+            raise ValueError(
+                f"{no_match(name, given, entry, known)}; {weights.path} has {_some(known)} "
+                "(a tied weight is stored under one of its names)"
+            )
 
 
 def _is_matrix(stored: Stored) -> bool:

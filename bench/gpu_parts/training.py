@@ -94,7 +94,7 @@ def _contender(device: torch.device, method: str, ratio: float, shape: Shape) ->
             model = Llama(shape, checkpointing=True)
     finally:
         torch.set_default_dtype(before)
-    model.requires_grad_(False)
+    model.requires_grad_(method == "sculpt")
     sculptor = None
     if method == "sculpt":
         sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=ratio, basis_dtype="weight"))

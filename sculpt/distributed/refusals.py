@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 WRAP_LATER = (
     "call begin_task() on the plain model first, then wrap it, DistributedDataParallel(model); "
@@ -30,6 +31,11 @@ def refuse_hidden_weights(model: nn.Module) -> None:
                 "away; use torch.distributed.fsdp.fully_shard (FSDP2)"
             )
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name} is not initialised and takes its shape from the first batch: call the "
+                "model once, then begin_task()"
+            )
         if parameter.is_meta and not isinstance(parameter, FakeTensor):
             raise ValueError(
                 f"{name} is on the meta device and has no values: after fully_shard, "

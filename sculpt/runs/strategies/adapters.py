@@ -41,7 +41,7 @@ class Adapter(Strategy):
                 what = "a tied weight" if len(target.places) > 1 else f"a {kind}"
                 raise ValueError(
                     f"method={self.config.method!r} trains {' and '.join(self.kinds)} layers of "
-                    f"their own; {target.name!r} is {what}: name it in sculpt.exclude_modules"
+                    f"their own; {target.name!r} is {what}: leave it out by sculpt.exclude_modules"
                 )
         self.model.requires_grad_(False)
         self._adapted: Any = None
