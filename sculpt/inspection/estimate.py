@@ -32,7 +32,7 @@ from sculpt.inspection.trace import Pass, trace_pass
 from sculpt.originals import Original
 from sculpt.stored_weights import StoredWeights
 from sculpt.subspaces import Bases
-from sculpt.targets import Target, Targets, find_targets
+from sculpt.targets import Target, find_targets
 
 Progress = Callable[[int, int, str], None]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -93,8 +93,12 @@ def inspect_model(
         targets = find_targets(skeleton, config)
         storage = _storage(config, targets.chosen[0], setting)
         sizes = {name: p.numel() for name, p in skeleton.named_parameters()}
+        others = [p for name, p in skeleton.named_parameters() if name in targets.left_out]
+        others = [p for p in others if p.requires_grad]
         prefix = str(getattr(skeleton, "base_model_prefix", ""))
-        passes = _trace_all(skeleton, source, targets, setting, storage, config, notes)
+        passes = _trace_all(
+            skeleton, source, targets.chosen, others, setting, storage, config, notes
+        )
     found: dict[str, Spectrum] = {}
     if read_spectra:
         weights = find_weights(source.directory)
@@ -109,7 +113,7 @@ def inspect_model(
         parameters=sum(sizes.values()),
         trained=_described(config),
         setting=setting,
-        methods=_methods(rows, passes, storage, setting, config, sizes, targets),
+        methods=_methods(rows, passes, storage, setting, config, sizes, others),
         rows=rows,
         left_out=targets.left_out,
         notes=notes,
@@ -159,20 +163,22 @@ def _methods(
     setting: Setting,
     config: SculptConfig,
     sizes: dict[str, int],
-    targets: Targets,
+    others: list[nn.Parameter],
 ) -> dict[str, Method]:
+    """`others`: what trains beside the matrices where that is asked for."""
     other = sum(sizes.values()) - sum(row.matrix.elements for row in rows)
+    free = sum(parameter.numel() for parameter in others)
     frozen = Cost(weights=other * storage.weight.itemsize)
     found = {}
     for name, label in LABELS.items():
-        others = frozen
+        beside = frozen
         if config.others == "train" and name in ("plain", "sculpt"):
-            others = frozen + Cost(
-                trainable=other,
-                gradients=frozen.weights,
-                optimizer=storage.of_states(other, storage.weight),
+            beside = frozen + Cost(
+                trainable=free,
+                gradients=free * storage.weight.itemsize,
+                optimizer=storage.of_states(free, storage.weight),
             )
-        total = sum((row.costs[name] for row in rows), others)
+        total = sum((row.costs[name] for row in rows), beside)
         run = passes.get(name)
         found[name] = Method(
             label=label.format(rank=setting.lora_rank),
@@ -227,7 +233,8 @@ def _sculpted(matrix: Matrix, storage: Storage, config: SculptConfig) -> Cost:
 def _trace_all(
     model: nn.Module,
     source: Source,
-    targets: Targets,
+    chosen: list[Target],
+    others: list[nn.Parameter],
     setting: Setting,
     storage: Storage,
     config: SculptConfig,
@@ -236,15 +243,14 @@ def _trace_all(
     """One pass by each method, the same skeleton in turn; empty where it cannot run."""
     batch = setting.tokens // (setting.micro_batches * setting.sequence)
     inputs, loss = training_batch(model, source, batch, setting.sequence)
-    others = [p for name, p in model.named_parameters() if name in targets.left_out]
-    modules = {t.places[0].path: t.places[0].module for t in targets.chosen}
-    adapted = {t.places[0].path: t for t in targets.chosen if len(t.shape) == 2}
+    modules = {t.places[0].path: t.places[0].module for t in chosen}
+    adapted = {t.places[0].path: t for t in chosen if len(t.shape) == 2}
     trace = partial(trace_pass, model, loss, list(inputs.values()), list(modules))
     passes = {}
 
     def trains(matrices: bool, others_too: bool) -> None:
         model.requires_grad_(False)
-        for target in targets.chosen:
+        for target in chosen:
             target.parameter.requires_grad_(matrices)
         for parameter in others:
             parameter.requires_grad_(others_too)
@@ -263,7 +269,7 @@ def _trace_all(
                 _swap(model, path, modules[path])
         trains(config.chosen_engine != "compact", config.others == "train")
         if config.chosen_engine == "compact":
-            for target in targets.chosen:
+            for target in chosen:
                 weight = target.parameter.detach()
                 bases = _bases_without_values(target, storage)
                 make_matrix(target, bases, Original(weight, "device"), config)

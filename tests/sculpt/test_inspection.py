@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+)
 
 from sculpt import SculptConfig, Sculptor
 from sculpt.inspection import cost, inspect_model
@@ -274,6 +279,20 @@ def test_the_whole_inspection_of_llama_2_7b_agrees():
     assert round((ours.cost.held - ours.cost.copies) / 1e9) == 22
     assert ours.cost.flops / plain.cost.flops == pytest.approx(0.84, abs=0.01)
     assert math.isclose(sum(r.matrix.elements for r in found.rows), 6.476e9, rel_tol=1e-3)
+
+
+def test_what_an_architecture_freezes_does_not_train_with_the_others():
+    config = PegasusConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        max_position_embeddings=16, architectures=["PegasusForConditionalGeneration"],
+    )  # fmt: skip
+    parameters = list(PegasusForConditionalGeneration(config).parameters())
+    free = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    assert free < sum(parameter.numel() for parameter in parameters)
+    found = inspect_model(config, SculptConfig(others="train"), tokens=32, sequence=16)
+    assert found.methods["plain"].cost.trainable == free
+    assert found.methods["plain"].cost.gradients == 4 * free
 
 
 def test_the_configuration_stays_as_it_was():
