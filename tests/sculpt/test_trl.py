@@ -15,14 +15,14 @@ CONFIG = SculptConfig(unfreeze_rank_ratio=0.25)
 LR = 1e-3
 
 
-def test_the_losses_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+def make_trainer(folder: Path, callback: SculptCallback, **options: Any) -> Any:
     pytest.importorskip("trl")
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     texts = ["the film is good", "the song is very bad", "they say that it is long"] * 8
     arguments = SFTConfig(
-        str(tmp_path),
+        str(folder),
         max_steps=6,
         per_device_train_batch_size=4,
         learning_rate=LR,
@@ -36,14 +36,25 @@ def test_the_losses_are_those_of_a_plain_loop(tmp_path: Path) -> None:
         optim="adamw_torch",
         gradient_checkpointing=False,
     )
-    callback = SculptCallback(CONFIG)
-    trainer = SFTTrainer(
+    return SFTTrainer(
         tiny_model(),
         arguments,
         train_dataset=Dataset.from_dict({"text": texts}),
         processing_class=tiny_tokenizer(),
         callbacks=[callback],
+        **options,
     )
+
+
+def test_adapters_are_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=r"is of PEFT: .* A trainer takes no peft_config"):
+        make_trainer(tmp_path, SculptCallback(CONFIG), peft_config=peft.LoraConfig())
+
+
+def test_the_losses_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    callback = SculptCallback(CONFIG)
+    trainer = make_trainer(tmp_path, callback)
     batches: list[dict[str, torch.Tensor]] = []
     collate = trainer.data_collator
 
