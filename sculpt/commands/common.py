@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ def sculpt_config(
     run: Path | None = None,
     rank_pattern: list[str] | None = None,
     target_modules: str | None = None,
+    exclude_modules: str | None = None,
     **fields: Any,
 ) -> SculptConfig:
     """The configuration that command line options describe.
@@ -73,10 +75,19 @@ def sculpt_config(
             raise ValueError(f"--rank-pattern {entry}: expected REGEX=RANK, e.g. 'q_proj=0.9'")
         patterns = found.setdefault("rank_pattern", {})
         patterns[pattern] = _rank("--rank-pattern", rank)
-    if target_modules is not None:
-        suffixes = target_modules.split(",")
-        found["target_modules"] = suffixes if len(suffixes) > 1 else target_modules
+    for name, text in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        if text is not None:
+            found[name] = suffixes_or_regex(text)
     return SculptConfig(**{**found, **fields})
+
+
+def suffixes_or_regex(text: str) -> str | list[str]:
+    """An option that takes suffixes with commas, or a regular expression.
+
+    A single name without any sign of a regular expression is a suffix.
+    """
+    single = re.fullmatch(r"[\w.]+", text) is not None
+    return text.split(",") if "," in text or single else text
 
 
 def run_fields(run: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sculpt.commands.common import errors_in_one_line, print_json
+from sculpt.commands.common import errors_in_one_line, print_json, suffixes_or_regex
 
 
 def inspect(
@@ -17,6 +17,9 @@ def inspect(
     target_modules: Annotated[
         str, typer.Option(help="Suffixes with commas, or a regular expression.")
     ] = "all-linear",
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="What of these is left out, written alike.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, compact, update or gradient.")] = "auto",
     constraint: Annotated[str, typer.Option(help="strict or core.")] = "strict",
     coordinates: Annotated[str, typer.Option(help="thin or full.")] = "thin",
@@ -61,7 +64,8 @@ def inspect(
     with errors_in_one_line():
         config = SculptConfig(
             unfreeze_rank_ratio=ratio,
-            target_modules=target_modules.split(",") if "," in target_modules else target_modules,
+            target_modules=suffixes_or_regex(target_modules),
+            exclude_modules=None if exclude_modules is None else suffixes_or_regex(exclude_modules),
             engine=engine,
             constraint=constraint,
             coordinates=coordinates,

@@ -31,6 +31,9 @@ def verify(
         str | None,
         typer.Option(help="What may change: suffixes with commas, or a regular expression."),
     ] = None,
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="What of these may not change, written alike.")
+    ] = None,
     constraint: Annotated[str, typer.Option(help="strict or core.")] = "strict",
     others: Annotated[
         str, typer.Option(help="'train' if tensors outside of --target-modules were trained too.")
@@ -54,6 +57,7 @@ def verify(
             run=run,
             rank_pattern=rank_pattern,
             target_modules=target_modules,
+            exclude_modules=exclude_modules,
             constraint=constraint,
             others=others,
         )

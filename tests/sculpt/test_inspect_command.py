@@ -152,6 +152,24 @@ def test_command_speaks_json(directory):
     assert found["methods"]["plain"]["cost"]["held"] > found["methods"]["plain"]["cost"]["weights"]
 
 
+@pytest.mark.parametrize(
+    ("targets", "exclude", "count"),
+    [
+        ("q_proj", None, 2),
+        ("q_proj,up_proj", None, 4),
+        ("all-linear,lm_head", None, 15),
+        ("all-linear", "q_proj", 12),
+        ("all-linear", "q_proj,model.layers.0.mlp.up_proj", 11),
+        (r".*layers\.\d\.mlp\..*_proj", r".*layers\.1\..*", 3),
+    ],
+)
+def test_patterns_of_the_command(directory, targets, exclude, count):
+    options = ["--target-modules", targets, *(["--exclude-modules", exclude] if exclude else [])]
+    done = command(directory, "--json", "--no-spectra", "--tokens", 64, *options)
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.output)["rows"]) == count
+
+
 def refused(*arguments: object) -> str:
     done = command(*arguments)
     assert done.exit_code == 2, done.output
@@ -206,6 +224,7 @@ def test_adapters_broken_files_and_unknown_models(directory, tmp_path):
         (["--state-dtype", "float8"], "state_dtype must be one of"),
         (["--states", 9], "states must be 0, 1, 2 or 3; got 9"),
         (["--target-modules", "nothing"], "matches nothing"),
+        (["--exclude-modules", "qproj"], "'qproj' matches nothing; did you mean 'q_proj'"),
     ],
 )
 def test_options_that_do_not_fit(directory, options, message):

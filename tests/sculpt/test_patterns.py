@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from sculpt import SculptConfig
+from sculpt.cli import app
 from sculpt.verify import DiskCertificate, verify_checkpoints
 
 NAMES = (
@@ -67,10 +70,25 @@ def test_what_is_excluded_may_not_change(checkpoints, targets, exclude, judged):
         ({"target_modules": ["q_proj", "vproj"]}, "target_modules=.*'vproj' matches nothing; did"),
         ({"target_modules": "proj"}, "target_modules='proj': 'proj' matches nothing; .*before"),
         ({"exclude_modules": ["qproj"]}, "exclude_modules=.*'qproj' matches nothing; did you mean"),
-        ({"exclude_modules": ".*"}, "exclude_modules='.*' leave no matrix of .*, which has experts"),
+        (
+            {"exclude_modules": ".*"},
+            "exclude_modules='.*' leave no matrix of .*, which has experts",
+        ),
         ({"rank_pattern": {"qproj": 3}}, "rank_pattern=.*'qproj' matches nothing; did you mean"),
     ],
 )
 def test_patterns_without_a_match_are_refused(checkpoints, options, message):
     with pytest.raises(ValueError, match=message):
         verify(checkpoints, **options)
+
+
+def test_the_command_excludes_too(checkpoints):
+    call = ["verify", *map(str, checkpoints), "--ratio", "0.25", "--target-modules", "q_proj,head"]
+    result = CliRunner().invoke(app, [*call, "--exclude-modules", "q_proj", "--json"])
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert {row["name"] for row in found["rows"]} == {"head"}
+    assert {"layers.0.q_proj.weight", "layers.1.q_proj.weight"} < set(found["moved"])
+    result = CliRunner().invoke(app, [*call, "--exclude-modules", "qproj"])
+    assert result.exit_code == 2
+    assert "'qproj' matches nothing; did you mean 'q_proj'" in result.output
