@@ -270,8 +270,11 @@ def _computed_from(full: str, candidates: list[_Candidate]) -> _Candidate | None
 def _excluded(model: nn.Module, candidates: list[_Candidate], exclude: Patterns) -> set[int | str]:
     """Keys of what is excluded. Raises `ValueError` for an entry without a match."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = (path for path, m in modules.items() if any(True for _ in m.parameters(False)))
-    known = {*layers, *(name for candidate in candidates for name in candidate.names)}
+    holds_others = {path for path, m in modules.items() if m._modules and not m._parameters}
+    known = {
+        *(modules.keys() - holds_others),
+        *(name for candidate in candidates for name in candidate.names),
+    }
     for entry in without_match(exclude, known):
         for path in modules:
             if matches(path, entry if isinstance(exclude, str) else [entry]):

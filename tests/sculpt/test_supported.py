@@ -143,6 +143,17 @@ def test_computed_weights_are_named_with_the_way_out(what):
     assert names(model) == ["a", "b"]
 
 
+@pytest.mark.parametrize("compute", [old_weight_norm, parametrizations.weight_norm])
+def test_parts_of_a_convolution_are_no_stacks_of_matrices(compute):
+    model = nn.ModuleDict({"a": compute(nn.Conv1d(4, 4, 3)), "b": nn.Linear(4, 4)})
+    parts = {f"a.{name}" for name, _ in model["a"].named_parameters()} - {"a.bias"}
+    for name in parts:
+        with pytest.raises(ValueError, match=f"'{name}', which cannot be sculpted: its weight is"):
+            Sculptor(model, SculptConfig(target_modules=[name]))
+    left_out = find_targets(model, SculptConfig()).left_out
+    assert {left_out[name] for name in parts} == {"not in target_modules"}
+
+
 def test_a_bias_that_is_computed_hinders_nothing():
     model = two_layers()
     pruned(model["a"], "bias")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -148,6 +150,20 @@ def test_excluded_modules_are_listed(llama, exclude, left):
     listed = [name for name, reason in found.left_out.items() if reason == "in exclude_modules"]
     assert len(listed) == 14 - left
     assert not set(listed) & {f"{target.name}.weight" for target in found.chosen}
+
+
+def test_what_is_excluded_may_be_of_any_kind_and_is_one_of_the_others(llama):
+    layer = r"model\.layers\.1\.(self_attn\.\w+|mlp\.\w+|\w+norm)"
+    names = ["act_fn", "input_layernorm", "post_attention_layernorm", "up_proj"]
+    for missing, kind in ((names[0], "SiLU"), (names[1], "RMSNorm")):
+        exclude = [name for name in names if name != missing]
+        with pytest.raises(ValueError, match=f"{kind}.* has no weight that is a matrix"):
+            Sculptor(llama, SculptConfig(target_modules=layer, exclude_modules=exclude))
+    for exclude in (names, r".*(norm|act_fn|up_proj)"):
+        config = SculptConfig(target_modules=layer, exclude_modules=exclude, others="train")
+        table = Sculptor(deepcopy(llama), config).begin_task()
+        assert len(table.rows) == 6
+        assert "mlp.up_proj.weight: trains unprotected, in exclude_modules" in str(table)
 
 
 def test_an_exclusion_counts_for_every_use_of_a_weight(llama):
