@@ -1,6 +1,8 @@
 """Numerics of continual full fine-tuning: two-sided projections, coordinates and subspaces.
 
 `G`, `W` are `(..., m, n)`; `U` `(..., m, r)` and `V` `(..., n, s)` have orthonormal columns.
+Autocast is off inside all of them but the `compact_` layers, which follow it. Transforms of
+`torch.func` and forward-mode differentiation pass through `reference` only.
 """
 
 from sculpt_kernels import ops as _ops  # noqa: F401  (registers the operators)

@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 
 from sculpt_kernels import checks, factored, native_backend, sweep, triton_backend
 from sculpt_kernels.backend import choose
+from sculpt_kernels.doors import door
 from sculpt_kernels.panels import matrices, row_panels
 from sculpt_kernels.rounding import store
 from sculpt_kernels.tracing import is_traced
@@ -40,6 +41,7 @@ class Step:
         return 1 - self.beta2**self.step
 
 
+@door()
 def project_adamw_(
     W: Tensor,
     G: Tensor,

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks
+from sculpt_kernels.doors import door
 from sculpt_kernels.panels import compute_dtype
 from sculpt_kernels.symmetric import symmetric_product
 
 
+@door()
 def orthonormalize(Y: Tensor) -> Tensor:
     """Orthonormal basis of the column span of `Y`.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sculpt_kernels import checks, native_backend, sharded, triton_backend
 from sculpt_kernels.backend import choose
+from sculpt_kernels.doors import door
 from sculpt_kernels.panels import compute_dtype, matrices, product, row_panels
 from sculpt_kernels.plan import arrange
 from sculpt_kernels.rounding import store
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+@door()
 def compress(
     G: Tensor,
     U: Tensor,
@@ -84,6 +86,7 @@ def _gather(G: Tensor, U: Tensor, V: Tensor, wide: torch.dtype) -> Tensor:
     return core
 
 
+@door()
 def expand_add_(
     W: Tensor,
     C: Tensor,

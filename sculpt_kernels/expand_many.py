@@ -14,6 +14,7 @@ from sculpt_kernels.coordinates import (
     expand_add_backend,
     run_expand_add,
 )
+from sculpt_kernels.doors import door
 from sculpt_kernels.sharded import is_divided
 from sculpt_kernels.tracing import is_traced
 
@@ -29,6 +30,7 @@ _Call = tuple[
 ]
 
 
+@door()
 def expand_add_many_(
     Ws: Sequence[Tensor],
     Cs: Sequence[Tensor],

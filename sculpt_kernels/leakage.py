@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks, reference
+from sculpt_kernels.doors import door
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Leak:
         return max(self.left, self.right)
 
 
+@door()
 def leak(delta: Tensor, U: Tensor, V: Tensor) -> Leak:
     """Measure the leak of an update `delta` into the protected bases `U`, `V`, in float64.
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sculpt_kernels import checks
+from sculpt_kernels.doors import door, refuse_batched_gradient, refuse_second_derivatives
 from sculpt_kernels.sharded import whole
 
 
+@door(autocast=True)
 def compact_linear(
     x: Tensor,
     W: Tensor,
@@ -108,7 +109,6 @@ class _Backward(torch.autograd.Function):
         return x.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         xV, U, W = ctx.saved_tensors
         wants_x, _, wants_bias, _, _, wants_C, _ = ctx.needs_input_grad
@@ -136,6 +136,7 @@ class _Forward(torch.autograd.Function):
             )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("compact_linear")
+        refuse_batched_gradient("compact_linear", dy)
         return None, None, None, dy

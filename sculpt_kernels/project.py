@@ -19,6 +19,7 @@ from sculpt_kernels import (
     triton_backend,
 )
 from sculpt_kernels.backend import choose
+from sculpt_kernels.doors import door
 from sculpt_kernels.panels import (
     REORDERED,
     SMALL_CORE,
@@ -32,6 +33,7 @@ from sculpt_kernels.plan import simplified
 from sculpt_kernels.tracing import is_traced
 
 
+@door()
 def project_(
     G: Tensor,
     U: Tensor | None = None,
@@ -112,6 +114,7 @@ def _refuse_divided(backend: str, check: bool, precision: str) -> None:
         )
 
 
+@door()
 def project(
     G: Tensor,
     U: Tensor | None = None,
@@ -156,6 +159,7 @@ def project(
     return out
 
 
+@door()
 def project_many_(
     Gs: Sequence[Tensor],
     Us: Sequence[Tensor | None] | None = None,

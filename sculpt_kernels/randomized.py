@@ -9,10 +9,12 @@ from torch import Tensor
 
 from sculpt_kernels import checks
 from sculpt_kernels.basis import orthonormalize
+from sculpt_kernels.doors import door
 from sculpt_kernels.panels import compute_dtype
 from sculpt_kernels.sketch import seed_from, sketch
 
 
+@door()
 def range_finder(
     A: Tensor,
     rank: int,
@@ -47,6 +49,7 @@ def range_finder(
     return rsvd(A, rank, oversample=oversample, power_iters=power_iters, generator=generator)[0]
 
 
+@door()
 def rsvd(
     A: Tensor,
     rank: int,

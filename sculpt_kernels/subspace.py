@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks, decompose
+from sculpt_kernels.doors import door
 from sculpt_kernels.panels import compute_dtype
 from sculpt_kernels.sketch import seed_from
 from sculpt_kernels.split_plan import choose_method
@@ -44,6 +45,7 @@ class Subspace:
     rank_error: float = 0.0
 
 
+@door()
 def split(
     W: Tensor,
     *,

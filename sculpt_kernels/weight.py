@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sculpt_kernels import checks
+from sculpt_kernels.doors import door, refuse_batched_gradient, refuse_second_derivatives
 from sculpt_kernels.linear import scaled_
 from sculpt_kernels.sharded import whole
 
 
+@door(autocast=True)
 def compact_weight(
     W: Tensor, U: Tensor | None, V: Tensor | None, C: Tensor, *, scale: float = 1.0
 ) -> Tensor:
@@ -43,6 +44,7 @@ def compact_weight(
     return out
 
 
+@door(autocast=True)
 def compact_embedding(
     ids: Tensor,
     W: Tensor,
@@ -94,8 +96,8 @@ class _CompactWeight(torch.autograd.Function):
         return W.view_as(W)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("compact_weight")
         U, V = ctx.saved_tensors
         with torch.autocast(dW.device.type, enabled=False):
             # The longer side first, so that what stays in between is small.
@@ -129,8 +131,9 @@ class _CompactEmbedding(torch.autograd.Function):
         return torch.nn.functional.embedding(ids, W)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("compact_embedding")
+        refuse_batched_gradient("compact_embedding", dy)
         ids, U, V = ctx.saved_tensors
         rows, ids = dy.flatten(0, -2), ids.flatten()
         with torch.autocast(dy.device.type, enabled=False):
