@@ -306,3 +306,16 @@ def test_without_peft_it_says_what_to_install(
 def test_an_adapter_refuses_a_layer_that_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'model\.embed_tokens' is .*: leave it out"):
         prepared(tmp_path, "osf", sculpt={"target_modules": ["embed_tokens"]})
+
+
+@pytest.mark.parametrize("method", ["plain", "sculpt", "lora", "ewc"])
+def test_no_method_trains_what_is_excluded(tmp_path: Path, method: str) -> None:
+    strategy = prepared(tmp_path, method, sculpt={"exclude_modules": ["q_proj", "lm_head"]})
+    assert strategy.targets
+    assert not any("q_proj" in target.name for target in strategy.targets)
+    before = {name: value.clone() for name, value in strategy.model.state_dict().items()}
+    train(strategy, 0)
+    strategy.end_task(0)
+    after = strategy.model.state_dict()
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved == {f"{target.name}.weight" for target in strategy.targets}
