@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sculpt_kernels.addresses import extent, overlaps_itself, side_by_side
+
 FORMS = ("core", "strict", "left", "right")
 # Sides of each form that may be given by a basis of what is kept instead of what is removed.
 COMPLEMENTS = {
@@ -95,10 +97,10 @@ def writable(name: str, X: Tensor) -> None:
             f"{name} requires grad, so it cannot be changed in place; "
             f"pass {name}.detach() or {name}.grad, or call under torch.no_grad()"
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(X.shape, X.stride(), strict=True)):
+    if overlaps_itself(X):
         raise ValueError(
-            f"{name} must not be an expanded tensor (several elements share one address); "
-            f"got strides {X.stride()} for shape {tuple(X.shape)}; pass {name}.clone()"
+            f"{name} must not be an expanded or overlapping tensor (several elements share one "
+            f"address); got strides {X.stride()} for shape {tuple(X.shape)}; pass {name}.clone()"
         )
 
 
@@ -106,33 +108,13 @@ def no_overlap(name: str, X: Tensor, **others: Tensor | None) -> None:
     """The operand that is written must not share memory with one that is read."""
     if X.device.type == "meta" or X.numel() == 0:
         return
-    x0, x1 = _extent(X)
+    x0, x1 = extent(X)
     for other, Y in others.items():
         if Y is None or Y.device != X.device or Y.numel() == 0:
             continue
-        y0, y1 = _extent(Y)
-        if x0 < y1 and y0 < x1 and not _side_by_side(X, Y):
+        y0, y1 = extent(Y)
+        if x0 < y1 and y0 < x1 and not side_by_side(X, Y):
             raise ValueError(f"{name} is written in place and must not share memory with {other}")
-
-
-def _extent(X: Tensor) -> tuple[int, int]:
-    start = X.data_ptr()
-    if X.is_contiguous():
-        return start, start + X.numel() * X.element_size()
-    span = sum((size - 1) * stride for size, stride in zip(X.shape, X.stride(), strict=True))
-    return start, start + (span + 1) * X.element_size()
-
-
-def _side_by_side(X: Tensor, Y: Tensor) -> bool:
-    """Column ranges of one row-major buffer interleave in memory and yet share no element."""
-    size, pitch = X.element_size(), X.stride(0)
-    if X.ndim != 2 or Y.ndim != 2 or Y.element_size() != size or Y.stride(0) != pitch:
-        return False
-    if X.stride(1) != 1 or Y.stride(1) != 1 or pitch == 0:
-        return False
-    offset, rest = divmod(Y.data_ptr() - X.data_ptr(), size)
-    gap = offset % pitch
-    return rest == 0 and gap >= X.shape[1] and gap + Y.shape[1] <= pitch
 
 
 def basis(name: str, B: Any, X_name: str, X: Tensor, side: str) -> None:
@@ -301,10 +283,10 @@ def tensor_list(name: str, value: Any) -> list[Tensor]:
 
 def disjoint(name: str, tensors: list[Tensor]) -> None:
     """Tensors that are all written in place must not share memory with each other."""
-    spans = sorted((*_extent(X), i) for i, X in enumerate(tensors) if X.numel() and not X.is_meta)
+    spans = sorted((*extent(X), i) for i, X in enumerate(tensors) if X.numel() and not X.is_meta)
     for (_, end, i), (start, _, j) in pairwise(spans):
         first, second = tensors[i], tensors[j]
-        if start < end and first.device == second.device and not _side_by_side(first, second):
+        if start < end and first.device == second.device and not side_by_side(first, second):
             raise ValueError(
                 f"{name} are written in place and must not share memory; "
                 f"got overlapping matrices {min(i, j)} and {max(i, j)}"

@@ -205,6 +205,7 @@ def _expand_add_shard(
         raise ValueError(f"base must have the shape {tuple(W.shape)}; got {tuple(base.shape)}")
     division = sharded.Division.of("W", W)
     X = W.to_local()
+    checks.writable("W", X)
     left, core, right = (
         None if part is None else part.to(X.device) for part in division.factors(U, C, V)
     )

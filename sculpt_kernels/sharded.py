@@ -136,6 +136,7 @@ def project_(G: DTensor, U: Tensor | None, V: Tensor | None, form: str, compleme
             checks.basis(name, B, "G", G, side)
     division = Division.of("G", G)
     X = G.to_local()
+    checks.writable("G", X)
     wide = compute_dtype(G.dtype)
     with torch.no_grad():
         if division.axis == 2:

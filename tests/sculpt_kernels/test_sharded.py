@@ -154,6 +154,15 @@ def stacks_and_rounding():
         project_(zero, U, V, precision="exact")
     with pytest.raises(ValueError, match="U must have shape"):
         project_(zero, V, V)
+    with pytest.raises(ValueError, match="G requires grad"):
+        project_(zero.detach().requires_grad_(), U, V)
+    row = torch.zeros(1, 32, dtype=torch.bfloat16)
+    repeated = torch.distributed.tensor.DTensor.from_local(row.expand(32, 32), mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="G must not be an expanded or overlapping tensor"):
+        project_(repeated, U, V)
+    with pytest.raises(ValueError, match="W must not be an expanded or overlapping tensor"):
+        expand_add_(repeated, C, U, V)
+    assert not row.any()
     return True
 
 
