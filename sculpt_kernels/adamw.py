@@ -326,6 +326,7 @@ def _check_state(state: dict[str, Tensor], U: Tensor | None, V: Tensor | None) -
             raise ValueError(
                 f"{name} must have the shape {tuple(W.shape)} of W; got {checks.describe(X)}"
             )
+    checks.no_wrapper(**state)
     checks.same_device(**state, U=U, V=V)
     written = [name for name in state if name != "G"]
     for name in written:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels.addresses import extent, overlaps_itself, side_by_side
+from sculpt_kernels.tracing import dispatches
 
 FORMS = ("core", "strict", "left", "right")
 # Sides of each form that may be given by a basis of what is kept instead of what is removed.
@@ -74,6 +75,16 @@ def finite(name: str, X: Tensor) -> None:
     raise ValueError(
         f"{name} must be finite; got {bad} NaN or infinite of {X.numel()} elements in {describe(X)}"
     )
+
+
+def no_wrapper(**tensors: Tensor | None) -> None:
+    """No subclass that answers operators itself: what its memory holds is not known here."""
+    for name, X in tensors.items():
+        if X is not None and dispatches(X):
+            raise TypeError(
+                f"{name} must be a plain tensor; got a {type(X).__name__}, a subclass with a "
+                "__torch_dispatch__ of its own; pass the tensor that it wraps"
+            )
 
 
 def same_device(**tensors: Tensor | None) -> None:
@@ -190,6 +201,7 @@ def projection(
         same_dtype(U=left, V=right)
     else:
         same_dtype(**{name: G}, U=left, V=right)
+    no_wrapper(**{name: G}, U=left, V=right)
     same_device(**{name: G}, U=left, V=right)
     for which, B in (("U", left), ("V", right)):
         if B is None:

@@ -233,6 +233,7 @@ def check_expand_add(
     checks.bases_and_coordinates(W, U, V, C)
     if U is None and V is None:
         raise ValueError("U and V must not both be None; for W += alpha C use W.add_(C, alpha=...)")
+    checks.no_wrapper(W=W, C=C, U=U, V=V, base=base)
     checks.same_device(W=W, C=C, U=U, V=V, base=base)
     if U is not None and V is not None:
         checks.same_dtype(U=U, V=V)

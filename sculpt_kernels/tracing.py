@@ -16,4 +16,12 @@ def is_traced(X: object) -> bool:
     if torch.compiler.is_compiling():
         return True
     kind = type(X)
-    return not (kind is Tensor or kind is Parameter) and isinstance(X, Tensor)
+    if kind is Tensor or kind is Parameter or not isinstance(X, Tensor):
+        return False
+    # Subclasses of others may compute the operator on a copy, where a write is lost.
+    return dispatches(X) and kind.__module__.startswith("torch.")
+
+
+def dispatches(X: Tensor) -> bool:
+    """Whether the class of `X` answers every operator itself; its elements may be elsewhere."""
+    return type(X).__torch_dispatch__ is not Tensor.__torch_dispatch__

@@ -1,4 +1,4 @@
-"""Operands whose elements share an address, and those that only look as if they did."""
+"""Operands that are no ordinary tensors: subclasses, and elements that share an address."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import basis, gaussian
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from sculpt_kernels import (
     compress,
@@ -69,7 +70,85 @@ OPERATIONS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str, str]] = {
         "W exp_avg exp_avg_sq copy",
     ),
 }  # fmt: skip
+TAKEN = [(name, operand) for name, (_, taken, _) in OPERATIONS.items() for operand in taken.split()]
 WRITTEN = [(name, each) for name, (_, _, written) in OPERATIONS.items() for each in written.split()]
+
+
+class Plain(Tensor):
+    """A name of its own and nothing more, like `torch.nn.Buffer`."""
+
+
+class Logged(Tensor):
+    """Functions of torch pass through it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Wrapper(Tensor):
+    """Elements are elsewhere; every operator computes on a copy of them."""
+
+    elements: Tensor
+
+    @staticmethod
+    def __new__(cls, X: Tensor) -> Wrapper:
+        wrapper = Tensor._make_wrapper_subclass(cls, X.shape, dtype=X.dtype, strides=X.stride())
+        wrapper.elements = X
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def copied(X: Any) -> Any:
+            return X.elements.clone() if isinstance(X, Wrapper) else X
+
+        return func(*tree_map(copied, args), **tree_map(copied, kwargs or {}))
+
+
+class Loop(Tensor):
+    """Passes every operator on to itself."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [Plain, Logged, torch.nn.Parameter])
+@pytest.mark.parametrize(("name", "operand"), TAKEN)
+def test_plain_subclasses_are_the_tensors_they_are(name, operand, kind):
+    call = OPERATIONS[name][0]
+    plain, given = operands(), operands()
+    if kind is torch.nn.Parameter:
+        given[operand] = torch.nn.Parameter(given[operand], requires_grad=False)
+    else:
+        given[operand] = given[operand].as_subclass(kind)
+    out, want = call(given), call(plain)
+    assert (out is None) == (want is None)
+    if want is not None:
+        assert torch.equal(out.as_subclass(Tensor), want)
+    for key, value in plain.items():
+        assert torch.equal(given[key].as_subclass(Tensor), value), key
+
+
+@pytest.mark.parametrize("kind", [Wrapper, Loop])
+@pytest.mark.parametrize(("name", "operand"), TAKEN)
+def test_subclasses_that_dispatch_are_refused(name, operand, kind):
+    given, before = operands(), operands()
+    X = given[operand]
+    given[operand] = Wrapper(X) if kind is Wrapper else X.as_subclass(Loop)
+    message = f"{operand} must be a plain tensor; got a {kind.__name__}.*pass the tensor that"
+    with pytest.raises(TypeError, match=message):
+        OPERATIONS[name][0](given)
+    given[operand] = X
+    for key, value in before.items():
+        assert torch.equal(given[key], value), key
+
+
+def test_operators_take_plain_subclasses_too():
+    o = operands()
+    G = o["G"].clone().as_subclass(Plain)
+    torch.ops.sculpt_kernels.project_(G, o["U"], o["V"], "core", "auto", False, "none", "standard")
+    assert torch.equal(G.as_subclass(Tensor), project_(o["G"], o["U"], o["V"]))
 
 
 def overlapping(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
