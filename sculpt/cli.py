@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sculpt.commands.common import errors_in_one_line
+from sculpt.commands.common import EXIT_CODES, end_by_certificates, orderly_exit
 from sculpt.commands.doctor import doctor
 from sculpt.commands.import_model import import_model
 from sculpt.commands.inspect import inspect
@@ -19,6 +19,7 @@ from sculpt.installation import require_own_package
 app = typer.Typer(
     name="sculpt",
     help="Continual full fine-tuning of language models without forgetting.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,7 +27,7 @@ app = typer.Typer(
 
 
 def _before_all_commands(print_version: bool) -> None:
-    with errors_in_one_line():
+    with orderly_exit():
         require_own_package()
     if print_version:
         from sculpt import __version__
@@ -46,6 +47,7 @@ def main(
 
 
 @app.command()
+@orderly_exit()
 def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A small sentence encoder: under 2 minutes.")
@@ -68,14 +70,13 @@ def demo(
     """Three real tasks in a row, by plain full fine-tuning and by sculpt, side by side."""
     from rich.console import Console
 
-    from sculpt.demo.run import Interrupted, run_demo
-    from sculpt.demo.settings import QUICK, DemoError, DemoSettings
+    from sculpt.demo.run import run_demo
+    from sculpt.demo.settings import QUICK, DemoSettings
     from sculpt.report import tables
 
     console = Console(markup=False)
     if not console.is_terminal:
         console.width = 120
-    errors = Console(stderr=True)
     choices: dict[str, Any] = QUICK if quick else {}
     choices = choices | {
         name: value
@@ -83,23 +84,14 @@ def demo(
         if value is not None
     }
     run_directory = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    try:
-        results = run_demo(DemoSettings(out=run_directory, seed=seed, **choices), console)
-    except DemoError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    except (Interrupted, KeyboardInterrupt) as stop:
-        where = getattr(stop, "where", None)
-        place = f" in {where.method}, {where.task}, {where.phase} {where.done}" if where else ""
-        errors.print(f"stopped{place}", markup=False, highlight=False)
-        if run_directory.is_dir():
-            errors.print(f"{run_directory}/status.json tells where", markup=False)
-        raise typer.Exit(130) from None
+    results = run_demo(DemoSettings(out=run_directory, seed=seed, **choices), console)
     console.print(tables(results))
     console.print(f"Run directory: {run_directory}", highlight=False, soft_wrap=True)
+    end_by_certificates(results)
 
 
 @app.command()
+@orderly_exit()
 def train(
     run_file: Annotated[Path, typer.Argument(help="YAML: model, out, data, training, ...")],
     overrides: Annotated[
@@ -115,17 +107,18 @@ def train(
     """A task sequence: any Hugging Face model directory, JSON lines, CSV, CL_Benchmark, TRACE."""
     from sculpt.runs.console import train_command
 
-    train_command(run_file, overrides or [], dry_run, skip_bad_rows)
+    end_by_certificates(train_command(run_file, overrides or [], dry_run, skip_bad_rows))
 
 
 @app.command()
+@orderly_exit()
 def resume(
     run_dir: Annotated[Path, typer.Argument(help="Run directory of `sculpt train`.")],
 ) -> None:
     """Go on with a run that was killed, as if it never had been."""
     from sculpt.runs.console import resume_command
 
-    resume_command(run_dir)
+    end_by_certificates(resume_command(run_dir))
 
 
 for command in (inspect, verify, report):

@@ -1,10 +1,11 @@
-"""What the commands share: errors in one line, and options that become a configuration."""
+"""What the commands share: how they end, and options that become a configuration."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,23 +13,51 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from sculpt import termination
+
 if TYPE_CHECKING:
     from sculpt.config import SculptConfig
+    from sculpt.report import Results
 
-TROUBLE = 2
+FINE, NEGATIVE, TROUBLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, termination.EXIT_CODE
+EXIT_CODES = """\
+Exit codes of all commands:
+  0  fine
+  1  a negative verdict: a constraint is broken, a self-test fails
+  2  not done, or not told: bad input, an error, a run that fails
+130  after Ctrl-C
+143  after SIGTERM"""
 
 
 @contextmanager
-def errors_in_one_line(code: int = TROUBLE) -> Iterator[None]:
-    """Print what a user can mend as `error: ...` and end with exit code `code`."""
+def orderly_exit() -> Iterator[None]:
+    """End as `EXIT_CODES` says. What a user can mend is printed as `error: ...`."""
     try:
-        yield
+        with termination.immediate():
+            yield
+    except typer.Exit:
+        raise
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(code) from None
-    except KeyboardInterrupt:
-        typer.secho("stopped", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(TROUBLE) from None
+    except Exception:  # ours to mend; Python would end with the code of a negative verdict
+        traceback.print_exc()
+        raise typer.Exit(TROUBLE) from None
+    except (KeyboardInterrupt, termination.Terminated) as stop:
+        typer.secho("; ".join(["stopped", *getattr(stop, "__notes__", ())]), err=True)
+        stopped = isinstance(stop, KeyboardInterrupt)
+        raise typer.Exit(INTERRUPTED if stopped else TERMINATED) from None
+
+
+def end_by_certificates(results: Results | None) -> None:
+    """End with `NEGATIVE` where a constraint is broken, and print which."""
+    methods = results.methods.values() if results is not None else ()
+    certificates = [certificate for method in methods for certificate in method.certificates]
+    broken = [certificate for certificate in certificates if not certificate.ok]
+    for certificate in broken:
+        typer.secho(str(certificate).partition("\n")[0], fg="red", err=True)
+    if broken:
+        raise typer.Exit(NEGATIVE)
 
 
 def print_json(value: Any) -> None:

@@ -6,16 +6,17 @@ from typing import Annotated
 
 import typer
 
-from sculpt.commands.common import errors_in_one_line, print_json
+from sculpt.commands.common import FINE, NEGATIVE, orderly_exit, print_json
 
 
+@orderly_exit()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
     """What runs here: packages, GPU, backends, and a self-test of each against the reference.
 
-    Exit code 0: everything that is available computes what it should. 1: something does not, or
-    another distribution replaces files of this one.
+    A negative verdict: something that is available does not compute what it should, or another
+    distribution replaces files of this one.
     """
     from rich import box
     from rich.console import Console
@@ -23,11 +24,10 @@ def doctor(
 
     from sculpt.doctor import diagnose
 
-    with errors_in_one_line():
-        found = diagnose()
+    found = diagnose()
     if as_json:
         print_json(found.to_dict())
-        raise typer.Exit(0 if found.ok else 1)
+        raise typer.Exit(FINE if found.ok else NEGATIVE)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 120
@@ -66,5 +66,5 @@ def doctor(
     if found.conflict is not None:
         console.print(found.conflict, style="red")
     if not found.ok:
-        raise typer.Exit(1)
+        raise typer.Exit(NEGATIVE)
     console.print("Everything that is available here computes what it should.", style="bold")

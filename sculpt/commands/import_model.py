@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sculpt.commands.common import errors_in_one_line
+from sculpt.commands.common import orderly_exit
 
 
+@orderly_exit()
 def import_model(
     source: Annotated[
         Path, typer.Argument(help="A PEFT OSF adapter, or a mini_trainer checkpoint.")
@@ -21,20 +22,19 @@ def import_model(
 ) -> None:
     """Make a plain dense model of an adapter or a checkpoint of another implementation.
 
-    Exit code 0: done. 2: it could not be, and nothing was written.
+    Where it cannot be done, nothing is written.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     from sculpt import importers
 
-    with errors_in_one_line():
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("reading")
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading")
 
-            def show(done: int, total: int, name: str) -> None:
-                bar.update(task, completed=done, total=total, description=name)
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
 
-            found = importers.import_model(source, out, base=base, progress=show)
+        found = importers.import_model(source, out, base=base, progress=show)
     typer.echo(f"{found}\n{out}")

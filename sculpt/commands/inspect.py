@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from sculpt.commands.common import errors_in_one_line, print_json, suffixes_or_regex
+from sculpt.commands.common import orderly_exit, print_json, suffixes_or_regex
 
 
+@orderly_exit()
 def inspect(
     model: Annotated[str, typer.Argument(help="A Hugging Face model directory or a config.json.")],
     ratio: Annotated[
@@ -61,39 +62,38 @@ def inspect(
     from sculpt.inspection import inspect_model
     from sculpt.inspection.view import views
 
-    with errors_in_one_line():
-        config = SculptConfig(
-            unfreeze_rank_ratio=ratio,
-            target_modules=suffixes_or_regex(target_modules),
-            exclude_modules=None if exclude_modules is None else suffixes_or_regex(exclude_modules),
-            engine=engine,
-            constraint=constraint,
-            coordinates=coordinates,
-            others=others,
-            weight_update=weight_update,
-            basis_dtype=basis_dtype,
+    config = SculptConfig(
+        unfreeze_rank_ratio=ratio,
+        target_modules=suffixes_or_regex(target_modules),
+        exclude_modules=None if exclude_modules is None else suffixes_or_regex(exclude_modules),
+        engine=engine,
+        constraint=constraint,
+        coordinates=coordinates,
+        others=others,
+        weight_update=weight_update,
+        basis_dtype=basis_dtype,
+    )
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("building the skeleton", total=None)
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"spectrum of {name}")
+
+        found = inspect_model(
+            model,
+            config,
+            tokens=tokens,
+            sequence=sequence,
+            micro_batches=micro_batches,
+            dtype=dtype,
+            checkpointing=checkpointing,
+            states=states,
+            state_dtype=state_dtype,
+            lora_rank=lora_rank,
+            read_spectra=spectra,
+            progress=show,
         )
-        errors = Console(stderr=True)
-        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
-            task = bar.add_task("building the skeleton", total=None)
-
-            def show(done: int, total: int, name: str) -> None:
-                bar.update(task, completed=done, total=total, description=f"spectrum of {name}")
-
-            found = inspect_model(
-                model,
-                config,
-                tokens=tokens,
-                sequence=sequence,
-                micro_batches=micro_batches,
-                dtype=dtype,
-                checkpointing=checkpointing,
-                states=states,
-                state_dtype=state_dtype,
-                lora_rank=lora_rank,
-                read_spectra=spectra,
-                progress=show,
-            )
     if as_json:
         print_json(found.to_dict())
         return

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sculpt.commands.common import errors_in_one_line
+from sculpt.commands.common import orderly_exit
 
 
+@orderly_exit()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(help="One run directory, or several.")],
     out: Annotated[
@@ -23,26 +24,22 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """One self-contained HTML file: matrix, curves, forgetting, spectra, leaks, cost.
-
-    Exit code 0: written. 2: a run directory cannot be reported.
-    """
+    """One self-contained HTML file: matrix, curves, forgetting, spectra, leaks, cost."""
     from rich.console import Console
     from rich.progress import Progress
 
     from sculpt.files import replacing_file
     from sculpt.html import page
 
-    with errors_in_one_line():
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("spectra")
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("spectra")
 
-            def show(done: int, total: int, name: str) -> None:
-                bar.update(task, completed=done, total=total, description=name)
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
 
-            text = page.report(run_dirs, with_spectra=spectra, progress=show)
-        file = out or run_dirs[0] / "report.html"
-        with replacing_file(file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        text = page.report(run_dirs, with_spectra=spectra, progress=show)
+    file = out or run_dirs[0] / "report.html"
+    with replacing_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     typer.echo(str(file))

@@ -7,9 +7,17 @@ from typing import Annotated
 
 import typer
 
-from sculpt.commands.common import errors_in_one_line, print_json, sculpt_config
+from sculpt.commands.common import (
+    FINE,
+    NEGATIVE,
+    TROUBLE,
+    orderly_exit,
+    print_json,
+    sculpt_config,
+)
 
 
+@orderly_exit()
 def verify(
     before: Annotated[Path, typer.Argument(help="Model directory before training.")],
     after: Annotated[Path, typer.Argument(help="The same model after training.")],
@@ -42,35 +50,34 @@ def verify(
 ) -> None:
     """Leak certificate of two checkpoints, from disk, one matrix at a time.
 
-    Exit code 0: the constraint holds. 1: it is broken. 2: it cannot be told, because of bad input
-    or because the rounding of the weights hides it.
+    A negative verdict: the constraint is broken. Where the rounding of the weights hides it, it is
+    not told.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     from sculpt.verify import verify_checkpoints
 
-    with errors_in_one_line():
-        config = sculpt_config(
-            ratio=ratio,
-            effective_rank=effective_rank,
-            run=run,
-            rank_pattern=rank_pattern,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            constraint=constraint,
-            others=others,
-        )
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("reading")
+    config = sculpt_config(
+        ratio=ratio,
+        effective_rank=effective_rank,
+        run=run,
+        rank_pattern=rank_pattern,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        constraint=constraint,
+        others=others,
+    )
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading")
 
-            def show(done: int, total: int, name: str) -> None:
-                bar.update(task, completed=done, total=total, description=name)
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
 
-            found = verify_checkpoints(before, after, config, progress=show)
+        found = verify_checkpoints(before, after, config, progress=show)
     if as_json:
         print_json({"before": str(before), "after": str(after), **found.to_dict()})
     else:
         typer.echo(str(found))
-    raise typer.Exit(1 if found.broken else 0 if found.ok else 2)
+    raise typer.Exit(NEGATIVE if found.broken else FINE if found.ok else TROUBLE)

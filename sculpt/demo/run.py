@@ -6,7 +6,7 @@ import importlib.util
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,23 +26,16 @@ from sculpt.report import Results
 from sculpt.runs.directory import RunDirectory, RunError, check_out, versions
 from sculpt.runs.methods import Method
 from sculpt.runs.state import MethodResult, Progress
+from sculpt.termination import EXIT_CODE, Terminated
 
 METHODS: tuple[Method, ...] = ("plain", "sculpt")
-
-
-class Interrupted(Exception):
-    """Somebody stopped the run; carries where it was."""
-
-    def __init__(self, where: Progress | None) -> None:
-        super().__init__("interrupted")
-        self.where = where
 
 
 def run_demo(settings: DemoSettings, console: Console) -> Results:
     """Train the built-in tasks with both methods and fill the run directory `settings.out`.
 
     Raises `DemoError` for anything that stands in the way, before anything is written where it can
-    be known; and `Interrupted` after Ctrl-C, when `status.json` tells where the run stopped.
+    be known. After Ctrl-C and SIGTERM `status.json` tells where the run stopped.
     """
     try:
         check_out(settings.out, "--out")
@@ -83,6 +76,11 @@ def run_demo(settings: DemoSettings, console: Console) -> Results:
         plot_matrices(results, settings.out / "matrix.png")
     except OSError as error:
         raise DemoError(f"cannot write to --out {settings.out}: {error}") from error
+    except (KeyboardInterrupt, Terminated):
+        directory = RunDirectory(settings.out)
+        if directory.status() == "running":  # between or after the methods
+            directory.write_status("interrupted", None, "")
+        raise
     RunDirectory(settings.out).write_status("finished", None, "")
     return results
 
@@ -92,41 +90,50 @@ def _run_method(
 ) -> MethodResult:
     """Run `method` in a fresh process and pass on what it reports."""
     config = settings.run_config(method, model)
-    directory = RunDirectory(settings.out)
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=work, args=(config, sender), daemon=True)
     where: Progress | None = None
-    directory.write_status("running", None, method)
-    with _sigterm_as_interrupt():
-        try:
-            _start_deaf_to_ctrl_c(process)
-            sender.close()
-            for message in _messages(receiver):
-                if isinstance(message, MethodResult):
-                    process.join()
-                    return message
-                if isinstance(message, Failure):
-                    raise DemoError(f"{method}: {message.message}")
-                where = message
-                report(message)
-            process.join()
-            raise DemoError(
-                f"the process of {method} ended with exit code {process.exitcode}"
-                + (": out of memory?" if process.exitcode == -signal.SIGKILL else "")
-            )
-        except KeyboardInterrupt:
-            with suppress(OSError):
-                directory.write_status("interrupted", where, method)
-            raise Interrupted(where) from None
-        except DemoError:
-            with suppress(OSError):  # the disk may be what failed
-                directory.write_status("failed", where, method)
-            raise
-        finally:
-            process.terminate()
-            process.join()
-            receiver.close()
+    RunDirectory(settings.out).write_status("running", None, method)
+    try:
+        _start_deaf_to_ctrl_c(process)
+        sender.close()
+        for message in _messages(receiver):
+            if isinstance(message, MethodResult):
+                process.join()
+                return message
+            if isinstance(message, Failure):
+                raise DemoError(f"{method}: {message.message}")
+            where = message
+            report(message)
+        process.join()
+        if process.exitcode in (EXIT_CODE, -signal.SIGTERM):
+            raise Terminated
+        raise DemoError(
+            f"the process of {method} ended with exit code {process.exitcode}"
+            + (": out of memory?" if process.exitcode == -signal.SIGKILL else "")
+        )
+    except (KeyboardInterrupt, Terminated, DemoError) as error:
+        # Its own run has no checkpoints, so nothing is worth waiting for.
+        _kill(process)
+        stopped = not isinstance(error, DemoError)
+        for directory in (settings.out, config.out):
+            if directory.is_dir():
+                with suppress(OSError):  # the disk may be what failed
+                    state = "interrupted" if stopped else "failed"
+                    RunDirectory(directory).write_status(state, where, method)
+        if where is not None:
+            error.add_note(f"in {where.method}, {where.task}, {where.phase} {where.done}")
+        raise
+    finally:
+        _kill(process)
+        receiver.close()
+
+
+def _kill(process: multiprocessing.process.BaseProcess) -> None:
+    if process.pid is not None:
+        process.kill()
+        process.join()
 
 
 def _start_deaf_to_ctrl_c(process: multiprocessing.process.BaseProcess) -> None:
@@ -146,24 +153,6 @@ def _messages(receiver: Connection) -> Iterator[Any]:
             yield receiver.recv()
         except EOFError:
             return
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """A polite request to end is handled like Ctrl-C, as far as this thread may say so."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _model_name(settings: DemoSettings) -> str:

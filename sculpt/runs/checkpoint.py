@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -106,9 +107,10 @@ class Checkpoints:
             flush(self.folder)
         except Exception as error:  # safetensors reports a full disk by an exception of its own
             shutil.rmtree(temporary, ignore_errors=True)
+            advice = "The one before is whole: make" if names else "Make"
             raise CheckpointError(
-                f"cannot write checkpoint {number} to {self.folder}: {error}. The one before is "
-                "whole: make room and go on with `sculpt resume`"
+                f"cannot write checkpoint {number} to {self.folder}: {error}. {advice} room "
+                f"and go on with: sculpt resume {shlex.quote(str(self.folder.parent))}"
             ) from error
         self._remove_old()
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import typer
 from rich.console import Console
 
 from sculpt.notices import SculptWarning
 from sculpt.report import Results, tables
-from sculpt.runs.checkpoint import CheckpointError
-from sculpt.runs.directory import RunError, check_out
+from sculpt.runs.directory import check_out
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.preview import preview
 from sculpt.runs.start import resume, run
@@ -24,33 +23,33 @@ NAMES = {"subspaces": "subspaces", "train": "step", "certify": "certificate", "e
 STEPS_SHOWN = 10
 
 
-def train_command(file: Path, overrides: Sequence[str], dry_run: bool, skip_bad_rows: bool) -> None:
+def train_command(
+    file: Path, overrides: Sequence[str], dry_run: bool, skip_bad_rows: bool
+) -> Results | None:
     """Run what `file` describes, or say what it would do."""
     console = _console()
-
-    def start() -> Results | None:
+    with _notes():
         more = ("data.skip_bad_rows=true",) if skip_bad_rows else ()
         config = read_config(file, (*overrides, *more))
         if dry_run:
             check_out(config.out)
             console.print(preview(Prepared(config)), highlight=False, markup=False, soft_wrap=True)
             return None
-        return run(config, Lines(console))
+        results = run(config, Lines(console))
+    _show(console, results, config.out)
+    return results
 
-    _report(console, start, lambda results: str(results.config["out"]))
 
-
-def resume_command(folder: Path) -> None:
+def resume_command(folder: Path) -> Results | None:
     """Go on with the run in `folder`."""
     console = _console()
-
-    def start() -> Results | None:
+    with _notes():
         results = resume(folder, Lines(console))
-        if results is None:
-            console.print(f"{folder} is finished; nothing is left to do", highlight=False)
-        return results
-
-    _report(console, start, lambda _: str(folder))
+    if results is None:
+        console.print(f"{folder} is finished; nothing is left to do", highlight=False)
+    else:
+        _show(console, results, folder)
+    return results
 
 
 class Lines:
@@ -96,25 +95,17 @@ def _console() -> Console:
     return console
 
 
-def _report(
-    console: Console, start: Callable[[], Results | None], folder: Callable[[Results], str]
-) -> None:
-    """Call `start`; show its results, or in one place what went wrong."""
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Print our own warnings in a line, and those of libraries not at all."""
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", SculptWarning)
-            warnings.showwarning = lambda message, *_: errors.print(
-                f"note: {message}", style="yellow"
-            )
-            results = start()
-    except (CheckpointError, RunError, ValueError, TypeError, OSError) as error:
-        errors.print(f"error: {error}", style="red")
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        errors.print("stopped; go on with: sculpt resume RUN_DIR")
-        raise typer.Exit(130) from None
-    if results is not None:
-        console.print(tables(results))
-        console.print(f"Run directory: {folder(results)}", highlight=False, soft_wrap=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", SculptWarning)
+        warnings.showwarning = lambda message, *_: errors.print(f"note: {message}", style="yellow")
+        yield
+
+
+def _show(console: Console, results: Results, folder: Path) -> None:
+    console.print(tables(results))
+    console.print(f"Run directory: {folder}", highlight=False, soft_wrap=True)

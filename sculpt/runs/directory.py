@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ import torch
 
 from sculpt.files import flush, replacing_directory, write_json
 from sculpt.installation import DISTRIBUTION
+from sculpt.runs.checkpoint import Checkpoints
 from sculpt.runs.config import RunConfig
 from sculpt.runs.state import Progress
 
@@ -115,7 +117,7 @@ class RunDirectory:
         except Exception as error:  # safetensors reports a full disk by an exception of its own
             raise RunError(
                 f"the model could not be saved to {path}: {error}. Is the disk full? Make room and "
-                f"go on with: sculpt resume {self.path}"
+                f"go on with: sculpt resume {shlex.quote(str(self.path))}"
             ) from error
 
 
@@ -135,14 +137,29 @@ def locked(path: Path) -> Iterator[RunDirectory]:
         raise RunError(f"{path} is in use by another run; wait for it, or take another") from None
 
 
+def how_to_go_on(path: Path) -> str:
+    """The command that goes on with the run in `path`; "" where there is none that can."""
+    directory = RunDirectory(path)
+    try:
+        directory.described()
+    except RunError:
+        return ""
+    if directory.status() == "finished":
+        return ""
+    how = "go on" if Checkpoints(path / "checkpoints", keep=1).names() else "begin it again"
+    return f"{how} with: sculpt resume {shlex.quote(str(path))}"
+
+
 def check_out(out: Path, option: str = "out") -> None:
     """Raise `RunError` unless `out` is a new or empty directory that can be written."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{option} {out} is a file: expected a new or empty directory")
     if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
-        resumable = (out / "checkpoints").is_dir()
-        advice = f"; to go on with the run in it: sculpt resume {out}" if resumable else ""
-        raise RunError(f"{option} {out} is not empty: expected a new or empty directory{advice}")
+        advice = how_to_go_on(out)
+        raise RunError(
+            f"{option} {out} is not empty: expected a new or empty directory"
+            + (f"; {advice}" if advice else "")
+        )
     above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise RunError(f"{option} {out} cannot be written: no permission to create it in {above}")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sculpt.data.config import absolute
 from sculpt.notices import SculptWarning
 from sculpt.report import Results
 from sculpt.runs.config import RunConfig
-from sculpt.runs.directory import RunDirectory, RunError, check_out, locked, versions
+from sculpt.runs.directory import RunDirectory, RunError, check_out, how_to_go_on, locked, versions
 from sculpt.runs.loop import Run
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.space import check_room, space_of
 from sculpt.runs.state import Progress, Report
+from sculpt.termination import Terminated
 
 
 def ignore(progress: Progress) -> None:
@@ -24,12 +27,13 @@ def run(config: RunConfig, report: Report = ignore) -> Results:
     """Train the task sequence that `config` describes, and fill its run directory.
 
     report: told of every step. Raises `RunError`, `CheckpointError`, `DataError` or `ValueError`;
-    what can be known before anything is written is raised before.
+    what can be known before anything is written is raised before. After SIGTERM, in the main thread
+    and where nobody else has set a handler, it saves and raises `Terminated`, a `SystemExit`.
     """
     check_out(config.out)
     prepared = Prepared(config)
     check_space(prepared)
-    with locked(config.out) as directory:
+    with _advice(config.out), locked(config.out) as directory:
         check_out(config.out)  # nobody else was quicker
         directory.describe(config, prepared.digest(), prepared.bad.found)
         if prepared.bad.found:
@@ -46,13 +50,14 @@ def resume(folder: Path, report: Report = ignore) -> Results | None:
     """Go on with the run in `folder` from its newest checkpoint; None where it is finished.
 
     The weights at the end are, bit for bit, those of a run that was never interrupted, on the same
-    machine with the same versions. Raises `RunError` or `CheckpointError` where that cannot be.
+    machine with the same versions. Raises `RunError` or `CheckpointError` where that cannot be,
+    and `Terminated` as `run` does.
     """
     folder = absolute(folder)
     if not folder.is_dir():
         raise RunError(f"{folder}: no such directory, expected that of a run")
     RunDirectory(folder).described()
-    with locked(folder) as directory:
+    with _advice(folder), locked(folder) as directory:
         config, described = directory.described()
         if directory.status() == "finished":
             return None
@@ -65,6 +70,17 @@ def resume(folder: Path, report: Report = ignore) -> Results | None:
         run = Run(prepared, directory, report)
         run.restore()
         return run.finish()
+
+
+@contextmanager
+def _advice(folder: Path) -> Iterator[None]:
+    """A run that is stopped says how to go on with it."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as stop:
+        if advice := how_to_go_on(folder):
+            stop.add_note(advice)
+        raise
 
 
 def check_space(prepared: Prepared) -> None:

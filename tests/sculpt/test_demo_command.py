@@ -127,7 +127,7 @@ def test_bad_input_is_refused_before_anything(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SCULPT_CACHE", str(tmp_path / "cache"))
     result = CliRunner().invoke(app, ["demo", "--out", "run", *arguments])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
     assert list(tmp_path.iterdir()) == []
 
@@ -138,7 +138,7 @@ def test_a_run_directory_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.M
     out.mkdir()
     (out / "precious").write_text("mine")
     result = CliRunner().invoke(app, ["demo", "--out", str(out)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "is not empty" in result.output
     assert [path.name for path in out.iterdir()] == ["precious"]
     assert not (tmp_path / "cache").exists()
@@ -213,15 +213,18 @@ def interrupted(model: Path, out: Path, stop: int) -> tuple[int, str, dict[str, 
     return process.returncode, errors, json.loads((out / "status.json").read_text())
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_where_it_stopped(model: Path, tmp_path: Path, stop: int) -> None:
+@pytest.mark.parametrize(("stop", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_where_it_stopped(
+    model: Path, tmp_path: Path, stop: int, expected: int
+) -> None:
     code, errors, status = interrupted(model, tmp_path / "run", stop)
-    assert code == 130
+    assert code == expected
     assert "Traceback" not in errors
-    assert "stopped in plain, BBC topic, train" in errors
+    assert "stopped; in plain, BBC topic, train" in errors
     assert status["state"] == "interrupted"
     assert (status["method"], status["task"], status["phase"]) == ("plain", "BBC topic", "train")
     assert 1 <= status["step"] < status["of"] == 100000
+    assert RunDirectory(tmp_path / "run" / "plain").status() == "interrupted"
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json",
         "plain",

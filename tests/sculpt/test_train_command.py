@@ -13,10 +13,11 @@ from typer.testing import CliRunner, Result
 
 from sculpt.cli import app
 from sculpt.runs.config import RunConfig
+from sculpt.runs.directory import RunDirectory
 from sculpt.runs.loop import Run
 
 
-def interrupt(*_: Any) -> None:
+def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
@@ -46,7 +47,7 @@ def test_train_then_nothing_left_to_resume(run_file: Path) -> None:
     assert again.exit_code == 0
     assert "is finished; nothing is left to do" in again.output
     refused = invoke("train", str(run_file), f"out={out}")
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "is not empty" in refused.output
 
 
@@ -86,11 +87,30 @@ def test_a_stream_longer_than_the_room_is_noted_and_ends_with_an_error(run_file:
     sculpt = ("sculpt.protect=accumulate", "sculpt.unfreeze_rank_ratio=0.04")
     sculpt += ("sculpt.learned_energy=0.999999",)
     done = invoke("train", str(run_file), *sculpt)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "note: room may not last for what is to come (1): room for about 0" in done.output
     assert "error: every layer is full after 1 tasks" in done.output
     checkpoints = run_file.parent / "run" / "checkpoints"
     assert any(checkpoints.glob("*/model.safetensors"))
+
+
+def test_a_broken_constraint_is_a_negative_verdict(run_file: Path) -> None:
+    done = invoke("train", str(run_file), "sculpt.engine=gradient")
+    assert done.exit_code == 1
+    assert done.output.count("error:") == 0
+    assert "The constraint is BROKEN for 14 matrices of task 'short'. Worst leak" in done.output
+    assert RunDirectory(run_file.parent / "run").status() == "finished"
+
+
+def test_a_run_that_is_stopped_before_it_begins_has_nothing_to_go_on_with(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sculpt.runs.prepare.load_learner", interrupt)
+    for command in (["train"], ["train", "--dry-run"]):
+        stopped = invoke(*command, str(run_file))
+        assert stopped.exit_code == 130
+        assert stopped.output == "stopped\n"
+    assert not (run_file.parent / "run").exists()
 
 
 def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
@@ -114,7 +134,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
     out.mkdir()
     (out / "notes.txt").touch()
     refused = invoke("train", str(run_file), "--dry-run")
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "is not empty" in refused.output
 
 
@@ -123,7 +143,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
     [
         (["training.stepss=3"], "unknown field 'training.stepss'; did you mean 'steps'?"),
         (["model=nowhere"], f"model='{Path.cwd()}/nowhere' does not exist; expected"),
-        (["sculpt.target_modules=[nothing]"], "'nothing' matches nothing"),
+        (["sculpt.target_modules=[nothing]"], "matches nothing; the model's linear layers end in"),
         (["training.max_tokens=4"], "do not fit into max_tokens=4"),
         (["device=tpu9"], "device='tpu9' cannot be used"),
         (["evaluation.lm_eval=[piqa]"], "lm-eval is not installed"),
@@ -134,7 +154,7 @@ def test_a_mistake_is_named_before_anything_is_written(
     run_file: Path, arguments: list[str], message: str
 ) -> None:
     done = invoke("train", str(run_file), *arguments)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
     assert not (run_file.parent / "run").exists()
@@ -144,7 +164,7 @@ def test_bad_rows_stop_or_are_counted_and_listed(run_file: Path) -> None:
     data = run_file.parent / "very-train.jsonl"
     data.write_text(data.read_text() + '{"text": "no label"}\n')
     stopped = invoke("train", str(run_file))
-    assert stopped.exit_code == 1
+    assert stopped.exit_code == 2
     assert "very-train.jsonl:5: no 'label'" in stopped.output
     assert "--skip-bad-rows" in stopped.output
     done = invoke("train", str(run_file), "--skip-bad-rows")
@@ -157,5 +177,5 @@ def test_bad_rows_stop_or_are_counted_and_listed(run_file: Path) -> None:
 
 def test_resume_says_what_is_no_run(tmp_path: Path) -> None:
     done = invoke("resume", str(tmp_path))
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "is no run directory" in done.output
