@@ -31,6 +31,7 @@ from sculpt.runs.logged import RunLog
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.state import NAN, MethodResult, Progress, Report, RunState
 from sculpt.runs.strategies import Advance, Begun
+from sculpt.termination import Terminated, deferred
 
 MEMORY = "memory.safetensors"
 
@@ -62,8 +63,17 @@ class Run:
         reset_peak_memory()
 
     def finish(self) -> Results:
-        """Go through all phases that are left."""
-        self.directory.write_status("running", self._where, self.config.method)
+        """Go through all phases that are left.
+
+        After SIGTERM a step is finished and saved; elsewhere the last checkpoint has all that
+        takes long. Raises `Terminated` then, and `TrainingError`, `RunError` or `CheckpointError`.
+        """
+        with deferred() as self._termination:
+            self.directory.write_status("running", self._where, self.config.method)
+            self._go_on()
+            return self._results()
+
+    def _go_on(self) -> None:
         phases: dict[str, Callable[[], None]] = {
             "begin": self._begin,
             "train": self._train,
@@ -75,17 +85,17 @@ class Run:
             self._log = RunLog(self.config, self.directory)
             try:
                 while self.state.phase != "done":
+                    self._termination.obey()
                     phases[self.state.phase]()
             finally:
                 self._log.close()
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
+            stopped = isinstance(error, KeyboardInterrupt | Terminated)
             with suppress(OSError):  # the disk may be what failed
                 self.directory.write_status(
                     "interrupted" if stopped else "failed", self._where, self.config.method
                 )
             raise
-        return self._results()
 
     def _begin(self) -> None:
         state = self.state
@@ -131,8 +141,10 @@ class Run:
             speed = tokens / state.durations[-1]
             self._tell("train", state.step, steps, loss=loss, tokens_per_second=speed)
             self._log.step(state, loss, training.lr * factor, speed)
-            if state.step < steps and state.step % self.config.checkpoint.every_steps == 0:
+            due = state.step % self.config.checkpoint.every_steps == 0
+            if state.step < steps and (due or self._termination.came):
                 self._save()
+                self._termination.obey()
         self.learner.model.eval()
         result = state.result
         result.trainable_elements = max(result.trainable_elements, self.begun.trainable_elements)
@@ -311,6 +323,8 @@ class Run:
         task = self.tasks[self.state.task].name
         self._where = Progress(self.config.method, task, phase, done, total, **more)
         self._report(self._where)
+        if phase != "train":
+            self._termination.obey()
 
     @contextmanager
     def _clock(self, phase: str) -> Iterator[None]:
