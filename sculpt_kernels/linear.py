@@ -63,6 +63,8 @@ def compact_linear(
         raise ValueError(f"bias must have shape ({W.shape[0]},); got {checks.describe(bias)}")
     checks.bases_and_coordinates(W, U, V, C)
     checks.positive("scale", scale)
+    if x.ndim == 1:
+        return compact_linear(x.unsqueeze(0), W, bias, U, V, C, scale=scale).squeeze(0)
     if not torch.is_grad_enabled():
         C = C.detach()  # no backward will come, so `x V` is not needed
     shape = _Backward.apply(x, W, bias, U, V, C, scale)  # type: ignore[no-untyped-call]

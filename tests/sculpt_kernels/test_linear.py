@@ -151,6 +151,18 @@ def test_frozen_input_and_no_grad_need_nothing():
     torch.testing.assert_close(y, torch.nn.functional.linear(x, W, b))
 
 
+def test_one_token_without_a_batch():
+    x, W, b, U, V, C = problem(6, 5, 2, 3, (), torch.float64)
+    x.requires_grad_(), C.requires_grad_()
+    y = compact_linear(x, W, b, U, V, C)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, W, b))
+    dy = torch.arange(6.0, dtype=torch.float64)
+    y.backward(dy)
+    dx, _, dC = reference.linear_gradients(x.detach()[None], W, dy[None], U, V)
+    torch.testing.assert_close(x.grad, dx[0])
+    torch.testing.assert_close(C.grad, dC)
+
+
 def test_accumulates_over_two_uses():
     x, W, b, U, V, C = problem(6, 5, 2, 3, (3,), torch.float64)
     C.requires_grad_()
