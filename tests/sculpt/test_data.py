@@ -83,6 +83,13 @@ def test_only_ends_of_lines_end_a_row(tmp_path: Path, name: str, end: str) -> No
     assert read(path)[0] == [Example(row["prompt"], "x") for row in rows]
 
 
+def test_csv_rows_may_be_long(tmp_path: Path) -> None:
+    document = "word " * 30_000 + "end"
+    path = tmp_path / "a.csv"
+    path.write_text(f"document\n{document}\n")
+    assert read(path)[0] == [Example(answer=document)]
+
+
 def test_csv_columns_without_a_name_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("prompt,answer,,\na,b,,\n")
