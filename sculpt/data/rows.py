@@ -134,7 +134,7 @@ def _json_list(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
 def _csv(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
     # Rows end with \n, \r\n or \r alone: `splitlines` knows eight more ends, which are text here.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    # csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # it refuses long documents
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # it refuses long documents
     line, columns = 0, list[str]()
     try:
         for values in reader:
