@@ -124,7 +124,7 @@ class Contender:
         held = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         held |= {b.untyped_storage().data_ptr() for b in self.model.buffers()}
         if self.sculptor is not None:
-            for matrix in self.sculptor._task.values():  # type: ignore[union-attr]
+            for matrix in self.sculptor._task.matrices.values():  # type: ignore[union-attr]
                 bases = (matrix.bases.U, matrix.bases.V)
                 held |= {B.untyped_storage().data_ptr() for B in bases if B is not None}
         saved: dict[int, Tensor] = {}

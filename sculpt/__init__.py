@@ -9,6 +9,7 @@ from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.certificate import Certificate
 from sculpt.config import SculptConfig
 from sculpt.sculptor import Sculptor
+from sculpt.standing import abandon
 
 if TYPE_CHECKING:
     from sculpt.runs.config import RunConfig
@@ -24,6 +25,7 @@ __all__ = [
     "SculptCallback",
     "SculptConfig",
     "Sculptor",
+    "abandon",
     "resume",
     "run",
 ]

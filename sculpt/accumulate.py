@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sculpt.compact import CompactMatrix
 from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes
 from sculpt.files import replacing_file
-from sculpt.matrices import CompactMatrix, Matrix
+from sculpt.matrices import Matrix
 from sculpt.notices import SculptWarning
 from sculpt.subspaces import Bases
 from sculpt.tables import text_table
@@ -254,7 +255,7 @@ def _joined(room: Room | None, matrix: CompactMatrix, energy: float) -> Room:
     U, V = matrix.state.U, matrix.state.V
     assert U is not None
     assert V is not None
-    P, S, Qt = torch.linalg.svd(matrix.trained.detach().double())
+    P, S, Qt = torch.linalg.svd(matrix.state.scale * matrix.trained.detach().double())
     squares = S.square()
     total = squares.sum(-1, keepdim=True)
     taken = (squares.cumsum(-1) < energy * total).sum(-1) + 1

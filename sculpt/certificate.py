@@ -1,4 +1,4 @@
-"""Proof that nothing protected moved: the leak of each matrix's `ΔW`, from the weights alone."""
+"""Proof that nothing protected moved: the leak of each matrix's `ΔW`, and how it is rounded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sculpt.distributed.sharding import whole
 from sculpt.tables import text_table
 
 EXACT = 1e-6
@@ -24,9 +25,10 @@ class LeakRow:
         floor: `u ‖W‖ / ‖ΔW‖` with the unit roundoff `u` (2⁻²⁴ for float32): what one rounding of
             the weights leaves; no method can be relied on to do better than this.
         change: `‖ΔW‖ / ‖W‖`.
-        rounding: for bfloat16 and float16, distance of the weights from the float32 truth
-            `W₀ + U C Vᵀ` over `‖ΔW‖`; 0 otherwise, where the weights themselves are judged.
+        rounding: for bfloat16 and float16, distance of the stored weights from the float32 truth
+            `W₀ + ΔW` over `‖ΔW‖`; 0 otherwise, where the weights themselves are judged.
         constraint: which one is judged.
+        rounding_limit: the distance that rounding explains, see `rounding_bound`.
     """
 
     name: str
@@ -37,6 +39,7 @@ class LeakRow:
     change: float
     rounding: float
     constraint: str = "strict"
+    rounding_limit: float = math.inf
 
     @property
     def leak(self) -> float:
@@ -50,7 +53,7 @@ class LeakRow:
 
     @property
     def ok(self) -> bool:
-        return self.leak <= self.limit
+        return self.leak <= self.limit and self.rounding <= self.rounding_limit
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ class Certificate:
         return all(row.ok for row in self.rows)
 
     @property
+    def unmoved(self) -> list[str]:
+        """Matrices that are what they were, bit by bit: no gradient has reached them."""
+        return [row.name for row in self.rows if row.change == 0]
+
+    @property
     def worst(self) -> LeakRow:
         """The matrix that is nearest to, or furthest beyond, its limit."""
         return max(self.rows, key=severity)
@@ -96,26 +104,43 @@ class Certificate:
         names = [item.name for item in fields(LeakRow)]
         rows = []
         for row in values["rows"]:
-            found: list[Any] = [math.inf if row[name] is None else row[name] for name in names]
-            rows.append(LeakRow(*found))
+            found = {name: row[name] for name in names if row.get(name) is not None}
+            infinite = {name: math.inf for name in names if name not in found}
+            rows.append(LeakRow(**infinite | found))
         return cls(rows, values["task"], values["protected"], tuple(values["unprotected"]))
 
     def __str__(self) -> str:
+        return f"{self.header('holds' if self.ok else 'is BROKEN')}\n{self.table()}"
+
+    def header(self, verdict: str) -> str:
+        """What was judged, the worst of it, and what is outside of the guarantee."""
         worst = self.worst
-        verdict = "holds" if self.ok else "is BROKEN"
         header = (
             f"The constraint {verdict} for {len(self.rows)} matrices"
             + (f" of task {self.task!r}" if self.task else "")
             + f". Worst leak {worst.leak:.2e} (limit {worst.limit:.2e}, rounding floor "
             f"{worst.floor:.2e}) in {worst.name}."
         )
+        rounded = [row for row in self.rows if math.isfinite(row.rounding_limit)]
+        if rounded:
+            far = max(rounded, key=lambda row: row.rounding / row.rounding_limit)
+            header += (
+                "\nThis is the leak of the float32 weights W₀ + ΔW. The stored 16-bit ones are at "
+                f"most {far.rounding / far.rounding_limit:.2f} of the distance from them that "
+                f"rounding explains ({far.name})."
+            )
+        if self.unmoved:
+            header += (
+                f"\n{len(self.unmoved)} matrices did not move, no gradient has reached them: "
+                f"{', '.join(self.unmoved[:3])}" + (", ..." if len(self.unmoved) > 3 else "")
+            )
         if self.unprotected:
             header += (
                 f"\n{len(self.unprotected)} other parameters were trained and are outside of this "
                 f"guarantee: {', '.join(self.unprotected[:3])}"
                 + (", ..." if len(self.unprotected) > 3 else "")
             )
-        return f"{header}\n{self.table()}"
+        return header
 
     def table(self, most: int = 5) -> str:
         """The `most` worst matrices as a table."""
@@ -144,27 +169,31 @@ def measure(
     right: tuple[Tensor, bool],
     *,
     stored: Tensor | None = None,
+    roundings: int | None = None,
     constraint: str = "strict",
 ) -> LeakRow:
     """Leak of `after - before` `(m, n)` in float64.
 
     `left` and `right` are a basis with orthonormal columns in float64 and whether it spans the
     *protected* subspace (True) or its complement (False). `stored` are the low-precision weights
-    whose float32 truth is `after`.
+    whose float32 truth is `after`, and that were rounded as `rounding_bound` has it.
     """
     W0 = before.double()
     delta = after.double() - W0
     norm = float(torch.linalg.matrix_norm(delta))
-    weight = float(torch.linalg.matrix_norm(W0))
-    if norm == 0:
+    rounding, limit = 0.0, math.inf
+    if stored is not None:
+        rounding = float(torch.linalg.matrix_norm(stored.double() - after.double()))
+        limit = rounding_bound(stored, roundings)
+    if norm == 0 and rounding <= limit:
         return LeakRow(name, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0, constraint)
+    # The weights before may be zero, as those of new heads are.
+    weight = max(float(torch.linalg.matrix_norm(W)) for W in (W0, after.double()))
+    norm = max(norm, torch.finfo(torch.float64).tiny)
     in_left = _component(delta, *left)
     in_right = _component(delta.mT, *right).mT
     in_both = _component(in_right, *left)
     unit = torch.finfo(after.dtype).eps / 2
-    rounding = 0.0
-    if stored is not None:
-        rounding = float(torch.linalg.matrix_norm(stored.double() - after.double())) / norm
     in_left_share, in_right_share, in_both_share = (
         float(torch.linalg.matrix_norm(X)) / norm for X in (in_left, in_right, in_both)
     )
@@ -175,9 +204,31 @@ def measure(
         core=in_both_share,
         floor=unit * weight / norm,
         change=norm / weight,
-        rounding=rounding,
+        rounding=rounding / norm,
         constraint=constraint,
+        rounding_limit=limit / norm,
     )
+
+
+def rounding_bound(W: Tensor, random: int | None = None) -> float:
+    """How far `W` may be from what it was rounded from, in Frobenius norm.
+
+    One rounding to nearest changes an element by half a spacing at most, and a spacing is at most
+    `ε |w|`. `random` roundings up or down that are right in the mean are independent errors of
+    variance at most a quarter of a squared spacing, so
+
+        E ‖error‖² <= random/4 Σ (ε w)²      with a spread of about      random/4 √(Σ (ε w)⁴)
+
+    of which ten are allowed for.
+    """
+    info = torch.finfo(W.dtype)
+    # Below the smallest normal number the spacing is constant.
+    sizes = W.detach().to(torch.promote_types(W.dtype, torch.float32)).abs().clamp_min(info.tiny)
+    square = float(whole(torch.linalg.vector_norm(sizes))) ** 2
+    if random is None:
+        return info.eps / 2 * math.sqrt(square)
+    fourth = float(whole(torch.linalg.vector_norm(sizes, ord=4))) ** 4
+    return info.eps / 2 * math.sqrt(random * (square + 10 * math.sqrt(fourth)))
 
 
 def _component(D: Tensor, basis: Tensor, protected: bool) -> Tensor:
@@ -195,6 +246,6 @@ def _row_dict(row: LeakRow) -> dict[str, Any]:
 
 
 def severity(row: LeakRow) -> float:
-    """How near a matrix is to its limit, 1 at the limit; infinite where nothing was measured."""
-    value = row.leak / row.limit
-    return math.inf if math.isnan(value) else value
+    """How near a matrix is to its limits, 1 at the limit; infinite where nothing was measured."""
+    values = (row.leak / row.limit, row.rounding / row.rounding_limit)
+    return math.inf if any(map(math.isnan, values)) else max(values)

@@ -13,19 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from sculpt.certificate import LeakRow
+from sculpt.compact import CompactMatrix, follow_together
 from sculpt.config import SculptConfig
 from sculpt.distributed.sharding import local
-from sculpt.matrices import (
-    LOW_PRECISION,
-    CompactMatrix,
-    GradientMatrix,
-    Matrix,
-    UpdateMatrix,
-    follow_together,
-)
+from sculpt.matrices import LOW_PRECISION, Matrix
 from sculpt.notices import SculptWarning
 from sculpt.optimizers import held_by
 from sculpt.originals import Original
+from sculpt.projected import DeltaMatrix, DenseMatrix, Projection
 from sculpt.subspaces import Bases
 from sculpt.targets import Target
 from sculpt_kernels import is_divided
@@ -35,8 +30,9 @@ def make_matrix(target: Target, bases: Bases, original: Original, config: Sculpt
     """Give the weight what it needs to train; the module changes from here on."""
     if config.chosen_engine == "compact":
         return CompactMatrix(target, bases, original, recomputes(config, target))
-    kind = UpdateMatrix if config.chosen_engine == "update" else GradientMatrix
-    return kind(target, bases, original, config.constraint)
+    projection = Projection(bases, config.constraint, config.chosen_engine == "gradient")
+    low = target.parameter.dtype in LOW_PRECISION
+    return (DeltaMatrix if low else DenseMatrix)(target, original, projection)
 
 
 def freeze(
@@ -75,9 +71,10 @@ def place_of_original(config: SculptConfig, target: Target) -> str:
     """`"device"` where each step starts from it and nothing else was asked for."""
     if config.originals != "auto":
         return config.originals
+    low = target.parameter.dtype in LOW_PRECISION
     if config.chosen_engine == "compact":
         return "device" if recomputes(config, target) else "cpu"
-    return "device" if config.chosen_engine == "update" else "cpu"
+    return "device" if config.chosen_engine == "update" or low else "cpu"
 
 
 class Originals:

@@ -8,7 +8,6 @@ plain module at every moment.
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -35,56 +34,67 @@ class Coordinates:
 
     Attributes:
         C: `(..., r, s)`, what trains.
-        U, V: trainable bases; `None` is the identity, on the longer side with full coordinates.
+        U, V: trainable bases; `None` is the identity.
         removed: with full coordinates: basis of what is preserved on the longer side; `C` has
             nothing in its span.
-        folded: the coordinates that are in the weight by now.
+        folded: the coordinates that are in the weight by now; `None` where the weight tells.
         scale: see `sculpt.matrices.scale_of`.
+        changed: called before a layer computes with coordinates or a weight that are not known to
+            belong together; `None` in copies of the model, which nobody keeps up to date.
+        attached: an optimizer keeps them up to date.
+        suspect: values must be compared, whatever their versions say.
+        loaded: `load_state_dict` has put other values into the weight.
     """
 
     C: nn.Parameter
     U: Tensor | None
     V: Tensor | None
     removed: Tensor | None
-    folded: Tensor
+    folded: Tensor | None
     scale: float
-    version: int = 0
-    guarded: bool = True
+    changed: Callable[[], None] | None = None
+    attached: bool = False
+    suspect: bool = False
+    loaded: bool = False
+    seen: tuple[int, int] = (0, 0)
 
-    def __post_init__(self) -> None:
-        self.note_current()
+    def versions(self, weight: Tensor) -> tuple[int, int]:
+        """They count changes; what happens to a divided tensor is not counted."""
+        return (0, 0) if is_divided(self.C) else (self.C._version, weight._version)
 
-    def note_current(self) -> None:
-        """The weight contains the coordinates as they are now."""
-        self.version = self.C._version
+    def note_current(self, weight: Tensor) -> None:
+        """The weight contains the coordinates, as both are now."""
+        self.seen = self.versions(weight)
+        self.suspect = self.loaded = False
 
-    def check_current(self, C: Tensor, name: str) -> None:
-        """Refuse to compute with a weight that has not followed its coordinates.
-
-        Raises:
-            RuntimeError: the coordinates have changed since.
-        """
-        # What happens to a divided tensor, or to a flat buffer that one is part of, is not counted.
+    def is_touched(self, weight: Tensor) -> bool:
+        """Whether one of both may have been written to since `note_current`."""
+        if self.suspect or self.loaded or self.versions(weight) != self.seen:
+            return True
+        # Whoever divides tensors, or puts them into a flat buffer, changes them without counting.
+        C = self.C
         uncounted = is_divided(C) or C.untyped_storage().nbytes() != C.nbytes
-        if not self.guarded or (C._version == self.version and not uncounted):
-            return
-        if not torch.equal(local(C.detach()), local(self.folded)):
-            raise RuntimeError(
-                f"the coordinates of {name!r} have changed but its weight has not followed: a step "
-                "would be lost. Call sculptor.attach(optimizer) before the first step, or "
-                "sculptor.update_weights() after changing coordinates by hand"
-            )
-        self.version = C._version
+        return uncounted and not self.attached and self.has_moved()
+
+    def has_moved(self) -> bool:
+        """Whether the coordinates are not those that are in the weight; True where none tell."""
+        folded = self.folded
+        return folded is None or not torch.equal(local(self.C.detach()), local(folded))
+
+    def check_current(self, weight: Tensor) -> None:
+        """Have it seen to that the weight follows, where it may not have."""
+        if self.changed is not None and self.is_touched(weight):
+            self.changed()
 
     def end(self, weight: Tensor) -> None:
         """Whoever still holds the coordinates of this weight trains nothing from now on."""
+        self.changed = None
         self.C.grad = None
         self.C.sculpt_ended = id(weight)  # type: ignore[attr-defined]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Coordinates:
-        """A copy of the model, an average for instance, goes its own ways: it is not guarded."""
-        C, U, V, removed = deepcopy((self.C, self.U, self.V, self.removed), memo)
-        return Coordinates(C, U, V, removed, self.folded, self.scale, guarded=False)
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model, an average for instance, goes its own ways."""
+        return vars(self) | {"changed": None, "folded": None}
 
 
 def ended_of(parameter: Tensor) -> int | None:
@@ -98,9 +108,10 @@ class Compact(nn.Module):
 
     sculpt: dict[str, Coordinates]
 
-    def sculpt_inputs(self, parameter: str) -> dict[str, Any]:
-        """Bases, scale, and the coordinates whose gradient stays in the allowed set."""
+    def sculpt_inputs(self, parameter: str, *, checked: bool = True) -> dict[str, Any]:
+        """Weight, bases, scale, and the coordinates whose gradient stays in the allowed set."""
         state = self.sculpt[parameter]
+        weight = self._parameters[parameter]
         C: Tensor | None = self._parameters.get(coordinates_name(parameter))
         if C is None:
             raise RuntimeError(
@@ -108,13 +119,25 @@ class Compact(nn.Module):
                 "FullyShardedDataParallel (FSDP1) does, which flattens parameters: call "
                 "torch.distributed.fsdp.fully_shard (FSDP2) on the model, then begin_task()"
             )
-        if not torch.compiler.is_compiling():
-            state.check_current(C, f"{type(self).__name__}.{parameter}")
+        assert weight is not None
+        if checked and not torch.compiler.is_compiling():
+            state.check_current(weight)
         if is_divided(C):
             C = average(C)
         if state.removed is not None:
             C = _Confined.apply(C, state.removed, state.U is None)  # type: ignore[no-untyped-call]
-        return {"U": state.U, "V": state.V, "C": C, "scale": state.scale}
+        return {"W": weight, "U": state.U, "V": state.V, "C": C, "scale": state.scale}
+
+    def sculpt_weight(self, parameter: str, *, checked: bool = True) -> Tensor:
+        """The weight, differentiable in its coordinates."""
+        return compact_weight(**self.sculpt_inputs(parameter, checked=checked))
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:
+            # Averages are swapped in around an evaluation, by ways that count no change.
+            for state in self.sculpt.values():
+                state.suspect = True
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         shapes = (f"{name}: C {tuple(state.C.shape)}" for name, state in self.sculpt.items())
@@ -133,25 +156,119 @@ class Compact(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any
     ) -> None:
+        untouched = []
+        for parameter, state in self.sculpt.items():
+            weight, given = self._parameters[parameter], state_dict.get(prefix + parameter)
+            assert weight is not None
+            same = given is None or (
+                given.shape == weight.shape
+                and torch.equal(local(given).to(weight.device, weight.dtype), local(weight))
+            )
+            state.loaded = state.loaded or not same
+            if same and state.versions(weight) == state.seen:
+                untouched.append((state, weight))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        for state, weight in untouched:
+            state.seen = state.versions(weight)
         for parameter in self.sculpt:
             if prefix + coordinates_name(parameter) in missing:
                 missing.remove(prefix + coordinates_name(parameter))
 
 
+class LiveWeight(Tensor):
+    """A weight that is read past its layer's `forward`: its gradient reaches the coordinates.
+
+    It shares memory with the parameter; `.data` and `.grad` are the parameter's.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    sculpt_parameter: nn.Parameter
+
+    @property
+    def data(self) -> Tensor:
+        return self.sculpt_parameter.data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.sculpt_parameter.data = value
+
+    @property
+    def grad(self) -> Tensor | None:
+        return self.sculpt_parameter.grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.sculpt_parameter.grad = value
+
+
+def _reader(parameter: str) -> property:
+    """An attribute that gives a weight with the gradient of its coordinates, where one is wanted.
+
+    Without gradients it is the parameter itself.
+    """
+
+    def read(self: Compact) -> Tensor:
+        stored = self._parameters.get(parameter)
+        if stored is None:  # Wrappers may have put a tensor there.
+            other: Tensor | None = self.__dict__.get(parameter)
+            if other is None:
+                raise AttributeError(f"{type(self).__name__} has no {parameter}")
+            return other
+        # fully_shard asks for the parameter between computations.
+        if not torch.is_grad_enabled() or is_divided(stored):
+            return stored
+        live: Tensor | None = self.__dict__.get("sculpt_live", {}).get(parameter)
+        if live is not None:
+            return live
+        live = self.sculpt_weight(parameter, checked=False)
+        if torch.compiler.is_compiling() or type(live) is not Tensor:
+            return live
+        live = live.as_subclass(LiveWeight)
+        live.sculpt_parameter = stored
+        return live
+
+    def write(self: Compact, value: Tensor) -> None:
+        self.__dict__[parameter] = value
+
+    def delete(self: Compact) -> None:
+        del self.__dict__[parameter]
+
+    return property(read, write, delete)
+
+
 class CompactLinear(Compact, nn.Linear):
     """`y = x Wᵀ + bias` without a dense weight gradient."""
 
+    weight = _reader("weight")
+
     def forward(self, input: Tensor) -> Tensor:
-        return compact_linear(input, self.weight, self.bias, **self.sculpt_inputs("weight"))
+        return compact_linear(input, bias=self.bias, **self.sculpt_inputs("weight"))
+
+
+class CompactConv1D(Compact):
+    """`y = x W + bias` of GPT-2, which stores its weight `in x out`."""
+
+    bias: Tensor | None
+    weight = _reader("weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = self.sculpt_inputs("weight")
+        return compact_linear(x, bias=self.bias, **inputs | {"W": inputs["W"].mT})
+
+    def sculpt_weight(self, parameter: str, *, checked: bool = True) -> Tensor:
+        inputs = self.sculpt_inputs(parameter, checked=checked)
+        return compact_weight(**inputs | {"W": inputs["W"].mT}).mT
 
 
 class CompactEmbedding(Compact, nn.Embedding):
     """Rows of `W` without a dense table gradient."""
 
+    weight = _reader("weight")
+
     def forward(self, input: Tensor) -> Tensor:
         return compact_embedding(
-            input, self.weight, **self.sculpt_inputs("weight"), padding_idx=self.padding_idx
+            input, padding_idx=self.padding_idx, **self.sculpt_inputs("weight")
         )
 
 
@@ -165,11 +282,6 @@ class CompactOther(Compact):
             return super().forward(*args, **kwargs)
         finally:
             del self.__dict__["sculpt_live"]
-
-    def sculpt_weight(self, parameter: str) -> Tensor:
-        weight = self._parameters[parameter]
-        assert weight is not None
-        return compact_weight(weight, **self.sculpt_inputs(parameter))
 
 
 def install(place: Place, state: Coordinates) -> None:
@@ -198,30 +310,15 @@ def _compact_class(kind: Any, parameter: str) -> Any:
     """The class that `kind` becomes when one of its parameters gets coordinates."""
     # fully_shard puts a class of its own in front of a module's.
     plain = kind.__bases__[-1] if kind.__bases__[0].__name__ == "FSDPModule" else kind
-    for layer, compact in ((nn.Linear, CompactLinear), (nn.Embedding, CompactEmbedding)):
-        if parameter == "weight" and plain is layer:
-            return compact if kind is layer else type(kind.__name__, (compact, kind), {})
+    if parameter == "weight" and plain in (nn.Linear, nn.Embedding):
+        compact = CompactLinear if plain is nn.Linear else CompactEmbedding
+        return compact if kind is plain else type(kind.__name__, (compact, kind), {})
     if parameter == "weight" and plain.__name__ == "Conv1D":
-        return type("CompactConv1D", (Compact, kind), {"forward": _conv1d_forward})
-    reader = {parameter: property(_reader(parameter))}
+        return type("CompactConv1D", (CompactConv1D, kind), {})
+    reader = {parameter: _reader(parameter)}
     if issubclass(kind, CompactOther):
         return type(kind.__name__, (kind,), reader)
     return type(f"Compact{kind.__name__}", (CompactOther, kind), reader)
-
-
-def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
-    return compact_linear(x, self.weight.mT, self.bias, **self.sculpt_inputs("weight"))
-
-
-def _reader(parameter: str) -> Callable[[Any], Tensor]:
-    def read(self: CompactOther) -> Tensor:
-        stored = self._parameters[parameter]
-        if is_divided(stored):  # Asked for by fully_shard, between computations.
-            return stored
-        live = self.__dict__.get("sculpt_live")
-        return self.sculpt_weight(parameter) if live is None else live[parameter]
-
-    return read
 
 
 class _Confined(torch.autograd.Function):

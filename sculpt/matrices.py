@@ -1,27 +1,30 @@
 """One weight during a task: what trains, how the weight follows, what it was, and how it ends.
 
-Three kinds, one for each engine; all see the weight as `(..., out, in)`.
+All kinds see the weight as `(..., out, in)`: see `sculpt.compact` and `sculpt.projected`.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 
-from sculpt.distributed.sharding import as_shard, zeros
-from sculpt.layers import Coordinates, away_from, coordinates_name, install, remove
+from sculpt.distributed.sharding import as_shard, local, whole
 from sculpt.originals import Original
 from sculpt.subspaces import Bases
 from sculpt.targets import Target
-from sculpt_kernels import expand_add_, expand_add_many_, is_divided, project_
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+AVERAGED = 128
+"""Roundings that an average of weights may have gathered."""
 Side = tuple[Tensor, bool]
 """A basis, and whether it spans what is protected (else what is free)."""
+
+
+class WeightChangedError(RuntimeError):
+    """A weight was written to during a task, and the task cannot have made that change."""
 
 
 class Matrix(ABC):
@@ -50,9 +53,9 @@ class Matrix(ABC):
         return self.target.oriented(self.target.parameter.detach())
 
     @property
+    @abstractmethod
     def trained(self) -> nn.Parameter:
         """What the optimizer holds."""
-        return self.target.parameter
 
     def before(self) -> Tensor:
         """`W₀` `(..., m, n)`, on the device of `W` and divided as it is."""
@@ -88,8 +91,42 @@ class Matrix(ABC):
                 "original weights stayed behind. Move it before begin_task() or after end_task()"
             )
 
-    def attached(self) -> None:  # noqa: B027  (coordinates are guarded in the forward)
+    def attached(self) -> None:  # noqa: B027  (not all are guarded until then)
         """From here on an optimizer's steps end with `follow`."""
+
+    def call_on_change(self, changed: Callable[[], None]) -> None:  # noqa: B027
+        """Call `changed` before a layer computes with a weight that may not have followed."""
+
+    @abstractmethod
+    def lacks_a_step(self) -> bool:
+        """Whether a step has moved what trains, and the weight has not followed."""
+
+    def trust(self) -> None:  # noqa: B027  (not all are suspected)
+        """The coordinates have been looked at."""
+
+    def has_changed(self) -> bool:
+        """Whether the task has changed anything of what this process keeps of the weight."""
+        return not torch.equal(local(self.weight), local(self.before()))
+
+    @abstractmethod
+    def is_touched(self) -> bool:
+        """Whether weight or coordinates may have been written to since the last `commit`."""
+
+    @abstractmethod
+    def settle(self, written: bool, thorough: bool) -> bool:
+        """Take up what others wrote into the weight, or into the coordinates.
+
+        Args:
+            written: the weight is known to have been written to.
+            thorough: look at values, whatever versions say.
+
+        Returns:
+            Whether the weight must follow its coordinates.
+
+        Raises:
+            WeightChangedError: the change is none that the task can have made. Nothing has been
+                modified then.
+        """
 
     @abstractmethod
     def follow(self, seed: Tensor) -> None:
@@ -101,242 +138,67 @@ class Matrix(ABC):
     def undo(self, followed: bool) -> None:  # noqa: B027  (the optimizer has moved the weight)
         """Go back to before the step, as far as the weight can; `followed` says if it moved."""
 
+    @abstractmethod
     def truth(self) -> Tensor:
         """What the weight stands for, in float32 or the wider dtype of the weight."""
-        return self.weight
 
     @abstractmethod
     def protected(self) -> tuple[Side, Side]:
         """The left and the right side that must not be touched."""
 
+    def roundings(self) -> int | None:
+        """How many random roundings are in the weight; `None` where it is rounded to nearest."""
+        return None
+
     @abstractmethod
-    def end(self) -> None:
-        """Round the truth into the weight, once; the module is a plain one again."""
+    def end(self, *, undo: bool = False) -> None:
+        """Round the truth into the weight, once, or put `W₀` back; the module is plain again."""
 
+    def _restore(self) -> None:
+        self.weight.copy_(self.before())
 
-def scale_of(weight: Tensor, C: Tensor) -> float:
-    """The factor `√(mn / rs)` between an `m x n` weight and the `r x s` coordinates it moves by.
-
-    A step of an optimizer that normalises its elements (AdamW, Lion) has entries of about its rate
-    `lr`. It moves a dense weight by `lr √(mn)` in Frobenius norm, and `U C Vᵀ` with orthonormal
-    bases by `lr √(rs)`. With this factor both move as far, and gradients are as large.
-    """
-    return math.sqrt(weight.numel() / C.numel())
-
-
-class CompactMatrix(Matrix):
-    """`W = W₀ + scale U C Vᵀ`: coordinates train, the weight follows."""
-
-    def __init__(self, target: Target, bases: Bases, original: Original, recompute: bool) -> None:
-        super().__init__(target, bases, original)
-        self.recompute = recompute
-        weight = self.weight
-        U, V = bases.U, bases.V
-        rows = weight.shape[-2] if U is None else U.shape[-1]
-        columns = weight.shape[-1] if V is None else V.shape[-1]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        C = zeros(weight, (*weight.shape[:-2], rows, columns), dtype)
-        self.state = Coordinates(
-            nn.Parameter(C), U, V, bases.removed, torch.zeros_like(C), scale_of(weight, C)
-        )
-        target.parameter.requires_grad_(False)
-        for place in target.places:
-            install(place, self.state)
-
-    @property
-    def trained(self) -> nn.Parameter:
-        return self.state.C
-
-    def adopt(self, parameter: nn.Parameter) -> None:
-        """Let `parameter`, which others hold already, be the coordinates, with their values."""
-        parameter.data = self.state.C.data
-        self.state.C = parameter
-        for place in self.target.places:
-            place.module._parameters[coordinates_name(place.parameter)] = parameter
-        self.state.note_current()
-
-    def check_in_place(self) -> None:
-        super().check_in_place()
-        if self.state.C.shape != self.state.folded.shape:
-            raise RuntimeError(
-                f"the coordinates of {self.name!r} have lost their shape during the task, as in "
-                "FullyShardedDataParallel (FSDP1), which flattens parameters: call "
-                "torch.distributed.fsdp.fully_shard (FSDP2) on the model, then begin_task()"
-            )
-        if self.state.C.dtype != self.state.folded.dtype:
-            raise RuntimeError(
-                f"the coordinates of {self.name!r} were converted from {self.state.folded.dtype} "
-                f"to {self.state.C.dtype} during the task, as DeepSpeed's bf16 and fp16 do, and "
-                "small steps would be lost: leave these off, and load the model in its dtype"
-            )
-        place = self.target.places[0]
-        if place.module._parameters.get(coordinates_name(place.parameter)) is not self.state.C:
-            raise RuntimeError(
-                f"the coordinates of {self.name!r} were replaced during the task, as fully_shard "
-                "and accelerate do: call fully_shard(model) first, then begin_task()"
-            )
-
-    def follow(self, seed: Tensor) -> None:
-        follow_together([self], [seed])
-
-    def change(self) -> Tensor:
-        """The coordinates that the weight starts anew from `W₀` with, or what it lacks of them."""
-        state, C = self.state, self.state.C.detach()
-        if state.removed is not None:
-            C.copy_(away_from(C, state.removed, state.U is None))
-        return C if self.recompute else C - state.folded
-
-    def write(self, C: Tensor) -> None:
-        """`W ← W₀ + scale U C Vᵀ`, rounded once."""
-        state = self.state
-        expand_add_(self.weight, C, state.U, state.V, alpha=state.scale, base=self.before())
-
-    def commit(self) -> None:
-        self.state.folded.copy_(self.state.C.detach())
-        self.state.note_current()
-
-    def undo(self, followed: bool) -> None:
-        state = self.state
-        if followed and not self.recompute:
-            # Random roundings cannot be taken back: this weight and its coordinates go on together.
-            self.commit()
-            return
-        state.C.detach().copy_(state.folded)
-        state.note_current()
-        if followed:
-            self.write(state.folded)
-
-    def truth(self) -> Tensor:
-        state = self.state
-        dtype = state.C.dtype
-        total = self.before().to(dtype, copy=True)
-        bases = (None if B is None else B.to(dtype) for B in (state.U, state.V))
-        return expand_add_(total, state.C.detach(), *bases, alpha=state.scale)
-
-    def protected(self) -> tuple[Side, Side]:
-        state = self.state
-        sides = []
-        for free in (state.U, state.V):
-            if free is None:
-                assert state.removed is not None
-                sides.append((state.removed, True))
-            else:
-                sides.append((free, False))
-        return sides[0], sides[1]
-
-    def end(self) -> None:
-        self.write(self.state.C.detach())
-        for place in self.target.places:
-            remove(place)
-        self.state.end(self.target.parameter)
-
-
-def follow_together(matrices: Sequence[CompactMatrix], seeds: Sequence[Tensor]) -> None:
-    """Bring weights of one layout up to date, all recomputed or none, in common launches."""
-    recompute = matrices[0].recompute
-    expand_add_many_(
-        [matrix.weight for matrix in matrices],
-        [matrix.change() for matrix in matrices],
-        [matrix.state.U for matrix in matrices],
-        [matrix.state.V for matrix in matrices],
-        alpha=matrices[0].state.scale,
-        rounding="nearest" if recompute else "stochastic",
-        seeds=None if recompute else torch.stack(list(seeds)),
-        bases=[matrix.before() for matrix in matrices] if recompute else None,
-    )
-
-
-class UpdateMatrix(Matrix):
-    """`W = W₀ + P(ΔW)`: the weight trains, and what steps did to it is projected.
-
-    Always from `W₀`, so that the roundings of many steps do not add up. For 16-bit weights the sum
-    of the projected steps is kept in float32 beside them.
-    """
-
-    def __init__(self, target: Target, bases: Bases, original: Original, form: str) -> None:
-        super().__init__(target, bases, original)
-        self.form = form
-        target.parameter.requires_grad_(True)
-        weight = self.weight
-        self.delta: Tensor | None = None
-        if weight.dtype in LOW_PRECISION:
-            self.delta = torch.zeros_like(weight, dtype=torch.float32)
-        self._guarded = True
-        self._version = target.parameter._version
-        self._handle = target.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            self._arrived
+    def refusal(self, outside: float) -> WeightChangedError:
+        change = float(whole(torch.linalg.vector_norm(self.weight - self.before())))
+        return WeightChangedError(
+            f"the weight of {self.name!r} was written to during the task, and this task cannot "
+            f"make that change: {outside / change:.1%} of the change since begin_task() is outside "
+            "of what it may move. Load weights of this task, or go back to those before it with "
+            "sculpt.abandon(model). After steps of an optimizer that was not attached, call "
+            "sculptor.update_weights() first"
         )
 
-    def attached(self) -> None:
-        self._guarded = False
 
-    def commit(self) -> None:
-        self._version = self.target.parameter._version
+class Probe:
+    """The bits of one row of every weight, to tell whether others have written to weights since.
 
-    def _arrived(self, parameter: Tensor) -> None:
-        """A gradient: of a weight that has moved without being projected?"""
-        # What happens to a divided tensor is not counted.
-        if self._guarded and parameter._version != self._version and not is_divided(parameter):
-            raise RuntimeError(
-                f"the weight of {self.name!r} has changed and nothing was projected. Call "
-                "sculptor.attach(optimizer) before the first step, or sculptor.update_weights() "
-                "after changing weights by hand"
-            )
+    Versions tell as well, but not what is written through `.data`.
+    """
 
-    def _project_(self, X: Tensor) -> None:
-        U, V = (None if B is None else B.to(X.dtype) for B in (self.bases.U, self.bases.V))
-        project_(X, U, V, form=self.form, complement=self.bases.complement)
+    def __init__(self, matrices: Collection[Matrix]) -> None:
+        self._matrices = matrices
+        self._bits = _joined(self._rows())
 
-    def follow(self, seed: Tensor) -> None:
-        W, W0 = self.weight, self.before()
-        if self.delta is None:
-            W.sub_(W0)
-            try:
-                self._project_(W)
-            finally:
-                W.add_(W0)
-            return
-        step = W.float() - (W0.float() + self.delta).to(W.dtype).float()
-        self._project_(step)
-        self.delta.add_(step)
-        W.copy_(W0.float() + self.delta)
+    def note(self) -> None:
+        """Weights are as they should be."""
+        self._bits.copy_(_joined(self._rows()))  # In its place, which a CUDA graph remembers.
 
-    def truth(self) -> Tensor:
-        W0 = self.before()
-        if self.delta is not None:
-            return W0.float() + self.delta
-        delta = self.weight - W0
-        self._project_(delta)
-        return W0 + delta
+    def differs(self) -> list[bool]:
+        """For every matrix whether its row is another one than when `note` was called last."""
+        rows = self._rows()
+        if torch.equal(self._bits, _joined(rows)):
+            return [False] * len(rows)
+        noted = torch.split(self._bits, [row.numel() for row in rows])
+        return [not torch.equal(a, b) for a, b in zip(noted, rows, strict=True)]
 
-    def protected(self) -> tuple[Side, Side]:
-        assert self.bases.U is not None
-        assert self.bases.V is not None
-        removed = self.bases.complement == "none"
-        return (self.bases.U, removed), (self.bases.V, removed)
-
-    def end(self) -> None:
-        self._handle.remove()
-        self.weight.copy_(self.truth())
+    def _rows(self) -> list[Tensor]:
+        rows = []
+        for matrix in self._matrices:
+            weight = matrix.target.parameter.detach()
+            middle = weight.shape[-2] // 2
+            row = weight[..., middle : middle + 1, :].contiguous()
+            rows.append(row.view(torch.uint8).flatten())
+        return rows
 
 
-class GradientMatrix(UpdateMatrix):
-    """The paper's engine: gradients are projected as they arrive, and the optimizer leaks."""
-
-    def __init__(self, target: Target, bases: Bases, original: Original, form: str) -> None:
-        super().__init__(target, bases, original, form)
-        self.delta = None
-
-    def _arrived(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        with torch.no_grad():
-            self._project_(self.target.oriented(parameter.grad))
-
-    def follow(self, seed: Tensor) -> None:
-        """Nothing to do: what the optimizer did stands."""
-
-    def truth(self) -> Tensor:
-        return self.weight
-
-    def end(self) -> None:
-        self._handle.remove()
+def _joined(rows: list[Tensor]) -> Tensor:
+    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import whole
 from sculpt.distributed.shares import rounds
 from sculpt.matrices import LOW_PRECISION, Matrix, Side
-from sculpt_kernels import is_divided, split
+from sculpt_kernels import Subspace, is_divided, split
 
 
 def certify(
@@ -52,6 +52,7 @@ class Evidence:
 
     Attributes:
         before, weight: `W₀`, `W` `(..., m, n)`; truth: what `W` stands for, where that is more.
+        roundings: see `rounding_bound`.
         sides: bases of the left and the right side; `None`: to be found again, at rank `preserved`.
     """
 
@@ -59,6 +60,7 @@ class Evidence:
     before: Tensor
     weight: Tensor
     truth: Tensor | None
+    roundings: int | None
     sides: tuple[Side, Side] | None
     preserved: int
 
@@ -66,8 +68,6 @@ class Evidence:
     def of(cls, matrix: Matrix, independent: bool) -> Evidence:
         weight = matrix.weight
         truth = matrix.truth() if weight.dtype in LOW_PRECISION else None
-        if truth is not None and truth.dtype == weight.dtype:
-            truth = None  # The gradient engine has no other truth.
         sides = None
         if not independent:
             (U, of_U), (V, of_V) = matrix.protected()
@@ -77,6 +77,7 @@ class Evidence:
             whole(matrix.before()),
             whole(weight),
             None if truth is None else whole(truth),
+            matrix.roundings(),
             sides,
             matrix.target.preserved,
         )
@@ -88,7 +89,7 @@ def _row(matrix: Evidence, constraint: str) -> LeakRow:
     rows = []
     for at in [...] if weight.ndim == 2 else range(len(weight)):
         if matrix.sides is None:
-            high = split(matrix.before[at].double(), rank=matrix.preserved, part="high")
+            high = _leading(matrix.before[at].double(), matrix.preserved)
             left, right = (high.U, True), (high.V, True)
         else:
             left, right = (
@@ -104,7 +105,16 @@ def _row(matrix: Evidence, constraint: str) -> LeakRow:
                 left,
                 right,
                 stored=None if truth is None else weight[at],
+                roundings=matrix.roundings,
                 constraint=constraint,
             )
         )
     return max(rows, key=severity)
+
+
+def _leading(W: Tensor, preserved: int) -> Subspace:
+    """Leading singular subspaces, of directions that have energy: no others can be found again."""
+    high = split(W, rank=preserved, part="high")
+    energies = (W @ high.V).norm(dim=0)
+    found = energies > max(W.shape) * torch.finfo(W.dtype).eps * W.norm()
+    return replace(high, U=high.U[:, found], V=high.V[:, found])

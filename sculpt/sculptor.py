@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
@@ -20,25 +20,15 @@ from sculpt.accumulate import Learned
 from sculpt.certificate import Certificate
 from sculpt.choice import choose
 from sculpt.config import SculptConfig
-from sculpt.distributed.agreement import check_agreement, check_replicas
+from sculpt.distributed.agreement import check_agreement
 from sculpt.distributed.background import Background, Saving
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, reshard, sharded_modules
-from sculpt.engines import (
-    Originals,
-    check_holds,
-    follow_all,
-    freeze,
-    make_matrix,
-    warn_that_gradients_leak,
-)
-from sculpt.matrices import Matrix
+from sculpt.engines import warn_that_gradients_leak
+from sculpt.notices import SculptWarning
 from sculpt.proof import certify
-from sculpt.standing import Modules, hold, release
-from sculpt.stepping import Attachment
-from sculpt.stray import Watch
-from sculpt.subspaces import Bases
-from sculpt.targets import Target, find_targets
+from sculpt.running import RunningTask
+from sculpt.targets import find_targets
 from sculpt.task import TaskRow, TaskTable
 from sculpt_kernels import Subspace
 
@@ -70,7 +60,6 @@ class Sculptor:
 
     Attributes:
         learned: with `protect="accumulate"`: what tasks have learned, and the room that is left.
-        skipped_steps: steps of this task that were left out, their gradients not being finite.
 
     Raises:
         ValueError: nothing in the model fits the configuration.
@@ -87,14 +76,8 @@ class Sculptor:
         self.model = model
         self.config = config
         self.learned = Learned(config) if config.protect == "accumulate" else None
-        self.skipped_steps = 0
-        self._task: dict[str, Matrix] | None = None
-        self._task_name: str | None = None
-        self._task_id = ""
-        self._requires_grad: dict[nn.Parameter, bool] = {}
-        self._others: dict[str, nn.Parameter] = {}
+        self._task: RunningTask | None = None
         self._group = group
-        self._attached: Attachment | None = None
         self._background = Background()
 
     def begin_task(
@@ -139,50 +122,24 @@ class Sculptor:
             self.model, targets.chosen, self.config, self.learned, calibration,
             dict(subspaces or {}), processes, progress,
         )  # fmt: skip
-        self._start(chosen.targets, chosen.bases, name)
-        rows = [TaskRow.of(m, chosen.importance.get(m.name)) for m in self._running().values()]
+        task = RunningTask(self.model, self.config, chosen.targets, chosen.bases, name, self._group)
+        self._start(task)
+        rows = [TaskRow.of(m, chosen.importance.get(m.name)) for m in task.matrices.values()]
         left_out, seconds = targets.left_out | chosen.full, time.perf_counter() - start
-        return TaskTable(name, rows, left_out, seconds, list(self._others))
+        return TaskTable(name, rows, left_out, seconds, list(task.others))
 
-    def _start(
-        self,
-        targets: list[Target],
-        found: list[Bases],
-        name: str | None,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Freeze the rest and give every target what its engine needs.
-
-        `weights` are those before the task, where it has begun already.
-        """
-        weights = weights or {target.name: target.parameter for target in targets}
-        self._originals = Originals(self.config)
-        originals = [self._originals.keep(target, weights[target.name]) for target in targets]
-        self._requires_grad = {p: p.requires_grad for p in self.model.parameters()}
-        self._others = freeze(self.model, targets, self.config)
-        if self.config.chosen_engine == "gradient":
-            warn_that_gradients_leak()
-        self._sharded = sharded_modules(self.model)
-        self._processes = Processes(self._group, device_of(targets[0].parameter))
-        self._task_name, self._task_id = name, uuid.uuid4().hex
-        self.skipped_steps = 0
-        self._modules = Modules(self.model, {p.path: p.module for t in targets for p in t.places})
-        task = {
-            target.name: make_matrix(target, bases, original, self.config)
-            for target, bases, original in zip(targets, found, originals, strict=True)
-        }
+    def _start(self, task: RunningTask) -> None:
         self._task = task
-        self._watch = Watch(task.values())
-        hold(self.model, [matrix.trained for matrix in task.values()])
-        device = targets[0].parameter.device
-        # A seed is used once: by one matrix in one update of one task.
-        self._seeds = self.config.seed + torch.arange(len(task), device=device) * 2**20
+        task.hold(self.undo_task)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of this task that were left out, their gradients not being finite."""
+        return self._running().skipped_steps
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and what trains: coordinates by module name, then other parameters by theirs."""
-        for name, matrix in self._running().items():
-            yield name, matrix.trained
-        yield from self._others.items()
+        return self._running().named_parameters()
 
     def parameters(self) -> list[nn.Parameter]:
         """All that trains, for any torch optimizer, at the learning rate of dense weights.
@@ -195,51 +152,38 @@ class Sculptor:
     def attach(self, optimizer: Optimizer) -> None:
         """Keep the weights current: from now on each `optimizer.step()` ends by updating them.
 
-        Steps whose gradients are not finite are left out (`SculptConfig.skip_nonfinite`).
+        Steps whose gradients are not finite are left out (`SculptConfig.skip_nonfinite`). What is
+        done to coordinates outside of a step, by averages or by an optimizer that swaps them, the
+        weights follow before the next forward; in a compiled model call `update_weights()`.
 
         Raises:
             RuntimeError: no task is running, or an optimizer is attached.
-            TypeError, ValueError: the optimizer does not hold all coordinates of this task.
+            TypeError, ValueError: the optimizer does not hold all coordinates of this task, or its
+                state is that of another one.
         """
-        if self._attached is not None:
-            raise RuntimeError("an optimizer is attached already; one task takes one optimizer")
-        matrices = self._running().values()
-        check_holds(optimizer, matrices)
-        for matrix in matrices:
-            matrix.attached()
-        self._watch.follow(optimizer)
-        self._attached = Attachment(
-            optimizer,
-            self._modules.check, self.update_weights, self._skipped, self._before_first,
-            skip_nonfinite=self.config.skip_nonfinite, processes=self._processes,
-        )  # fmt: skip
+        self._running().attach(optimizer)
 
-    def _skipped(self) -> int:
-        self.skipped_steps += 1
-        return self.skipped_steps
+    def is_attached(self, optimizer: Optimizer) -> bool:
+        """Whether steps of this optimizer end by updating the weights of the running task."""
+        return self._task is not None and self._task.is_attached(optimizer)
 
-    def _before_first(self, optimizer: Optimizer) -> None:
-        check_holds(optimizer, self._running().values())
-        check_replicas(self._processes, dict(self.named_parameters()))
-
-    @torch.no_grad()
     def update_weights(self) -> None:
         """Bring every weight up to date with its coordinates, as each step does once attached.
 
         Where that fails, for want of memory for instance, coordinates and weights go back to before
         the step; weights that train themselves are projected with the next one.
+
+        Raises:
+            RuntimeError: no task is running.
         """
-        matrices = list(self._running().values())
-        self._watch.driven = True
-        follow_all(matrices, self._seeds)
-        self._seeds += len(matrices) * 2**20
+        self._running().update_weights()
 
     @torch.no_grad()
     def verify(self, *, independent: bool = False, progress: Progress | None = None) -> Certificate:
         """Measure the leak of `ΔW` since `begin_task`, in float64, from the weights before and now.
 
-        float32 and float64 weights are judged as they are; bfloat16 and float16 ones by their
-        float32 truth `W₀ + U C Vᵀ`, with the distance of the stored weights beside it.
+        float32 and float64 weights are judged as they are. bfloat16 and float16 ones are judged by
+        their float32 truth `W₀ + ΔW`, and must be as near to it as rounding allows.
 
         Args:
             independent: decompose the weights before the task afresh in float64 and take their
@@ -249,16 +193,20 @@ class Sculptor:
             progress: called as `progress(done, total, module_name)`.
 
         Raises:
-            RuntimeError: no task is running.
+            RuntimeError: no task is running, or none of its steps has changed anything.
         """
         if independent and self.learned is not None and self.learned.rooms:
             raise ValueError("independent=True cannot find what protect='accumulate' has learned")
+        task = self._running()
+        matrices = list(task.checked().values())
+        task.settle(refuse=False)
+        task.refuse_idle_steps()
         return certify(
-            list(self._running().values()),
+            matrices,
             self.config.constraint,
-            self._task_name,
-            tuple(self._others),
-            self._processes,
+            task.name,
+            tuple(task.others),
+            task.processes,
             independent=independent,
             progress=progress,
         )
@@ -270,24 +218,41 @@ class Sculptor:
         Keys, shapes, dtypes and `requires_grad` flags are those from before the task.
 
         Raises:
-            RuntimeError: no task is running.
+            RuntimeError: no task is running; or none of its steps has changed anything, or a weight
+                was written to in a way that the task cannot have changed it. The task is still
+                running then, and `undo_task` ends it.
         """
-        matrices = self._running()
+        task = self._running()
+        matrices = list(task.checked().values())
+        task.settle(refuse=True)
+        task.refuse_idle_steps()
         if self.config.chosen_engine == "gradient":
             warn_that_gradients_leak(max(self.verify().rows, key=lambda row: row.leak))
         if self.learned is not None:
-            self.learned.add(list(matrices.values()))
-        for matrix in matrices.values():
-            matrix.end()
-        if self._attached is not None:
-            self._attached.end()
-        self._watch.remove()
-        release(self.model)
-        for parameter, flag in self._requires_grad.items():
-            parameter.requires_grad_(flag)
-        self._originals.close()
-        self._requires_grad, self._others = {}, {}
-        self._task = self._task_name = self._attached = None
+            self.learned.add(matrices)
+        task.leave()
+        self._task = None
+
+    @torch.no_grad()
+    def undo_task(self) -> None:
+        """End the task without what it learned: all weights are those from before, bit by bit.
+
+        Parameters that trained outside of the guarantee stay as they are, with a warning.
+
+        Raises:
+            RuntimeError: no task is running.
+        """
+        task = self._running()
+        task.leave(undo=True)
+        self._task = None
+        if task.others:
+            names = list(task.others)
+            warnings.warn(
+                f"{len(names)} parameters that others='train' has trained stay as they are: "
+                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
+                SculptWarning,
+                stacklevel=2,
+            )
 
     def save(self, path: FilePath, *, previous: FilePath | None = None) -> None:
         """Write the running task to a directory: safetensors and JSON, atomically, never pickle.
@@ -306,7 +271,7 @@ class Sculptor:
             Exception: what went wrong with an earlier `save_async`, where nobody has asked it.
         """
         about, parts = self._to_save(previous)
-        parts.write(Path(path), about, self._processes)
+        parts.write(Path(path), about, self._running().processes)
 
     def save_async(self, path: FilePath, *, previous: FilePath | None = None) -> Saving:
         """As `save`, but training goes on as soon as what is written has been copied to the host.
@@ -317,30 +282,32 @@ class Sculptor:
             The save under way: `result()` waits and raises what went wrong.
         """
         about, parts = self._to_save(previous)
-        write = partial(parts.copied(self._processes).write, Path(path), about)
-        return self._background.start(write, self._processes)
+        processes = self._running().processes
+        write = partial(parts.copied(processes).write, Path(path), about)
+        return self._background.start(write, processes)
 
     def _to_save(self, previous: FilePath | None) -> tuple[dict[str, Any], state.Parts]:
-        matrices = list(self._running().values())
+        task = self._running()
+        matrices = list(task.checked().values())
         self._background.settle()
         about = {
             "format": state.FORMAT,
             "config": state.config_to_json(self.config),
-            "id": self._task_id,
-            "task": self._task_name,
-            "skipped_steps": self.skipped_steps,
-            "seed": int(self._seeds[0]),
-            "requires_grad": state.flags_by_name(self.model, self._requires_grad),
-            "matrices": state.describe(matrices, self._processes),
+            "id": task.id,
+            "task": task.name,
+            "skipped_steps": task.skipped_steps,
+            "seed": int(task.seeds[0]),
+            "requires_grad": state.flags_by_name(self.model, task.flags),
+            "matrices": state.describe(matrices, task.processes),
         }
         learned = None if self.learned is None else self.learned.tensors()
         last = None if previous is None else Path(previous)
-        return about, state.Parts.of(matrices, learned, self._task_id, last, self._processes)
+        return about, state.Parts.of(matrices, learned, task.id, last, task.processes)
 
     @property
     def weights_follow(self) -> bool:
         """Whether all weights of the running task follow from what `save` writes."""
-        return all(state.derives_weight(matrix) for matrix in self._running().values())
+        return all(state.derives_weight(matrix) for matrix in self._running().checked().values())
 
     @classmethod
     def load(
@@ -360,31 +327,37 @@ class Sculptor:
                 not fit it. The model has not been changed then, except for an error in its weights.
         """
         about = state.read_about(Path(path))
-        sculptor = cls(model, SculptConfig(**about["config"]), group=group)
-        reshard(sharded_modules(model))
-        known = about["matrices"]
-        targets = state.targets_of(model, sculptor.config, known)
-        processes = Processes(group, device_of(targets[0].parameter))
-        parts = state.read(Path(path), about, targets, processes)
-        found = [state.bases_of(target, known[target.name], parts["task"]) for target in targets]
+        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        # What is frozen is no target, and was none when the task began.
         state.put_flags(model, about["requires_grad"])
+        try:
+            sculptor = cls(model, SculptConfig(**about["config"]), group=group)
+            reshard(sharded_modules(model))
+            known = about["matrices"]
+            targets = state.targets_of(model, sculptor.config, known)
+            processes = Processes(group, device_of(targets[0].parameter))
+            parts = state.read(Path(path), about, targets, processes)
+            found = [
+                state.bases_of(target, known[target.name], parts["task"]) for target in targets
+            ]
+        except BaseException:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+            raise
         weights = {target.name: parts["task"][f"{target.name}/original"] for target in targets}
-        sculptor._start(targets, found, about["task"], weights)
+        task = RunningTask(model, sculptor.config, targets, found, about["task"], group, weights)
+        sculptor._start(task)
         if sculptor.learned is not None:
             sculptor.learned.restore(parts["learned"], processes.device)
-        sculptor._task_id, sculptor.skipped_steps = about["id"], about["skipped_steps"]
-        sculptor._seeds += about["seed"] - int(sculptor._seeds[0])
-        matrices = list(sculptor._running().values())
-        state.resume(matrices, parts["coordinates"])
+        task.id, task.skipped_steps = about["id"], about["skipped_steps"]
+        task.seeds += about["seed"] - int(task.seeds[0])
+        matrices = list(task.checked().values())
+        state.resume(matrices, parts["coordinates"], known)
         state.check_weights(matrices, known, processes)
+        task.note()
         return sculptor
 
-    def _running(self) -> dict[str, Matrix]:
+    def _running(self) -> RunningTask:
         if self._task is None:
             raise RuntimeError("no task is running; call begin_task() first")
-        reshard(self._sharded)
-        self._modules.check()
-        for matrix in self._task.values():
-            matrix.check_in_place()
-            matrix.check_weight()
         return self._task

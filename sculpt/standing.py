@@ -28,11 +28,20 @@ class Standing:
     """Takes the place of a model's `_apply`, which `to`, `half`, `cuda` and the like go through.
 
     It refuses before anything has moved. A copy of the model gets one of the copy's parameters.
+
+    Attributes:
+        undo: ends the task with the weights from before it; `None` in a copy, which has none.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[Tensor], undo: Callable[[], None] | None
+    ) -> None:
         self.model = model
         self.parameters = parameters
+        self.undo = undo
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"undo": None}
 
     def __call__(self, change: Change, recurse: bool = True) -> Any:
         for parameter in self.parameters:
@@ -40,9 +49,9 @@ class Standing:
         return type(self.model)._apply(self.model, change, recurse)  # type: ignore[no-untyped-call]
 
 
-def hold(model: nn.Module, parameters: Sequence[Tensor]) -> None:
-    """From now on the model refuses to move its parameters."""
-    model.__dict__["_apply"] = Standing(model, parameters)
+def hold(model: nn.Module, parameters: Sequence[Tensor], undo: Callable[[], None]) -> None:
+    """From now on the model refuses to move its parameters, and knows how to end its task."""
+    model.__dict__["_apply"] = Standing(model, parameters, undo)
 
 
 def release(model: nn.Module) -> None:
@@ -51,6 +60,27 @@ def release(model: nn.Module) -> None:
 
 def is_held(model: nn.Module) -> bool:
     return isinstance(model.__dict__.get("_apply"), Standing)
+
+
+def abandon(model: nn.Module) -> None:
+    """End the task that is running in `model`; all weights are those from before it, bit by bit.
+
+    For a task whose `Sculptor` is out of reach: after an exception in a Trainer, or in a notebook
+    cell that was run again. A `Sculptor` at hand has `undo_task()`.
+
+    Raises:
+        RuntimeError: no task is running in the model, or the model is a copy of one with a task.
+    """
+    found = [module.__dict__["_apply"] for module in model.modules() if is_held(module)]
+    if not found:
+        raise RuntimeError("no task is running in this model: there is nothing to abandon")
+    if any(standing.undo is None for standing in found):
+        raise RuntimeError(
+            "this model was copied while a task was running, and a copy has no weights from before "
+            "it: load its state_dict() into a model without a task"
+        )
+    for standing in found:
+        standing.undo()
 
 
 class Modules:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sculpt.compact import CoordinateMatrix
 from sculpt.config import SculptConfig
 from sculpt.distributed import saving
 from sculpt.distributed.processes import Processes
@@ -31,7 +32,7 @@ from sculpt.distributed.saving import ABOUT
 from sculpt.distributed.sharding import as_shard, local, whole, zeros
 from sculpt.distributed.shares import rounds
 from sculpt.files import checksum, link, replacing_file, write_json
-from sculpt.matrices import CompactMatrix, Matrix, UpdateMatrix
+from sculpt.matrices import Matrix
 from sculpt.subspaces import Bases
 from sculpt.targets import Target, find_targets
 from sculpt_kernels import is_divided
@@ -209,8 +210,7 @@ def _room(
     stored = targets[name].parameter.detach()
     if part == "original":
         return torch.empty_like(stored)
-    weight = targets[name].oriented(stored)
-    return torch.empty_like(weight, dtype=dtype) if part == "delta" else zeros(weight, shape, dtype)
+    return zeros(targets[name].oriented(stored), shape, dtype)
 
 
 def config_to_json(config: SculptConfig) -> dict[str, Any]:
@@ -234,6 +234,7 @@ def describe(matrices: list[Matrix], processes: Processes) -> dict[str, dict[str
             "energy": matrix.bases.energy,
             "method": matrix.bases.method,
             "weight": checksums.get(matrix.name),
+            "random_roundings": matrix.roundings() or 0,
         }
         for matrix in matrices
     }
@@ -249,11 +250,10 @@ def fixed_tensors(matrix: Matrix) -> dict[str, Tensor]:
 
 
 def moving_tensors(matrix: Matrix) -> dict[str, Tensor]:
-    if isinstance(matrix, CompactMatrix):
-        return {f"{matrix.name}/C": matrix.trained, f"{matrix.name}/folded": matrix.state.folded}
-    if isinstance(matrix, UpdateMatrix) and matrix.delta is not None:
-        return {f"{matrix.name}/delta": matrix.delta}
-    return {}
+    if not isinstance(matrix, CoordinateMatrix):
+        return {}
+    parts = {"C": matrix.trained, "folded": matrix.state.folded}
+    return {f"{matrix.name}/{key}": part for key, part in parts.items() if part is not None}
 
 
 def flags_by_name(model: nn.Module, flags: Mapping[nn.Parameter, bool]) -> dict[str, bool]:
@@ -303,27 +303,20 @@ def bases_of(target: Target, about: Mapping[str, Any], fixed: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def resume(matrices: list[Matrix], moving: Mapping[str, Tensor]) -> None:
+def resume(matrices: list[Matrix], moving: Mapping[str, Tensor], known: Mapping[str, Any]) -> None:
     """Put back what had moved."""
     for matrix in matrices:
-        _resume(matrix, moving)
-
-
-def _resume(matrix: Matrix, moving: Mapping[str, Tensor]) -> None:
-    if isinstance(matrix, CompactMatrix):
-        matrix.state.folded.copy_(moving[f"{matrix.name}/folded"])
-        matrix.trained.copy_(moving[f"{matrix.name}/C"])
-        if matrix.recompute:
-            matrix.write(matrix.state.folded)
-        if torch.equal(local(matrix.trained), local(matrix.state.folded)):
-            matrix.state.note_current()
-    elif isinstance(matrix, UpdateMatrix) and matrix.delta is not None:
-        matrix.delta.copy_(moving[f"{matrix.name}/delta"])
+        if isinstance(matrix, CoordinateMatrix):
+            matrix.resume(
+                moving[f"{matrix.name}/C"],
+                moving.get(f"{matrix.name}/folded"),
+                known[matrix.name]["random_roundings"],
+            )
 
 
 def derives_weight(matrix: Matrix) -> bool:
     """Whether the weight follows from what is saved here."""
-    return isinstance(matrix, CompactMatrix) and matrix.recompute
+    return isinstance(matrix, CoordinateMatrix) and matrix.recompute
 
 
 def weight_checksums(matrices: list[Matrix], processes: Processes) -> dict[str, int]:

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sculpt.distributed.processes import Processes
 from sculpt.nonfinite import drop_nonfinite_gradients, flag_nonfinite_gradients, is_captured
 from sculpt.notices import SculptWarning
+from sculpt.optimizers import check_task
 from sculpt.stray import refuse_idle_steps
 
 
@@ -18,45 +20,64 @@ class Attachment:
     """Hooks around the steps of an optimizer.
 
     Args:
-        check: raises where the task cannot go on; called before every step.
+        check: raises where the task cannot go on; called before every step, and told whether a
+            CUDA graph records it.
         update: brings the weights up to date.
         skipped: called for each step that is left out; returns how many there were.
         first: called before the first step.
+        gradients: called when the first gradients are there.
+        task: marks the state of the optimizer as that of this task.
         skip_nonfinite: leave out steps whose gradients are not finite.
+
+    Attributes:
+        optimizer: the one that steps.
+        steps: how many there were at a rate above zero, those that were left out included.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        check: Callable[[], None],
+        check: Callable[[bool], None],
         update: Callable[[], None],
         skipped: Callable[[], int],
         first: Callable[[Optimizer], None],
+        gradients: Callable[[], None],
         *,
+        task: int,
         skip_nonfinite: bool,
         processes: Processes,
     ) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
+        self.steps = 0
         self._check, self._update, self._skipped, self._first = check, update, skipped, first
+        self._gradients = gradients
+        self._task = task
         self._skip_nonfinite = skip_nonfinite
         self._processes = processes
-        self._stepped = self._left_out = self._flagged = False
+        self._stepped = self._looked = self._left_out = self._flagged = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_load_state_dict_pre_hook(self._loads),
         ]
 
     def end(self) -> None:
         """The task is over."""
         for handle in self._handles:
             handle.remove()
-        self._optimizer.register_step_pre_hook(refuse_idle_steps)
+        self.optimizer.register_step_pre_hook(refuse_idle_steps)
+
+    def _loads(self, optimizer: Optimizer, state: Any) -> None:
+        check_task(state, self._task, loaded=True)
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self._check()
+        self._check(is_captured(optimizer))
         if not self._stepped:
             self._first(optimizer)
         self._stepped = True
+        # A rate on the device is not looked at.
+        rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+        self.steps += not rates or any(isinstance(lr, Tensor) or lr > 0 for lr in rates)
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
             self._left_out = self._drops(optimizer)
@@ -86,6 +107,9 @@ class Attachment:
 
     def _drops(self, optimizer: Optimizer) -> bool:
         """Take gradients away that are not finite; whether that was so."""
+        if not self._looked:
+            self._looked = True
+            self._gradients()
         if not self._skip_nonfinite:
             return False
         if is_captured(optimizer):

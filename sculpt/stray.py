@@ -58,8 +58,7 @@ class Watch:
         # What drives the task may leave steps of others alone that train something else.
         if not (frozen or over) or (self.driven and not is_idle(optimizer)):
             return
-        running = {id(matrix.trained) for matrix in self._matrices}
-        if running.isdisjoint(map(id, held_by(optimizer))):
+        if not self._is_of_task(optimizer):
             what = (
                 "coordinates of a task that has ended"
                 if over
@@ -69,6 +68,29 @@ class Watch:
                 f"this {type(optimizer).__name__} holds {what} and no coordinates of the task that "
                 f"is running, which its steps do not train: {MAKE_ANOTHER}"
             )
+
+    def refuse_unfollowed(self, optimizer: Optimizer) -> None:
+        """Raises:
+        RuntimeError: a step before this one has moved what no weight has followed.
+        """
+        if self.driven or not self._is_of_task(optimizer):
+            return
+        for matrix in self._matrices:
+            if matrix.lacks_a_step():
+                raise RuntimeError(not_followed(matrix.name))
+
+    def _is_of_task(self, optimizer: Optimizer) -> bool:
+        running = {id(matrix.trained) for matrix in self._matrices}
+        return not running.isdisjoint(map(id, held_by(optimizer)))
+
+
+def not_followed(name: str) -> str:
+    """What to do about a step that no weight has followed."""
+    return (
+        f"{name!r} was changed by a step, or by hand, and its weight has not followed: the change "
+        "would be lost. Call sculptor.attach(optimizer) before the first step, or "
+        "sculptor.update_weights() after changing coordinates by hand"
+    )
 
 
 _watches: WeakSet[Watch] = WeakSet()
@@ -83,6 +105,7 @@ def _look_at_all_steps() -> None:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for watch in list(_watches):
         watch.refuse_stray(optimizer)
+        watch.refuse_unfollowed(optimizer)
 
 
 def refuse_idle_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

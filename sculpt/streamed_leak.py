@@ -67,10 +67,12 @@ def streamed_leak(
             W = before(start, stop).double()
             yield W, after(start, stop).double() - W
 
-    S, weight, change = _gram(panels())
-    for which, total in (("before", weight), ("after", change)):
+    S, before_norm, after_norm, change = _gram(panels())
+    for which, total in (("before", before_norm), ("after", after_norm)):
         if not math.isfinite(total):
             raise ValueError(f"{name} holds values that are not finite, {which} training")
+    # The weights before may be zero, as those of new heads are.
+    weight = max(before_norm, after_norm)
     if change == 0:
         return LeakRow(name, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0, constraint)
 
@@ -98,21 +100,22 @@ def streamed_leak(
         right=on_right,
         core=float(torch.linalg.matrix_norm(U.mT @ DV)) / norm,
         floor=unit * math.sqrt(weight) / norm,
-        change=norm / math.sqrt(weight) if weight else math.inf,
+        change=norm / math.sqrt(weight),
         rounding=0.0,
         constraint=constraint,
     )
 
 
-def _gram(panels: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, float, float]:
-    """`W₀W₀ᵀ`, `‖W₀‖²` and `‖D‖²`; no panel is alive when this returns."""
+def _gram(panels: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, float, float, float]:
+    """`W₀W₀ᵀ`, `‖W₀‖²`, `‖W₁‖²` and `‖D‖²`; no panel is alive when this returns."""
     S: Tensor | None = None
-    weight = change = 0.0
+    before = after = change = 0.0
     for W, D in panels:
         if S is None:
             S = W.new_zeros(W.shape[0], W.shape[0])
         S.addmm_(W, W.mT)
-        weight += float(W.square().sum())
+        before += float(W.square().sum())
         change += float(D.square().sum())
+        after += float(D.add_(W).square().sum())
     assert S is not None
-    return S, weight, change
+    return S, before, after, change

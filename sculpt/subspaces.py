@@ -59,8 +59,6 @@ def find_bases(
     weight = target.oriented(target.parameter.detach() if stored is None else stored)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     basis = weight.dtype if config.basis_dtype == "weight" else dtype
-    if config.chosen_engine == "gradient":
-        basis = weight.dtype  # Gradients have the dtype of the weight.
     find = partial(_split_each, target, split, weight, basis)
     m, n = weight.shape[-2:]
     if config.chosen_engine == "compact":

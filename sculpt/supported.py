@@ -46,7 +46,8 @@ def _refuse_running(model: nn.Module) -> None:
         if is_held(module) or "sculpt" in vars(module):
             raise RuntimeError(
                 f"a task is running in {path or 'model'!r} ({type(module).__name__}), or was when "
-                "it was copied: call end_task() of its Sculptor first"
+                "it was copied: call end_task() of its Sculptor first, or sculpt.abandon(model), "
+                "which goes back to the weights before the task"
             )
 
 

@@ -16,15 +16,17 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from sculpt.certificate import Certificate
+from sculpt.compact import CoordinateMatrix
 from sculpt.config import SculptConfig
 from sculpt.distributed import optimizer_state
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, local
 from sculpt.files import write_json
 from sculpt.logs import Loggers, certificate_metrics, task_metrics
-from sculpt.matrices import CompactMatrix
+from sculpt.optimizers import innermost
 from sculpt.sculptor import Sculptor
 from sculpt.state import config_to_json
+from sculpt.supported import refuse_model
 from sculpt.targets import find_targets
 from sculpt.task import TaskRow, TaskTable
 from sculpt_kernels import is_divided
@@ -86,14 +88,16 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Begin the task: the optimizer does not exist yet."""
-        _refuse_what_is_not_supported(args)
+        _refuse_what_is_not_supported(args, more["model"])
         if self.sculptor is not None or self._waiting:
             raise RuntimeError(
                 "this SculptCallback belongs to another Trainer already: make a new one for each"
             )
         # FSDP2 divides the model when training begins, and a task begins on the divided model.
         self._waiting = _fsdp_version(args) is not None
-        if not self._waiting:
+        if self._waiting:
+            refuse_model(more["model"])
+        else:
             self._begin(more["model"])
 
     def _begin(self, model: nn.Module) -> None:
@@ -102,7 +106,9 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         logger.info(str(self.table))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        optimizer = _plain(more["optimizer"])
+        optimizer = innermost(more["optimizer"])
+        if self.sculptor is not None and self.sculptor.is_attached(optimizer):
+            return  # auto_find_batch_size goes on with the same optimizer, from where it is.
         if self._waiting:
             self._begin_divided(args, state, more["model"], optimizer, more["lr_scheduler"])
         if self.sculptor is None:
@@ -184,8 +190,10 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         """Prove, and leave a plain model behind."""
         assert self.sculptor is not None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            # The Trainer has put back the weights; their coordinates are beside them.
-            self._resume(Path(state.best_model_checkpoint) / FOLDER, None)
+            # The Trainer has put back the weights; their coordinates may be beside them.
+            best = Path(state.best_model_checkpoint) / FOLDER
+            if best.is_dir():
+                self._resume(best, None)
             self._certify()
         assert self.certificate is not None
         if not self.certificate.ok:
@@ -196,7 +204,11 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
 
     def _certify(self) -> None:
         assert self.sculptor is not None
-        self.certificate = self.sculptor.verify(independent=self.independent)
+        try:
+            self.certificate = self.sculptor.verify(independent=self.independent)
+        except RuntimeError:
+            self.sculptor.undo_task()  # No step has changed anything.
+            raise
         logger.info(str(self.certificate))
 
     def _resume(self, path: Path, optimizer: Optimizer | None) -> None:
@@ -209,12 +221,12 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         model = self.sculptor.model
         before = dict(self.sculptor.named_parameters())
         weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        self.sculptor.end_task()
+        self.sculptor.undo_task()
         model.load_state_dict(weights)
         self._load(model, path)
         if optimizer is not None:
-            for matrix in self.sculptor._running().values():
-                if isinstance(matrix, CompactMatrix):
+            for matrix in self.sculptor._running().matrices.values():
+                if isinstance(matrix, CoordinateMatrix):
                     matrix.adopt(before[matrix.name])
 
     def _load(self, model: nn.Module, path: Path) -> None:
@@ -237,7 +249,7 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         _check_same_weights(model, weights, path)
         self._saved = path
         if self.table is None:
-            rows = [TaskRow.of(matrix) for matrix in self.sculptor._running().values()]
+            rows = [TaskRow.of(matrix) for matrix in self.sculptor._running().matrices.values()]
             others = [name for name, _ in self.sculptor.named_parameters()][len(rows) :]
             seconds = time.perf_counter() - start
             self.table = TaskTable(self.name, rows, left_out, seconds, others)
@@ -248,7 +260,15 @@ def _settings(config: SculptConfig) -> dict[str, Any]:
     return config_to_json(replace(config, subspace_cache=None))
 
 
-def _refuse_what_is_not_supported(args: Any) -> None:
+def _refuse_what_is_not_supported(args: Any, model: nn.Module) -> None:
+    for name, dtype in (("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16)):
+        weights = (p for p in model.parameters() if p.is_floating_point())
+        if getattr(args, name, False) and any(p.dtype != dtype for p in weights):
+            raise RuntimeError(
+                f"SculptCallback does not work with {name}=True on this model, which the Trainer "
+                f"would leave in {dtype}: the next task would start from rounded weights. Evaluate "
+                f"under autocast, {name[:4]}=True, or load the model in {dtype}"
+            )
     if args.n_gpu > 1:
         raise RuntimeError(
             f"SculptCallback trains on one device in each process; this one has {args.n_gpu} "
@@ -279,12 +299,6 @@ def _fsdp_version(args: Any) -> int | None:
 
 def _processes(model: nn.Module) -> Processes:
     return Processes(None, device_of(next(model.parameters())))
-
-
-def _plain(optimizer: Any) -> Optimizer:
-    """The one that accelerate wraps."""
-    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
 
 
 def _saved_state(args: Any, step: int) -> Path:

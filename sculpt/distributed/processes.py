@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,10 +93,15 @@ class Processes:
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any of them."""
-        flag = torch.tensor(int(here), device=self.device)
-        if self.size > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
-        return bool(flag)
+        return self.any_of([here])[0]
+
+    def any_of(self, here: Sequence[bool]) -> list[bool]:
+        """For each of several questions whether it is so on any of them."""
+        if self.size == 1:
+            return list(here)
+        flags = torch.tensor(here, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, self.group)
+        return [bool(flag) for flag in flags.tolist()]
 
     @contextmanager
     def as_one(self) -> Iterator[bool]:

@@ -226,11 +226,14 @@ def dense_engine(matrix: Matrix, storage: Storage, *, update: bool, form: str) -
     projections = matrix.count * chosen.flops
     original = matrix.elements * storage.weight.itemsize
     on_device = storage.original == "device"
-    # What has been added to 16-bit weights is summed up beside them.
-    summed = 4 * matrix.elements if update and storage.low_precision else 0
-    return plain(matrix, storage) + Cost(
+    dense = plain(matrix, storage)
+    if storage.low_precision:
+        # What trains is the change of 16-bit weights, in float32.
+        change = _trained(matrix, storage, matrix.elements, storage.wide)
+        dense = Cost(**change, forward=dense.forward, backward=dense.backward)
+    return dense + Cost(
         bases=matrix.count * (t if complement else h) * (m + n) * storage.basis.itemsize,
-        copies=summed + (original if on_device else 0),
+        copies=original if on_device else 0,
         host=0 if on_device else original,
         update=projections * (1 if update else storage.micro_batches),
     )

@@ -123,7 +123,7 @@ def inspect_model(
 def _storage(config: SculptConfig, target: Target, setting: Setting) -> Storage:
     """In which dtypes and where everything is; all targets are alike in that."""
     weight = target.parameter.dtype
-    in_weight = config.basis_dtype == "weight" or config.chosen_engine == "gradient"
+    in_weight = config.basis_dtype == "weight"
     return Storage(
         weight=weight,
         basis=weight if in_weight else torch.promote_types(weight, torch.float32),

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from sculpt import Sculptor
-from sculpt.matrices import CompactMatrix
+from sculpt.compact import CoordinateMatrix
 
 LLAMA = {
     "vocab_size": 40,
@@ -47,8 +47,8 @@ EXPERTS = LLAMA | {"num_hidden_layers": 1, "num_experts_per_tok": 2}
 def projected_sgd(sculptor: Sculptor, lr: float) -> torch.optim.Optimizer:
     """Steps that move each weight by `lr` times its projected gradient."""
     groups = []
-    for matrix in sculptor._task.values():
-        scale = matrix.state.scale if isinstance(matrix, CompactMatrix) else 1.0
+    for matrix in sculptor._task.matrices.values():
+        scale = matrix.state.scale if isinstance(matrix, CoordinateMatrix) else 1.0
         groups.append({"params": [matrix.trained], "lr": lr / scale**2})
     return torch.optim.SGD(groups)
 

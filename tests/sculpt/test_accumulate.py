@@ -90,11 +90,12 @@ def test_only_what_holds_the_energy_joins() -> None:
             for index, value in enumerate((4.0, -3.0, 1.0, 1.0)):
                 C[index, 3 - index] = value
         sculptor.update_weights()
-    U = {name: matrix.state.U.clone() for name, matrix in sculptor._task.items()}
+    U = {name: matrix.state.U.clone() for name, matrix in sculptor._task.matrices.items()}
+    scale = {name: matrix.state.scale**2 for name, matrix in sculptor._task.matrices.items()}
     sculptor.end_task()
     for name, room in sculptor.learned.rooms.items():
         assert room.uses == [2]
-        assert room.energies.tolist() == pytest.approx([16.0, 9.0])
+        assert room.energies.tolist() == pytest.approx([16.0 * scale[name], 9.0 * scale[name]])
         # The left singular vectors of C are unit vectors: the first two columns of U.
         assert torch.allclose((U[name][:, :2].mT @ room.U[:, :2]).abs(), torch.eye(2), atol=1e-5)
 

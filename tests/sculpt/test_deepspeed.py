@@ -100,7 +100,7 @@ def test_the_third_stage_is_refused_before_and_during_a_task() -> None:
     with pytest.raises(ValueError, match=r"2\.weight is partitioned by DeepSpeed ZeRO-3"):
         Sculptor(model, SculptConfig(target_modules=["2"])).begin_task()
     model, sculptor, _ = begun()
-    model[2].weight.ds_id = 0
+    model[2]._parameters["weight"].ds_id = 0
     with pytest.raises(RuntimeError, match=r"'2' was partitioned by DeepSpeed ZeRO-3"):
         sculptor.update_weights()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sculpt import SculptConfig, Sculptor, matrices
+from sculpt import SculptConfig, Sculptor, compact, projected
 from tests.sculpt.test_engines import EXACT, fit, inputs, model_of
 
 
@@ -19,14 +19,14 @@ def test_a_failing_fold_leaves_the_weights_as_before_the_step(monkeypatch, faili
     fit(model, optimizer, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     coordinates = [p.detach().clone() for p in sculptor.parameters()]
-    whole, calls = matrices.expand_add_many_, iter(range(100))
+    whole, calls = compact.expand_add_many_, iter(range(100))
 
     def fails(*args, **kwargs):
         if next(calls) == failing:
             raise torch.OutOfMemoryError("no memory left")
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(matrices, "expand_add_many_", fails)
+    monkeypatch.setattr(compact, "expand_add_many_", fails)
     with pytest.raises(torch.OutOfMemoryError):
         fit(model, optimizer, 1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -46,8 +46,8 @@ def test_a_failing_fold_of_16_bit_weights_loses_no_weight_its_coordinates(monkey
     sculptor.attach(optimizer)
     fit(model, optimizer, 3)
     before = [p.detach().clone() for p in sculptor.parameters()]
-    weights = [m.weight.clone() for m in sculptor._task.values()]
-    whole, calls = matrices.expand_add_many_, iter(range(100))
+    weights = [m.weight.clone() for m in sculptor._task.matrices.values()]
+    whole, calls = compact.expand_add_many_, iter(range(100))
 
     def fails(*args, **kwargs):
         if next(calls) == failing:
@@ -55,15 +55,15 @@ def test_a_failing_fold_of_16_bit_weights_loses_no_weight_its_coordinates(monkey
         return whole(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(matrices, "expand_add_many_", fails)
+        patch.setattr(compact, "expand_add_many_", fails)
         with pytest.raises(torch.OutOfMemoryError):
             fit(model, optimizer, 1)
-    for index, matrix in enumerate(sculptor._task.values()):
+    for index, matrix in enumerate(sculptor._task.matrices.values()):
         assert torch.equal(matrix.trained, before[index]) == (index >= failing)
         assert torch.equal(matrix.weight, weights[index]) == (index >= failing)
     fit(model, optimizer, 1)
     assert sculptor.verify().ok
-    for matrix in sculptor._task.values():
+    for matrix in sculptor._task.matrices.values():
         truth = matrix.truth()
         spacing = torch.finfo(torch.bfloat16).eps * truth.abs().clamp_min(2.0**-8)
         # One rounding, of at most one spacing, for each of the steps.
@@ -83,7 +83,7 @@ def test_a_failing_projection_is_made_good_by_the_next_one(monkeypatch, constrai
         raise torch.OutOfMemoryError("no memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(matrices, "project_", fails)
+        patch.setattr(projected, "project_", fails)
         with pytest.raises(torch.OutOfMemoryError):
             fit(model, optimizer, 1)
     sculptor.update_weights()

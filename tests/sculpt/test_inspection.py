@@ -116,7 +116,7 @@ def everything(model: nn.Module, sculptor: Sculptor | None) -> list[Tensor]:
     if sculptor is None:  # PEFT keeps what it froze in buffers.
         holders += [module._buffers for name, module in model.named_modules() if "_osf" in name]
     else:
-        for matrix in sculptor._task.values():
+        for matrix in sculptor._task.matrices.values():
             holders += [vars(matrix), vars(matrix.original), vars(matrix.bases)]
             holders += [vars(getattr(matrix, "state", matrix))]
     return [v for holder in holders for v in holder.values() if isinstance(v, Tensor)]

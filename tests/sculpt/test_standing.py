@@ -73,12 +73,13 @@ def test_weights_that_went_elsewhere_by_themselves_are_found(engine):
     optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
     sculptor.attach(optimizer)
     model(torch.randn(3, 12)).square().mean().backward()
-    weight = model[1].weight
+    weight = model[1]._parameters["weight"]
     weight.requires_grad_(False)
-    model[1].weight.data = weight.data.half()
+    values = weight.data
+    model[1].weight.data = values.half()
     with pytest.raises(RuntimeError, match=r"'1' was torch.float32 on cpu .* torch.float16 on cpu"):
         sculptor.verify()
-    model[1].weight.data = weight.data.float()
+    model[1].weight.data = values
     model[1].weight = nn.Parameter(torch.zeros(20, 12), requires_grad=False)
     with pytest.raises(RuntimeError, match="weight of '1' was replaced"):
         sculptor.end_task()
@@ -129,7 +130,7 @@ def test_a_replaced_module_is_found_before_the_step(engine):
         for call in (lambda: steps(model, optimizer), sculptor.verify, sculptor.end_task):
             with pytest.raises(RuntimeError, match=message):
                 call()
-        for parameter, was in zip(sculptor._task.values(), coordinates, strict=True):
+        for parameter, was in zip(sculptor._task.matrices.values(), coordinates, strict=True):
             assert torch.equal(parameter.trained.detach(), was)
         body[3] = trained
         model.forward = forward

@@ -183,8 +183,38 @@ def test_an_interrupted_save_leaves_the_one_before_it(tmp_path, monkeypatch, sav
     monkeypatch.setattr(state, "_save", write)
     fresh = model_of()
     loaded = Sculptor.load(fresh, tmp_path)
-    assert loaded._task_name == "first"
+    assert loaded._task.name == "first"
     assert not loaded.learned.rooms
     assert all(torch.equal(value, saved[name]) for name, value in fresh.state_dict().items())
     loaded.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 4, "what was left over is taken away"
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_task_is_taken_up_whatever_is_frozen_now(tmp_path, flag):
+    whole = model_of(torch.float32)
+    whole[4].requires_grad_(False)
+    flags = [p.requires_grad for p in whole.parameters()]
+    sculptor = Sculptor(whole, SculptConfig())
+    trained = [row.name for row in sculptor.begin_task().rows]
+    assert "4" not in trained
+    optimizer = torch.optim.SGD(sculptor.parameters(), lr=1e-3)
+    sculptor.attach(optimizer)
+    fit(whole, optimizer, 2)
+    sculptor.save(tmp_path)
+    again = model_of(torch.float32).requires_grad_(flag)
+    again.load_state_dict(whole.state_dict())
+    (file,) = tmp_path.glob("task-*")
+    file.rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match="is incomplete"):
+        Sculptor.load(again, tmp_path)
+    (tmp_path / "aside").rename(file)
+    assert all(p.requires_grad == flag for p in again.parameters())
+    resumed = Sculptor.load(again, tmp_path)
+    assert [name for name, _ in resumed.named_parameters()] == trained
+    resumed.end_task()
+    sculptor.end_task()
+    assert [p.requires_grad for p in again.parameters()] == flags
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True)
+    )

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sculpt import SculptConfig, Sculptor, engines
+from sculpt.running import RunningTask
 from sculpt.subspaces import Bases
 from sculpt.targets import find_targets
 
@@ -68,14 +69,14 @@ class Captured:
             for name, parameter in list(module._parameters.items()):
                 module._parameters[name] = nn.Parameter(on_device(*parameter.shape, dtype=dtype))
         with FAKE:
-            self.sculptor._start(targets, [self.bases_of(t, config) for t in targets], None)
+            bases = [self.bases_of(target, config) for target in targets]
+            self.sculptor._start(RunningTask(self.model, config, targets, bases, None, None))
 
     def bases_of(self, target, config) -> Bases:
         (m, n), t = target.shape, target.trainable_rank
-        weight, wide = target.parameter.dtype, torch.float32
+        wide = torch.float32
         if config.chosen_engine != "compact":
-            basis = weight if config.chosen_engine == "gradient" else wide
-            U, V = (on_device(size, min(m, n) - t, dtype=basis) for size in (m, n))
+            U, V = (on_device(size, min(m, n) - t, dtype=wide) for size in (m, n))
             return Bases(U, V, None, "none", 1.0, "given")
         U, V = (on_device(size, t, dtype=wide) for size in (m, n))
         if config.coordinates == "thin" or m == n:

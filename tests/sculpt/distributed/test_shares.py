@@ -39,7 +39,7 @@ def bases(config):
     assert [done for done, _, _ in seen] == list(range(1, len(table.rows) + 1))
     assert {name for _, _, name in seen} == {row.name for row in table.rows}
     parts = []
-    for matrix in sculptor._task.values():
+    for matrix in sculptor._task.matrices.values():
         parts += [matrix.bases.U, matrix.bases.V, matrix.bases.removed, matrix.bases.energy]
     return parts
 

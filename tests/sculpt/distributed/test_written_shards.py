@@ -1,0 +1,130 @@
+"""What is loaded into a divided model during a task is taken up, or refused, on every process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from launch import launch
+from tasks import batch, network, share
+from test_shards import by_columns, divided, whole
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    set_model_state_dict,
+)
+
+from sculpt import SculptConfig, Sculptor, abandon
+from sculpt.certificate import rounding_bound
+from sculpt.matrices import WeightChangedError
+
+CASES: dict[str, tuple[torch.dtype, dict[str, Any], dict[str, Any]]] = {
+    "compact": (torch.float32, {}, {}),
+    "all coordinates": (torch.float32, {"coordinates": "full"}, {}),
+    "columns": (torch.float32, {}, {"shard_placement_fn": by_columns}),
+    "columns, all coordinates": (
+        torch.float32,
+        {"coordinates": "full"},
+        {"shard_placement_fn": by_columns},
+    ),
+    "update": (torch.float32, {"engine": "update"}, {}),
+    "bf16": (torch.bfloat16, {"weight_update": "recompute"}, {}),
+    "bf16, core": (torch.bfloat16, {"constraint": "core"}, {}),
+}
+
+
+def by_distributed_checkpoint(model: nn.Module, best: dict[str, torch.Tensor]) -> None:
+    set_model_state_dict(model, best)
+
+
+def by_state_dict(model: nn.Module, best: dict[str, torch.Tensor]) -> None:
+    model.load_state_dict(best)
+
+
+def in_place(model: nn.Module, best: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in best:
+                weight.copy_(best[name])
+
+
+WRITERS = (by_distributed_checkpoint, by_state_dict, in_place)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, count: int) -> None:
+    dtype = next(model.parameters()).dtype
+    for step in range(first, first + count):
+        x, y = (share(part).to(dtype) for part in batch(0, step))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x).float(), y.float()).backward()
+        optimizer.step()
+
+
+def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """In roundings of the weights."""
+    return max(float((a[n].double() - b[n].double()).norm()) / rounding_bound(a[n]) for n in a)
+
+
+def kept(names):
+    """For each case and way: how far the kept weights are from the best and from the last ones."""
+    found = {}
+    for name in names:
+        dtype, options, sharding = CASES[name]
+        for write in WRITERS:
+            model = divided(dtype=dtype, **sharding)
+            sculptor = Sculptor(model, SculptConfig(**options))
+            sculptor.begin_task()
+            optimizer = torch.optim.AdamW(sculptor.parameters(), lr=3e-3)
+            sculptor.attach(optimizer)
+            steps(model, optimizer, 0, 4)
+            best = {n: v.clone() for n, v in get_model_state_dict(model).items()}
+            steps(model, optimizer, 4, 4)
+            last = whole(model.state_dict())
+            write(model, best)
+            assert sculptor.verify().ok, str(sculptor.verify())
+            sculptor.end_task()
+            after, wanted = whole(model.state_dict()), whole(best)
+            matrices = {n: v for n, v in after.items() if v.ndim == 2}
+            found[name, write.__name__] = far(matrices, wanted), far(matrices, last)
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_best_weights_are_kept(size, tmp_path):
+    names = list(CASES) if size == 2 else ["compact", "all coordinates"]
+    for found in launch(size, kept, tmp_path, names):
+        assert len(found) == len(names) * len(WRITERS)
+        for case, (from_best, from_last) in found.items():
+            assert from_best < 2, case
+            assert from_last > 8, case
+
+
+def refused_and_undone():
+    said = []
+    for name in ("compact", "update", "bf16, core"):
+        dtype, options, sharding = CASES[name]
+        model = divided(dtype=dtype, **sharding)
+        before = whole(model.state_dict())
+        sculptor = Sculptor(model, SculptConfig(**options))
+        sculptor.begin_task()
+        optimizer = torch.optim.AdamW(sculptor.parameters(), lr=3e-3)
+        sculptor.attach(optimizer)
+        steps(model, optimizer, 0, 2)
+        other = {n: v + 0.1 for n, v in get_model_state_dict(model).items()}
+        set_model_state_dict(model, other)
+        assert not sculptor.verify().ok
+        with pytest.raises(WeightChangedError) as refusal:
+            sculptor.end_task()
+        said.append(str(refusal.value))
+        abandon(model)
+        after = whole(model.state_dict())
+        names = [n for n, v in before.items() if v.ndim == 2]
+        assert all(torch.equal(after[n], before[n]) for n in names)
+        assert type(network()[0]) in type(model[0]).__mro__
+    return said
+
+
+def test_other_weights_are_refused_and_the_task_can_be_undone(tmp_path):
+    for said in launch(2, refused_and_undone, tmp_path):
+        assert all("was written to during the task" in text for text in said)
