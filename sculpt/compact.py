@@ -43,6 +43,7 @@ class CoordinateMatrix(Matrix):
         self.state = state
         self.recompute = recompute
         self.random_roundings = 0
+        self._shape, self._wide = state.C.shape, state.C.dtype
         target.parameter.requires_grad_(False)
         for place in target.places:
             install(place, state)
@@ -77,16 +78,15 @@ class CoordinateMatrix(Matrix):
 
     def check_in_place(self) -> None:
         super().check_in_place()
-        if self.state.C.shape != self.shape:
+        if self.state.C.shape != self._shape:
             raise RuntimeError(
                 f"the coordinates of {self.name!r} have lost their shape during the task, as in "
                 "FullyShardedDataParallel (FSDP1), which flattens parameters: call "
                 "torch.distributed.fsdp.fully_shard (FSDP2) on the model, then begin_task()"
             )
-        wide = torch.promote_types(self._dtype, torch.float32)
-        if self.state.C.dtype != wide:
+        if self.state.C.dtype != self._wide:
             raise RuntimeError(
-                f"the coordinates of {self.name!r} were converted from {wide} to "
+                f"the coordinates of {self.name!r} were converted from {self._wide} to "
                 f"{self.state.C.dtype} during the task, as DeepSpeed's bf16 and fp16 do, and small "
                 "steps would be lost: leave these off, and load the model in its dtype"
             )
@@ -96,14 +96,6 @@ class CoordinateMatrix(Matrix):
                 f"the coordinates of {self.name!r} were replaced during the task, as fully_shard "
                 "and accelerate do: call fully_shard(model) first, then begin_task()"
             )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the coordinates."""
-        weight, state = self.weight, self.state
-        rows = weight.shape[-2] if state.U is None else state.U.shape[-1]
-        columns = weight.shape[-1] if state.V is None else state.V.shape[-1]
-        return (*weight.shape[:-2], rows, columns)
 
     def attached(self) -> None:
         self.state.attached = True

@@ -175,30 +175,40 @@ class Probe:
     """
 
     def __init__(self, matrices: Collection[Matrix]) -> None:
-        self._matrices = matrices
-        self._bits = _joined(self._rows())
+        self._weights = [matrix.target.parameter for matrix in matrices]
+        self._places: list[int] = []
+        self.note()
 
     def note(self) -> None:
         """Weights are as they should be."""
-        self._bits.copy_(_joined(self._rows()))  # In its place, which a CUDA graph remembers.
+        places = self._where()
+        if places != self._places:
+            self._places, self._rows = places, [_row_of(weight) for weight in self._weights]
+            self._bits = torch.cat(self._rows)
+        elif places:
+            torch.cat(self._rows, out=self._bits)  # In its place, which a CUDA graph remembers.
 
     def differs(self) -> list[bool]:
-        """For every matrix whether its row is another one than when `note` was called last."""
-        rows = self._rows()
-        if torch.equal(self._bits, _joined(rows)):
-            return [False] * len(rows)
-        noted = torch.split(self._bits, [row.numel() for row in rows])
-        return [not torch.equal(a, b) for a, b in zip(noted, rows, strict=True)]
+        """For every matrix whether it is elsewhere, or its row another one, than at `note`."""
+        places = self._where()
+        if not places or (
+            places == self._places and torch.equal(torch.cat(self._rows), self._bits)
+        ):
+            return [False] * len(places)
+        noted = torch.split(self._bits, [row.numel() for row in self._rows])
+        rows = [_row_of(weight) for weight in self._weights]
+        return [
+            was != now or not torch.equal(bits, row)
+            for was, now, bits, row in zip(self._places, places, noted, rows, strict=True)
+        ]
 
-    def _rows(self) -> list[Tensor]:
-        rows = []
-        for matrix in self._matrices:
-            weight = matrix.target.parameter.detach()
-            middle = weight.shape[-2] // 2
-            row = weight[..., middle : middle + 1, :].contiguous()
-            rows.append(row.view(torch.uint8).flatten())
-        return rows
+    def _where(self) -> list[int]:
+        return [weight.data_ptr() for weight in self._weights]
 
 
-def _joined(rows: list[Tensor]) -> Tensor:
-    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8)
+def _row_of(weight: Tensor) -> Tensor:
+    """The bits of a row in the middle, or of a column where these are in order; a view."""
+    matrix = weight.detach().flatten(0, -3)[0] if weight.ndim > 2 else weight.detach()
+    matrix = matrix if matrix.stride(-1) == 1 else matrix.mT
+    row = matrix[len(matrix) // 2]
+    return (row if row.stride(0) == 1 else row[:1]).view(torch.uint8)
