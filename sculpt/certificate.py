@@ -13,6 +13,7 @@ from sculpt.distributed.sharding import whole
 from sculpt.tables import text_table
 
 EXACT = 1e-6
+STORED = "stored"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class LeakRow:
             the weights leaves; no method can be relied on to do better than this.
         change: `‖ΔW‖ / ‖W‖`.
         rounding: for bfloat16 and float16, distance of the stored weights from the float32 truth
-            `W₀ + ΔW` over `‖ΔW‖`; 0 otherwise, where the weights themselves are judged.
+            `W₀ + ΔW` over `‖ΔW‖`, or where that is not known from what is allowed; 0 otherwise,
+            where the weights themselves are judged.
         constraint: which one is judged.
         rounding_limit: the distance that rounding explains, see `rounding_bound`.
     """
@@ -64,7 +66,8 @@ class Certificate:
         rows: one per matrix.
         task: name of the task, if it has one.
         protected: what was taken for the protected subspace: "complement" (all outside the
-            trainable one) or "recomputed" (a fresh decomposition of the weights before the task).
+            trainable one), "recomputed" (a fresh decomposition of the weights before the task), or
+            "stored" (the same, from files, where nothing but rounded weights is known).
         unprotected: parameters that were trained outside of the guarantee.
     """
 
@@ -124,10 +127,13 @@ class Certificate:
         rounded = [row for row in self.rows if math.isfinite(row.rounding_limit)]
         if rounded:
             far = max(rounded, key=lambda row: row.rounding / row.rounding_limit)
-            header += (
-                "\nThis is the leak of the float32 weights W₀ + ΔW. The stored 16-bit ones are at "
-                f"most {far.rounding / far.rounding_limit:.2f} of the distance from them that "
-                f"rounding explains ({far.name})."
+            share = f"{far.rounding / far.rounding_limit:.2f}"
+            header += "\n" + (
+                "These are 16-bit weights: at most "
+                f"{share} of what rounding explains lies outside of what may change ({far.name})."
+                if self.protected == STORED
+                else "This is the leak of the float32 weights W₀ + ΔW. The stored 16-bit ones are "
+                f"at most {share} of the distance from them that rounding explains ({far.name})."
             )
         if self.unmoved:
             header += (
@@ -213,22 +219,29 @@ def measure(
 def rounding_bound(W: Tensor, random: int | None = None) -> float:
     """How far `W` may be from what it was rounded from, in Frobenius norm.
 
-    One rounding to nearest changes an element by half a spacing at most, and a spacing is at most
-    `ε |w|`. `random` roundings up or down that are right in the mean are independent errors of
-    variance at most a quarter of a squared spacing, so
+    One rounding to nearest changes an element by half the spacing `s` of numbers there at most.
+    `random` roundings up or down that are right in the mean are independent errors of variance at
+    most `s²/4`, so
 
-        E ‖error‖² <= random/4 Σ (ε w)²      with a spread of about      random/4 √(Σ (ε w)⁴)
+        E ‖error‖² <= random/4 Σ s²      with a spread of about      random/4 √(Σ s⁴)
 
     of which ten are allowed for.
     """
-    info = torch.finfo(W.dtype)
-    # Below the smallest normal number the spacing is constant.
-    sizes = W.detach().to(torch.promote_types(W.dtype, torch.float32)).abs().clamp_min(info.tiny)
+    sizes = spacing(W.detach(), W.dtype)
     square = float(whole(torch.linalg.vector_norm(sizes))) ** 2
     if random is None:
-        return info.eps / 2 * math.sqrt(square)
+        return math.sqrt(square) / 2
     fourth = float(whole(torch.linalg.vector_norm(sizes, ord=4))) ** 4
-    return info.eps / 2 * math.sqrt(random * (square + 10 * math.sqrt(fourth)))
+    return math.sqrt(random * (square + 10 * math.sqrt(fourth))) / 2
+
+
+def spacing(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance to the next larger number of `dtype`, for every element of `W`, at least float32."""
+    info = torch.finfo(dtype)
+    sizes = W.to(torch.promote_types(W.dtype, torch.float32)).abs()
+    # Below the smallest normal number the spacing is constant.
+    exponent = torch.frexp(sizes.clamp_min(info.tiny)).exponent
+    return torch.ldexp(torch.full_like(sizes, info.eps / 2), exponent)
 
 
 def _component(D: Tensor, basis: Tensor, protected: bool) -> Tensor:

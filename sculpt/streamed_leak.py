@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sculpt.certificate import LeakRow
+from sculpt.certificate import LeakRow, spacing
 
 PANEL_BYTES = 24 * 2**20
 
@@ -40,7 +40,7 @@ def streamed_leak(
     after: Panel,
     *,
     turned: bool = False,
-    unit: float,
+    dtype: torch.dtype,
     constraint: str = "strict",
 ) -> LeakRow:
     """Leak of `after - before` into the leading `preserved` singular directions of `before`.
@@ -52,7 +52,7 @@ def streamed_leak(
         shape: `(m, n)` with `m <= n`.
         before, after: give the panels.
         turned: the matrix on disk is the transpose; left and right are then those on disk.
-        unit: unit roundoff of the weights after, for the rounding floor.
+        dtype: of the weights after; 16-bit ones may lie outside by what rounding explains.
         constraint: which one is judged.
 
     Raises:
@@ -67,7 +67,7 @@ def streamed_leak(
             W = before(start, stop).double()
             yield W, after(start, stop).double() - W
 
-    S, before_norm, after_norm, change = _gram(panels())
+    S, before_norm, after_norm, change, spaced = _gram(panels(), dtype)
     for which, total in (("before", before_norm), ("after", after_norm)):
         if not math.isfinite(total):
             raise ValueError(f"{name} holds values that are not finite, {which} training")
@@ -94,22 +94,32 @@ def streamed_leak(
         float(torch.linalg.matrix_norm(DV)) / norm,
     ]
     on_left, on_right = reversed(shares) if turned else shares
+    core = float(torch.linalg.matrix_norm(U.mT @ DV)) / norm
+    rounded = dtype.itemsize < 4
+    # What lies on both sides counts once.
+    outside = core if constraint == "core" else math.sqrt(sum(x**2 for x in shares) - core**2)
     return LeakRow(
         name,
         left=on_left,
         right=on_right,
-        core=float(torch.linalg.matrix_norm(U.mT @ DV)) / norm,
-        floor=unit * math.sqrt(weight) / norm,
+        core=core,
+        floor=torch.finfo(dtype).eps / 2 * math.sqrt(weight) / norm,
         change=norm / math.sqrt(weight),
-        rounding=0.0,
+        rounding=outside if rounded else 0.0,
         constraint=constraint,
+        rounding_limit=math.sqrt(spaced) / 2 / norm if rounded else math.inf,
     )
 
 
-def _gram(panels: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, float, float, float]:
-    """`W₀W₀ᵀ`, `‖W₀‖²`, `‖W₁‖²` and `‖D‖²`; no panel is alive when this returns."""
+def _gram(
+    panels: Iterator[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> tuple[Tensor, float, float, float, float]:
+    """`W₀W₀ᵀ`, `‖W₀‖²`, `‖W₁‖²`, `‖D‖²`, and the squared spacing of numbers at all of `W₁`.
+
+    No panel is alive when this returns.
+    """
     S: Tensor | None = None
-    before = after = change = 0.0
+    before = after = change = spaced = 0.0
     for W, D in panels:
         if S is None:
             S = W.new_zeros(W.shape[0], W.shape[0])
@@ -117,5 +127,6 @@ def _gram(panels: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, float, float
         before += float(W.square().sum())
         change += float(D.square().sum())
         after += float(D.add_(W).square().sum())
+        spaced += float(spacing(D, dtype).square().sum())
     assert S is not None
-    return S, before, after, change
+    return S, before, after, change, spaced

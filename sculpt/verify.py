@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt.certificate import Certificate, LeakRow
+from sculpt.certificate import STORED, Certificate, LeakRow
 from sculpt.config import SculptConfig
 from sculpt.memory import available_memory_bytes
 from sculpt.patterns import (
@@ -88,7 +88,22 @@ class DiskCertificate:
         if not self.moved and not self.free and not any(row.change for row in rows):
             same = len(rows) + self.compared
             return f"Nothing changed: all {same} tensors are the same, bit by bit."
-        lines = [str(self.certificate)]
+        verdict = "is BROKEN" if self.broken else "is NOT TOLD" if self.hidden else "holds"
+        lines = [self.certificate.header(verdict)]
+        if self.broken:
+            lines.append(
+                "Each task keeps it by itself: with more than one in between, compare the "
+                "checkpoint after each with the one before it. 16-bit weights are rounded once at "
+                "the end of a task, and in each step until then."
+            )
+        if self.hidden:
+            lines.append(
+                f"For {len(self.hidden)} of {len(rows)} matrices any change would pass: theirs is "
+                f"no larger than the rounding of their dtype ({_some(self.hidden)}). The "
+                "certificate made during training judges the float32 truth; save float32 weights "
+                "to have one from disk."
+            )
+        lines.append(self.certificate.table())
         if self.moved:
             lines.append(
                 f"{len(self.moved)} of {self.compared} other tensors changed, and none may: "
@@ -98,13 +113,6 @@ class DiskCertificate:
             lines.append(f"The {self.compared} other tensors are what they were, bit by bit.")
         if self.free:
             lines.append(f"{len(self.free)} tensors train without a constraint: {_some(self.free)}")
-        if self.hidden:
-            lines.append(
-                f"NOT TOLD for {len(self.hidden)} matrices: their change is no larger than the "
-                f"rounding of their dtype, so that any change would pass ({_some(self.hidden)}). "
-                "The certificate made during training judges the float32 truth; save float32 "
-                "weights to have one from disk."
-            )
         return "\n".join(lines)
 
 
@@ -144,7 +152,7 @@ def verify_checkpoints(
             m, n = old.tensors[name].shape[-2:]
             core = config.constraint == "core"
             blind = math.sqrt(preserved**2 / (m * n) if core else preserved / min(m, n)) / 2
-            if row.change > 0 and row.limit >= blind:
+            if row.change > 0 and min(row.limit, row.rounding_limit) >= blind:
                 hidden.append(row.name)
         if progress is not None:
             progress(done, total, name)
@@ -153,7 +161,7 @@ def verify_checkpoints(
             (free if config.others == "train" else moved).append(name)
         if progress is not None:
             progress(done, total, name)
-    certificate = Certificate(rows, None, "recomputed")
+    certificate = Certificate(rows, None, STORED)
     return DiskCertificate(certificate, hidden, moved, free, len(plan.others))
 
 
@@ -275,7 +283,6 @@ def _rows(
         return
     m, n = stored.shape[-2:]
     turned = m > n
-    unit = torch.finfo(new.tensors[name].dtype).eps / 2
 
     def panel(weights: StoredWeights, lead: tuple[int, ...]) -> Panel:
         def read(start: int, stop: int) -> Tensor:
@@ -297,7 +304,7 @@ def _rows(
             panel(old, lead),
             panel(new, lead),
             turned=turned,
-            unit=unit,
+            dtype=new.tensors[name].dtype,
             constraint=constraint,
         )
 

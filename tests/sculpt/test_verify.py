@@ -204,7 +204,42 @@ def test_rounding_that_hides_everything_is_said(trained, tmp_path, size, told):
     assert not found.broken
     assert found.ok is told
     assert bool(found.hidden) is not told
-    assert ("NOT TOLD" in str(found)) is not told
+    verdict = str(found).splitlines()[0]
+    assert ("The constraint is NOT TOLD for 15 matrices" in verdict) is not told
+    assert ("The constraint holds for 15 matrices" in verdict) is told
+    assert ("any change would pass" in str(found)) is not told
+    rounded = [row for row in found.certificate.rows if row.change > 0]
+    # Roundings are spread evenly over a spacing: 0.58 of the most that they can be.
+    assert all(0.4 < row.rounding / row.rounding_limit < 0.7 for row in rounded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_two_tasks_later_is_broken_with_a_hint(dtype, tmp_path):
+    model = tiny_model().to(dtype)
+    model.save_pretrained(tmp_path / "0")
+    sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=RATIO))
+    for task in (1, 2):
+        train(model, sculptor)
+        sculptor.end_task()
+        model.save_pretrained(tmp_path / str(task))
+    for first, last in ((0, 1), (1, 2)):
+        assert not verify(tmp_path / str(first), tmp_path / str(last)).broken
+    both = verify(tmp_path / "0", tmp_path / "2")
+    assert both.broken
+    assert "with more than one in between, compare the checkpoint after each" in str(both)
+
+
+def test_a_little_noise_on_16_bit_weights_breaks_the_certificate(trained, tmp_path):
+    before, after = (load_all(path) for path in trained[:2])
+    halves = [{n: t.bfloat16() for n, t in weights.items()} for weights in (before, after)]
+    name = "model.layers.0.mlp.up_proj.weight"
+    noise = torch.randn(halves[1][name].shape, generator=torch.Generator().manual_seed(0))
+    clean = edited(trained[0], tmp_path / "before", **halves[0])
+    assert not verify(clean, edited(trained[0], tmp_path / "clean", **halves[1])).broken
+    # As large as two roundings.
+    halves[1][name] += (0.01 * noise * halves[1][name].abs()).bfloat16()
+    found = verify(clean, edited(trained[0], tmp_path / "noisy", **halves[1]))
+    assert [row.name for row in found.certificate.rows if not row.ok] == [name[: -len(".weight")]]
 
 
 def test_the_same_checkpoint_twice(trained):
