@@ -1,4 +1,4 @@
-"""Continual full fine-tuning of language models without forgetting."""
+"""Continual full fine-tuning of language models in trailing singular subspaces."""
 
 from typing import TYPE_CHECKING, Any
 

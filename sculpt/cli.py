@@ -18,7 +18,7 @@ from sculpt.installation import require_own_package
 
 app = typer.Typer(
     name="sculpt",
-    help="Continual full fine-tuning of language models without forgetting.",
+    help="Continual full fine-tuning of language models in trailing singular subspaces.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -43,7 +43,7 @@ def main(
         typer.Option("--version", callback=_before_all_commands, is_eager=True, help="Version."),
     ] = False,
 ) -> None:
-    """Continual full fine-tuning of language models without forgetting."""
+    """Continual full fine-tuning of language models in trailing singular subspaces."""
 
 
 @app.command()
