@@ -260,9 +260,12 @@ def test_metrics_reach_the_services_of_the_trainer(tmp_path, monkeypatch):
     made.train()
     ours = [(s, v) for s, logs in logged for n, v in logs.items() if n == "sculpt/worst_leak"]
     assert ours == [(8, callback.certificate.worst.leak)]
-    begun = [(s, v) for s, logs in logged for n, v in logs.items() if "preserved_rank" in n]
-    ranks = [row.preserved for row in callback.table.rows]
-    assert begun == [(0, sum(ranks) / len(ranks))]
+    begun = [(s, n, v) for s, logs in logged for n, v in logs.items() if "sculpt/mean" in n]
+    ranks, energies = zip(*((r.preserved, r.energy) for r in callback.table.rows), strict=True)
+    assert begun == [
+        (0, "sculpt/mean_preserved_rank", sum(ranks) / len(ranks)),
+        (0, "sculpt/mean_energy_kept", sum(energies) / len(energies)),
+    ]
 
 
 def test_what_cannot_work_is_refused(tmp_path):

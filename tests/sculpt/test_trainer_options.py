@@ -132,3 +132,19 @@ def test_after_an_exception_the_model_is_free_again(tmp_path):
     again, callback = trainer(tmp_path, model)
     again.train()
     assert callback.certificate.ok
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("deepspeed", {"zero_optimization": {}}, "does not work with deepspeed=.*fsdp with ver"),
+        ("_n_gpu", 2, "one device in each process; this one has 2.*torchrun"),
+    ],
+)
+def test_what_others_would_divide_is_refused(name, value, message, tmp_path):
+    model = tiny_model()
+    given = arguments(tmp_path)
+    setattr(given, name, value)
+    with pytest.raises(RuntimeError, match=message):
+        SculptCallback(CONFIG).on_init_end(given, None, None, model=model)
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
