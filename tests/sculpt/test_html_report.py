@@ -166,6 +166,22 @@ def test_spectra_are_those_of_an_svd(tmp_path):
         assert item.energy == pytest.approx(float(S[:h].square().sum() / S.square().sum()))
 
 
+@pytest.mark.parametrize(
+    ("affordable", "wanted", "said"),
+    [
+        (1e12, None, "preserved 24 of k = 32"),
+        (0, None, "left out, they take more than a minute here: --spectra"),
+        (0, True, "preserved 24 of k = 32"),
+        (1e12, False, "left out by --no-spectra"),
+    ],
+)
+def test_spectra_that_take_long_are_left_out(affordable, wanted, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("sculpt.html.page.AFFORDABLE", affordable)
+    run = write(tmp_path / "run", method("sculpt"))
+    tiny_model().save_pretrained(run / "model")
+    assert said in Page(report([run], with_spectra=wanted)).text
+
+
 def test_charts_are_well_formed_and_keep_their_numbers():
     svg = charts.bars(["a & b"], {"x": [-0.25], "y": [0.5]}, "bars", signed=True)
     root = ElementTree.fromstring(svg)
