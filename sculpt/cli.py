@@ -104,7 +104,7 @@ def train(
         bool, typer.Option("--skip-bad-rows", help="Count and list rows that cannot be used.")
     ] = False,
 ) -> None:
-    """A task sequence: any Hugging Face model directory, JSON lines, CSV, CL_Benchmark, TRACE."""
+    """A task sequence: a Hugging Face model directory, JSON lines, CSV, CL_Benchmark, TRACE."""
     from sculpt.runs.console import train_command
 
     end_by_certificates(train_command(run_file, overrides or [], dry_run, skip_bad_rows))

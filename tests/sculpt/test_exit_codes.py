@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from sculpt.cli import app
 from sculpt.commands.common import EXIT_CODES
+from sculpt.report import Results
 from sculpt.termination import Terminated
+from tests.sculpt.test_html_report import method
 
 COMMANDS = {
     "train": (["run.yaml"], "sculpt.runs.console.read_config"),
@@ -69,6 +71,26 @@ def test_where_it_stopped_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sculpt.runs.console.resume", stop)
     done = CliRunner().invoke(app, ["resume", "there"])
     assert done.output == "stopped; go on with: sculpt resume there\n"
+
+
+RUNS = {
+    "train": "sculpt.runs.console.train_command",
+    "resume": "sculpt.runs.console.resume_command",
+    "demo": "sculpt.demo.run.run_demo",
+}
+
+
+@pytest.mark.parametrize(("leak", "code"), [(1e-7, 0), (1e-3, 1)])
+@pytest.mark.parametrize("command", RUNS)
+def test_a_broken_certificate_is_a_negative_verdict(
+    command: str, leak: float, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results({"model": "m", "seed": 0}, {}, [{"name": "one"}, {"name": "two"}], {})
+    results.methods["sculpt"] = method("sculpt", leak=leak)
+    monkeypatch.setattr(RUNS[command], lambda *_, **__: results)
+    done = CliRunner().invoke(app, [command, *COMMANDS[command][0]])
+    assert done.exit_code == code, done.output
+    assert ("The constraint is BROKEN" in done.output) is (code == 1)
 
 
 def test_the_rule_is_documented_once() -> None:
