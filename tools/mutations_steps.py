@@ -5,6 +5,11 @@ STANDING = "tests/sculpt/test_standing.py::"
 STRAY = "tests/sculpt/test_stray.py::"
 FAILING = "tests/sculpt/test_failing_steps.py::"
 LAYERS = "tests/sculpt/test_layers.py::"
+WRITING = "tests/sculpt/test_writing.py::"
+MOVING = "tests/sculpt/test_moving.py::"
+READING = "tests/sculpt/test_reading.py::"
+CERTIFICATE = "tests/sculpt/test_certificate.py::"
+UNDO = "tests/sculpt/test_undo.py::"
 
 # Name, file, what stands there, what is put in its place, and the test that must fail.
 STEPS = [
@@ -60,7 +65,7 @@ STEPS = [
     (
         "steps: modules are not looked at",
         "sculpt/stepping.py",
-        "        self._check()\n",
+        "        self._check(is_captured(optimizer))\n",
         "",
         STANDING + "test_a_replaced_module_is_found_before_the_step",
     ),
@@ -95,8 +100,8 @@ STEPS = [
     (
         "steps: coordinates beside frozen weights are not seen",
         "sculpt/stray.py",
-        "if running.isdisjoint(map(id, held_by(optimizer))):",
-        "if True:",
+        "        if not self._is_of_task(optimizer):\n",
+        "        if True:\n",
         STRAY + "test_all_parameters_of_the_model_by_hand",
     ),
     (
@@ -164,7 +169,7 @@ STEPS = [
     ),
     (
         "steps: random roundings are taken back",
-        "sculpt/matrices.py",
+        "sculpt/compact.py",
         "if followed and not self.recompute:",
         "if False:",
         FAILING + "test_a_failing_fold_of_16_bit_weights_loses_no_weight_its_coordinates",
@@ -172,8 +177,106 @@ STEPS = [
     (
         "steps: coordinates are looked at while compiling",
         "sculpt/layers.py",
-        "if not torch.compiler.is_compiling():",
-        "if True:",
+        "if checked and not torch.compiler.is_compiling():",
+        "if checked:",
         LAYERS + "test_other_layers_compile_without_a_graph_break",
+    ),
+    (
+        "writing: weights that were written are not taken up",
+        "sculpt/compact.py",
+        "                self._take_up()",
+        "                pass",
+        WRITING + "test_the_best_weights_are_kept",
+    ),
+    (
+        "writing: what the task cannot have done is taken up",
+        "sculpt/compact.py",
+        "if outside > rounding * (2 if weight.dtype in LOW_PRECISION else AVERAGED):",
+        "if False:",
+        WRITING + "test_what_the_task_cannot_have_done_is_refused",
+    ),
+    (
+        "writing: projected weights may be anything",
+        "sculpt/projected.py",
+        "if outside > AVERAGED * rounding_bound(W, None):",
+        "if False:",
+        WRITING + "test_what_the_task_cannot_have_done_is_refused",
+    ),
+    (
+        "writing: what is written through .data is not seen before a step",
+        "sculpt/running.py",
+        "written = self._probe.differs() or",
+        "written =",
+        WRITING + "test_training_goes_on_from_what_was_written",
+    ),
+    (
+        "writing: the end of a task does not look at values",
+        "sculpt/running.py",
+        "self._settle(thorough=True, refuse=refuse)",
+        "self._settle(thorough=False, refuse=refuse)",
+        WRITING + "test_what_the_task_cannot_have_done_is_refused",
+    ),
+    (
+        "writing: weights that are loaded as they are count as others",
+        "sculpt/layers.py",
+        "state.loaded = state.loaded or not same",
+        "state.loaded = True",
+        WRITING + "test_weights_that_are_loaded_as_they_are_change_nothing",
+    ),
+    (
+        "moving: weights do not follow before a forward",
+        "sculpt/running.py",
+        "(not_followed(moved))\n                self._follow()",
+        "(not_followed(moved))",
+        MOVING + "test_an_optimizer_shows_another_point_for_an_evaluation",
+    ),
+    (
+        "moving: an evaluation does not look at values",
+        "sculpt/layers.py",
+        "                state.suspect = True",
+        "                pass",
+        MOVING + "test_averages_are_swapped_in_around_an_evaluation",
+    ),
+    (
+        "moving: compiled models lose steps",
+        "sculpt/stray.py",
+        "        watch.refuse_unfollowed(optimizer)\n",
+        "",
+        MOVING + "test_a_compiled_model_loses_one_step_at_most",
+    ),
+    (
+        "moving: an optimizer's state of another task is taken",
+        "sculpt/optimizers.py",
+        "if marks & {task} or (marks == {None} and not loaded):",
+        "if True:",
+        MOVING + "test_a_plain_checkpoint_does_not_pass_for_a_running_task",
+    ),
+    (
+        "reading: a weight that is read has no gradient",
+        "sculpt/layers.py",
+        "if not torch.is_grad_enabled() or is_divided(stored):",
+        "if True:",
+        READING + "test_the_gradient_is_that_of_the_dense_weight_projected",
+    ),
+    (
+        "rates: coordinates are not scaled",
+        "sculpt/compact.py",
+        "return math.sqrt(weight.numel() / C.numel())",
+        "return 1.0",
+        "tests/sculpt/test_sculptor.py::test_a_dense_rate_moves_weights_as_far_as_dense_adamw",
+    ),
+    (
+        "certificate: stored weights are not looked at",
+        "sculpt/certificate.py",
+        "self.leak <= self.limit and self.rounding <= self.rounding_limit",
+        "self.leak <= self.limit",
+        CERTIFICATE + "test_stored_weights_that_are_elsewhere_break_the_certificate",
+    ),
+    (
+        "undo: what was learned stays",
+        "sculpt/matrices.py",
+        "        self.weight.copy_(self.before())",
+        "        pass",
+        UNDO + "test_weights_flags_and_classes_are_those_from_before",
     ),
 ]

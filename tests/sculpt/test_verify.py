@@ -13,7 +13,6 @@ from tiny_language import tiny_model
 from tiny_runs import run_config
 from typer.testing import CliRunner
 
-from bench.verify_memory import measure, write_checkpoints
 from sculpt import SculptConfig, Sculptor
 from sculpt.cli import app
 from sculpt.commands.common import sculpt_config
@@ -345,20 +344,6 @@ def test_options_that_do_not_fit(options, message, trained):
     result = CliRunner().invoke(app, ["verify", str(before), str(after), *options])
     assert result.exit_code == 2
     assert message in result.output
-
-
-def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    peaks, sizes = [], []
-    for layers in (4, 24):
-        before, after, total = write_checkpoints(
-            tmp_path / str(layers), layers, 128, 16384, torch.float32
-        )
-        rows, _, peak, _ = measure(before, after)
-        assert rows == layers
-        peaks.append(peak)
-        sizes.append(2 * total)
-    # An allocator keeps some of what was freed, but not what the files grew by, 320 MiB.
-    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 4
 
 
 def test_a_matrix_too_wide_for_this_machine_is_named_beforehand(trained, monkeypatch):
