@@ -173,10 +173,11 @@ class CoordinateMatrix(Matrix):
 
     def _solve(self, D: Tensor) -> Tensor:
         """The coordinates of what is allowed of a change `D` of the whole weight."""
-        U, V = (None if B is None else whole(B).to(D.dtype) for B in (self.state.U, self.state.V))
-        C = D if V is None else D @ V
+        # In float64, which autocast leaves alone.
+        U, V = (None if B is None else whole(B).double() for B in (self.state.U, self.state.V))
+        C = D.double() if V is None else D.double() @ V
         C = C if U is None else U.mT @ C
-        return self._confined(C / self.state.scale)
+        return self._confined((C / self.state.scale).to(D.dtype))
 
     def _confined(self, C: Tensor) -> Tensor:
         """Coordinates without what is not allowed of them."""

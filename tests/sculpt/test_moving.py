@@ -322,6 +322,39 @@ def test_a_plain_checkpoint_does_not_pass_for_a_running_task(when, tmp_path):
         assert torch.equal(value, again.state_dict()[name])
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "update"])
+def test_a_whole_loop_inside_autocast(kind):
+    """Steps, loads, certificates and subspaces have the bits that they have outside of it."""
+    dtype, options = KINDS.get(kind, (torch.float32, {"engine": "update"}))
+
+    def end(everything: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 12)).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=everything):
+            sculptor = Sculptor(model, SculptConfig(**options))
+            sculptor.begin_task()
+            optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
+            sculptor.attach(optimizer)
+            for step in range(6):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = loss_of(model)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if step == 2:
+                    saved = {n: v.clone() for n, v in model.state_dict().items()}
+                if step == 4:
+                    model.load_state_dict(saved)
+            certificates = [sculptor.verify(), sculptor.verify(independent=True)]
+            assert all(certificate.ok for certificate in certificates)
+            sculptor.end_task()
+        return [certificate.to_dict() for certificate in certificates], model.state_dict()
+
+    outside, inside = end(False), end(True)
+    assert inside[0] == outside[0]
+    assert all(torch.equal(value, inside[1][name]) for name, value in outside[1].items())
+
+
 @pytest.mark.filterwarnings("ignore:a step was left out")
 @pytest.mark.parametrize("left_out", [0, 2])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
