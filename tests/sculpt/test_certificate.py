@@ -11,6 +11,7 @@ from torch import nn
 
 from sculpt import Certificate, SculptConfig, Sculptor
 from sculpt.certificate import rounding_bound
+from sculpt_kernels import split
 from sculpt_kernels.rounding import stochastic_round
 
 X = torch.randn(16, 20, generator=torch.Generator().manual_seed(1))
@@ -80,6 +81,21 @@ def test_stored_weights_that_are_elsewhere_break_the_certificate(engine, dtype, 
     assert "is BROKEN" in str(certificate)
     written = json.loads(json.dumps(certificate.to_dict()))
     assert Certificate.from_dict(written).to_dict() == written
+
+
+def test_an_independent_certificate_trusts_no_basis():
+    """Bases of another matrix: what is inside of them is not outside of what must stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 32))
+    low = split(torch.randn(32, 20), rank=15)
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task(subspaces={"0": low})
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
+    sculptor.attach(optimizer)
+    model(X).square().mean().backward()
+    optimizer.step()
+    assert sculptor.verify().ok
+    assert not sculptor.verify(independent=True).ok
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -24,6 +24,12 @@ def two_layers() -> nn.ModuleDict:
     return nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
 
 
+def integers() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
 def names(model: nn.Module) -> list[str]:
     return [target.name for target in find_targets(model, SculptConfig()).chosen]
 
@@ -41,6 +47,8 @@ def names(model: nn.Module) -> list[str]:
         (nn.ParameterList([torch.zeros(4, 4)]), "0 is a parameter that ParameterList reads by"),
         (nn.Embedding(9, 4, max_norm=1.0), "Embedding with max_norm=1.0 is not supported"),
         (nn.Embedding(9, 4, sparse=True), "Embedding with sparse=True is not supported"),
+        (nn.Embedding(9, 4, scale_grad_by_freq=True), "Embedding with scale_grad_by_freq=True is"),
+        (integers(), "its weight is torch.int8, not a floating dtype"),
         (
             nn.Linear(4, 4).to(torch.complex64),
             "its weight is torch.complex64, not a floating dtype",

@@ -47,6 +47,37 @@ def test_suffixes_and_regular_expressions(llama):
     ]
 
 
+@pytest.mark.parametrize(
+    ("targets", "exclude"),
+    [
+        ("all-linear", None),
+        ("all-linear", ["q_proj", "layers.1.mlp.up_proj"]),
+        ("all-linear", r".*layers\.0\..*"),
+        (["q_proj", "layers.1.mlp.up_proj"], None),
+        (["q_proj", "model.layers.1.mlp.up_proj"], ["layers.0.self_attn.q_proj"]),
+        (r".*layers\.1\.mlp\.(up|down)_proj", None),
+        (r".*_proj", r".*\.mlp\..*"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+def test_names_mean_what_they_mean_to_peft(llama, targets, exclude):
+    peft = pytest.importorskip("peft")
+    alike = {"target_modules": targets, "exclude_modules": exclude}
+    alike["rank_pattern"] = {"q_proj": 3, r"1\..*": 5}
+    config = peft.LoraConfig(r=7, **alike)
+    adapted = peft.get_peft_model(deepcopy(llama), config).base_model.model
+    ranks = {n: m.r["default"] for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    ours = find_targets(llama, SculptConfig(effective_rank=7, **alike)).chosen
+    assert {target.name: target.preserved for target in ours} == ranks
+
+
+def test_what_is_inside_of_a_part_of_the_model_is_excluded():
+    tower = nn.ModuleDict({"vision_tower": two_layers(), "text": nn.Linear(4, 4)})
+    for model in (tower, nn.ModuleDict({"model": tower})):
+        found = names(model, exclude_modules=r"(.*\.)?vision_tower\..*")
+        assert [name.rpartition(".")[2] for name in found] == ["text"]
+
+
 def test_left_out_linear_layers_and_biases_are_listed():
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     left_out = find_targets(model, SculptConfig(target_modules=["a"])).left_out
