@@ -6,6 +6,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
+from sculpt.distributed.sharding import sharded_modules
+from sculpt_kernels import is_divided
+
 WRAP_LATER = (
     "call begin_task() on the plain model first, then wrap it, DistributedDataParallel(model); "
     "every task takes a new wrapper"
@@ -30,7 +33,13 @@ def refuse_hidden_weights(model: nn.Module) -> None:
                 f"{path or 'model'} is a FullyShardedDataParallel (FSDP1), which flattens matrices "
                 "away; use torch.distributed.fsdp.fully_shard (FSDP2)"
             )
+    by_fully_shard = bool(sharded_modules(model))
     for name, parameter in model.named_parameters():
+        if is_divided(parameter) and not by_fully_shard:
+            raise ValueError(
+                f"{name} is divided, and no part of the model by fully_shard: tensor parallelism "
+                "is not supported; use torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
         if is_lazy(parameter):
             raise ValueError(
                 f"{name} is not initialised and takes its shape from the first batch: call the "

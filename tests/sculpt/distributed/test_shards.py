@@ -19,7 +19,8 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from sculpt import AdaptiveRanks, SculptConfig, Sculptor
 
@@ -302,6 +303,17 @@ def refusals():
     zero[2].weight.ds_id = 0
     refused(ValueError, lambda: Sculptor(zero, SculptConfig()).begin_task())
 
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallel = parallelize_module(network(), mesh, {"0": ColwiseParallel()})
+    refused(ValueError, lambda: Sculptor(parallel, SculptConfig()).begin_task())
+    both = fully_shard(network())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1))
+    twice = distribute_tensor(torch.ones(10, 24), mesh, [Shard(0), Shard(1)])
+    both[2].weight = nn.Parameter(twice)
+    refused(ValueError, lambda: Sculptor(both, SculptConfig(target_modules=["2"])))
+    accumulate = Sculptor(divided(), SculptConfig(protect="accumulate"))
+    refused(ValueError, accumulate.begin_task)
+
     broken = divided()
     with torch.no_grad():
         broken[4].weight.to_local()[:1] = torch.nan
@@ -335,5 +347,8 @@ def test_refusals_name_the_way_out(tmp_path):
         assert "fully_shard (FSDP2)" in said[2]
         assert "FullyShardedDataParallel (FSDP1)" in said[3]
         assert "2.weight is partitioned by DeepSpeed ZeRO-3" in said[5]
-        assert "4.weight cannot be split" in said[6]
-        assert "Call sculptor.attach(optimizer)" in said[7]
+        assert "0.weight is divided, and no part of the model by fully_shard: tensor" in said[6]
+        assert "'2', which cannot be sculpted: its weight is divided as" in said[7]
+        assert "protect='accumulate' works in one process, on whole matrices" in said[8]
+        assert "4.weight cannot be split" in said[9]
+        assert "Call sculptor.attach(optimizer)" in said[10]
