@@ -40,7 +40,7 @@ class SculptConfig:
             rule) to a preserved rank like `effective_rank`; the first match wins.
         constraint: `"strict"`: `U_hᵀ ΔW = 0` and `ΔW V_h = 0`; `"core"`: `U_hᵀ ΔW V_h = 0`.
         engine: how the constraint is kept. `"compact"` (strict only) trains coordinates,
-            `ΔW = U_l C V_lᵀ`; `"update"` trains the weights and projects what each optimizer step
+            `ΔW = γ U_l C V_lᵀ`; `"update"` trains the weights and projects what each optimizer step
             did to them; `"gradient"` projects gradients, as the paper does, and leaks wherever the
             optimizer is not plain SGD. `"auto"` is compact for strict and update for core.
         coordinates: of the compact engine. `"thin"`: `C` is `t x t`, trailing singular vectors on
@@ -56,7 +56,7 @@ class SculptConfig:
         others: parameters that are no target: `"freeze"`, or `"train"` those that require grad,
             outside of any guarantee.
         weight_update: how bfloat16 and float16 weights follow `C`: `"stochastic"` rounds each
-            step's change at random, unbiased; `"recompute"` rounds `W₀ + U_l C V_lᵀ` once.
+            step's change at random, unbiased; `"recompute"` rounds `W₀ + γ U_l C V_lᵀ` once.
             float32 and float64 weights are always recomputed.
         originals: where the weights before the task are kept. `"auto"`: beside the weights where
             each step starts from them, otherwise in host memory; `"cpu"`: in host memory, pinned

@@ -48,8 +48,8 @@ class Sculptor:
         sculptor.end_task()                  # a plain model again
 
     Each target `W` keeps its leading singular subspaces `U_h`, `V_h`. The task trains coordinates
-    `C` `(t, t)`, float32, and the weight is `W₀ + γ U_l C V_lᵀ` with the trailing bases and a
-    constant `γ`: whatever the optimizer does to `C`, `U_hᵀ ΔW = 0` and `ΔW V_h = 0`.
+    `C` `(t, t)`, at least float32, and the weight is `W₀ + γ U_l C V_lᵀ` with the trailing bases
+    and a constant `γ`: whatever the optimizer does to `C`, `U_hᵀ ΔW = 0` and `ΔW V_h = 0`.
     `SculptConfig.engine` has other ways.
 
     Args:
@@ -171,7 +171,8 @@ class Sculptor:
         """Bring every weight up to date with its coordinates, as each step does once attached.
 
         Where that fails, for want of memory for instance, coordinates and weights go back to before
-        the step; weights that train themselves are projected with the next one.
+        the step; weights that were rounded at random by then stay, with their coordinates, and
+        what the other engines train is projected with the next one.
 
         Raises:
             RuntimeError: no task is running.
@@ -257,8 +258,8 @@ class Sculptor:
     def save(self, path: FilePath, *, previous: FilePath | None = None) -> None:
         """Write the running task to a directory: safetensors and JSON, atomically, never pickle.
 
-        The model's weights and the optimizer are the caller's to save. float32 weights, and
-        recomputed ones, follow from what is written here; others are known by their checksum.
+        The model's weights and the optimizer are the caller's to save. Weights that are recomputed
+        from coordinates follow from what is written here; others are known by their checksum.
 
         Args:
             path: made where it does not exist. An earlier save in it stays whole until this one is

@@ -76,7 +76,7 @@ def project_adamw_(
       decay included, lies in the allowed subspace exactly.
     - `project="gradient"`: `g = P(G)` and `W <- W - lr (D + weight_decay W)`, the decoupled decay
       of AdamW (arXiv 1711.05101). The division by `√exp_avg_sq` turns the update out of the
-      allowed subspace again: 10 to 20 % of its norm is removed directions for ranks of `k/2`.
+      allowed subspace again, by 10 to 40 % of its norm for ranks of `k/2`.
 
     Args:
         W, G, exp_avg, exp_avg_sq: `(..., m, n)`, each of any floating dtype, any strides; all but

@@ -242,7 +242,7 @@ def choose_method(
 ) -> str:
     """The algorithm of `method="auto"`: the fastest whose subspaces are optimal.
 
-    On CPU that is `gram`, as measured at every shape from 64 to 2752.
+    On CPU that is `gram`, the fastest at nearly all shapes that were measured.
     """
     k = min(shape[-2:])
     # An energy says nothing of the rank before it is found: a middling one stands for it.

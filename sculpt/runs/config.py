@@ -113,7 +113,7 @@ class CheckpointConfig(Section):
     """What is kept on disk while a run goes on.
 
     every_steps: between two checkpoints of a task; there is one at each change of phase too.
-    keep: how many of the newest stay; 0 writes none, and the run cannot be resumed.
+    keep: how many of the newest stay; 0 writes none, and a run that is resumed begins anew.
     models: which plain models are saved: of the "last" task, of "each" task, or "none".
     """
 

@@ -82,12 +82,13 @@ def test_update_is_exact_where_gradient_leaks(form):
             G = gaussian(m, n, dtype=torch.float32, seed=step)
             project_adamw_(
                 W, G, exp_avg, exp_avg_sq, U, V,
-                form=form, project=project, lr=1e-1, weight_decay=0.1, step=step,
+                form=form, project=project, lr=1e-1, step=step,
+                weight_decay=0.1 if project == "update" else 0.0,  # which leaks of itself
             )  # fmt: skip
         found = leak(W - start, U, V)
         moved[project] = found.core if form == "core" else found.strict
     assert moved["update"] < 1e-5
-    assert moved["gradient"] > 1e-2
+    assert 0.1 < moved["gradient"] < 0.4
 
 
 @pytest.mark.parametrize("project", ["update", "gradient"])
