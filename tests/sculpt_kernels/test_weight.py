@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from matrices import basis, gaussian
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sculpt_kernels import compact_embedding, compact_linear, compact_weight, reference
 
@@ -77,6 +80,46 @@ def test_scale_of_a_whole_weight_leaves_its_gradient_to_the_layer(dtype):
     compact_weight(W, None, None, C, scale=1.7).backward(dW)
     assert torch.equal(dW, before)
     assert torch.equal(C.grad, 1.7 * dW)
+
+
+def test_no_gradient_of_a_whole_table_is_formed():
+    m, n = 31, 14
+    U, V, W = basis(m, 4), basis(n, 3, seed=1), gaussian(m, n)
+    C = torch.zeros(4, 3, dtype=W.dtype, requires_grad=True)
+    out = compact_embedding(torch.tensor([3, 3, 7]), W, U, V, C)
+    sizes: set[int] = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                sizes.add(result.numel())
+            return result
+
+    with Record():
+        out.sum().backward()
+    assert max(sizes) == 3 * n
+
+
+def test_a_dense_gradient_is_gone_before_the_next_one_comes():
+    n, count = 12, 4
+    U, V = basis(n, 3), basis(n, 3, seed=1)
+    C = [torch.zeros(3, 3, dtype=U.dtype, requires_grad=True) for _ in range(count)]
+    formed: list[weakref.ref[torch.Tensor]] = []
+
+    def note(gradient: torch.Tensor) -> None:
+        assert not any(ref() is not None for ref in formed)
+        formed.append(weakref.ref(gradient))
+
+    x = gaussian(5, n, seed=9)
+    for number in range(count):
+        weight = compact_weight(gaussian(n, n, seed=number), U, V, C[number])
+        weight.register_hook(note)
+        x = torch.tanh(x @ weight)
+    del weight
+    x.sum().backward()
+    assert len(formed) == count
+    assert all(c.grad is not None for c in C)
 
 
 NO_NUMBER = [(TypeError, bad) for bad in (True, "1", None, torch.ones(()))]
