@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from tiny_runs import run_values
+from tiny_runs import run_values, write_lines
 from typer.testing import CliRunner, Result
 
 from sculpt.cli import app
@@ -129,6 +129,8 @@ def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
         "certificates, all tasks",
     ):
         assert words in done.output, words
+    matched = invoke("train", str(run_file), "--dry-run", "method=lora", "budget=match")
+    assert "trained values, sculpt's are" in matched.output
     out = run_file.parent / "run"
     assert not out.exists()
     out.mkdir()
@@ -173,6 +175,20 @@ def test_bad_rows_stop_or_are_counted_and_listed(run_file: Path) -> None:
     described: dict[str, Any] = json.loads((run_file.parent / "run" / "config.json").read_text())
     assert len(described["rows_left_out"]) == 1
     assert "very-train.jsonl:5" in described["rows_left_out"][0]
+
+
+def test_a_row_that_cannot_be_cut_to_fit_is_a_bad_row(run_file: Path) -> None:
+    short, long = ({"prompt": "is it good ?", "answer": " ".join(["very"] * n)} for n in (1, 40))
+    train = write_lines(run_file.parent / "train.jsonl", [short, long, short])
+    test = write_lines(run_file.parent / "test.jsonl", [short | {"prompt": "is it bad ?"}])
+    task = json.dumps([{"name": "t", "train": str(train), "test": str(test)}])
+    call = ("train", str(run_file), f"data.tasks={task}", "training.max_tokens=20", "--dry-run")
+    stopped = invoke(*call)
+    assert stopped.exit_code == 2
+    assert "train.jsonl:2: " in stopped.output
+    done = invoke(*call, "--skip-bad-rows")
+    assert done.exit_code == 0, done.output
+    assert "1 rows left out" in done.output
 
 
 def test_resume_says_what_is_no_run(tmp_path: Path) -> None:
