@@ -49,7 +49,14 @@ def in_place(model: nn.Module, best: dict[str, torch.Tensor]) -> None:
                 weight.copy_(best[name])
 
 
-WRITERS = (by_distributed_checkpoint, by_state_dict, in_place)
+def through_data(model: nn.Module, best: dict[str, torch.Tensor]) -> None:
+    for name, weight in model.named_parameters():
+        if name in best:
+            weight.data.copy_(best[name])
+
+
+LOADS = (by_distributed_checkpoint, by_state_dict)
+WRITERS = (*LOADS, in_place, through_data)
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, count: int) -> None:
@@ -98,6 +105,38 @@ def test_the_best_weights_are_kept(size, tmp_path):
         for case, (from_best, from_last) in found.items():
             assert from_best < 2, case
             assert from_last > 8, case
+
+
+def rolled_back():
+    """How far apart two ends are: with steps in between that a load takes back, and without."""
+    found = {}
+    for name in CASES:
+        dtype, options, sharding = CASES[name]
+        for load in LOADS:
+            ends = []
+            for detour in (4, 0):
+                model = divided(dtype=dtype, **sharding)
+                sculptor = Sculptor(model, SculptConfig(**options))
+                sculptor.begin_task()
+                optimizer = torch.optim.AdamW(sculptor.parameters(), lr=3e-3)
+                sculptor.attach(optimizer)
+                steps(model, optimizer, 0, 3)
+                saved = {n: v.clone() for n, v in get_model_state_dict(model).items()}
+                steps(model, optimizer, 3, detour)
+                load(model, saved)
+                optimizer.state.clear()
+                steps(model, optimizer, 7, 2)
+                assert sculptor.verify().ok, str(sculptor.verify())
+                sculptor.end_task()
+                ends.append({n: v for n, v in whole(model.state_dict()).items() if v.ndim == 2})
+            found[name, load.__name__] = far(*ends)
+    return found
+
+
+def test_training_goes_on_from_what_was_loaded(tmp_path):
+    for found in launch(2, rolled_back, tmp_path):
+        assert len(found) == len(CASES) * len(LOADS)
+        assert max(found.values()) < 16, found
 
 
 def refused_and_undone():
