@@ -27,6 +27,7 @@ from torch import nn
 
 from sculpt import SculptConfig, Sculptor
 from sculpt.runs.start import resume, run
+from sculpt_kernels import backends
 
 NOTED = Path(__file__).with_name("same_bits.json")
 ENGINES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
@@ -52,7 +53,8 @@ def machine() -> str:
             if key.strip() in ("cpu family", "model", "stepping", "vendor_id")
         }
         model = " ".join(found.values()) or model
-    return f"torch {torch.__version__.split('+')[0]}, {model}"
+    native = "with" if backends()["native"] == "available" else "without"
+    return f"torch {torch.__version__.split('+')[0]}, {model}, {native} native kernels"
 
 
 def digest(value: Any) -> str:
