@@ -46,7 +46,7 @@ $(EIGHT_BIT): | setup
 	@mv $@.part $@
 
 eight-bit: $(EIGHT_BIT) ## tests with torchao and bitsandbytes: 8-bit optimizers, quantised layers
-	@PYTHONPATH=$(EIGHT_BIT) $(RUN)/python -m pytest tests/sculpt/test_eight_bit.py
+	@PYTHONPATH=$(EIGHT_BIT) $(RUN)/python -m pytest tests/sculpt/task/test_eight_bit.py
 
 test: lint native $(if $(ARGS),,$(if $(filter Linux,$(shell uname -s)),eight-bit)) ## lint, types and the whole test suite
 	@$(RUN)/python -m sculpt.demo.assets --quick

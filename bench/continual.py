@@ -28,18 +28,18 @@ from typing import Any
 
 from bench.continual_table import draw, table
 from sculpt.data.folders import folder_tasks
-from sculpt.files import write_json
 from sculpt.metrics import summary
-from sculpt.report import Results
+from sculpt.report.results import Results
 from sculpt.runs.config import RunConfig
 from sculpt.runs.state import MethodResult
+from sculpt.storage.files import write_json
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"method": "frozen"},
     "plain": {"method": "plain"},
     "sculpt": {"method": "sculpt"},
     "sculpt core": {"method": "sculpt", "sculpt.constraint": "core"},
-    "sculpt adaptive": {"method": "sculpt", "sculpt.ranks": {"mrr": 0.1, "trr": 0.8}},
+    "sculpt adaptive": {"method": "sculpt", "sculpt.task.ranks": {"mrr": 0.1, "trr": 0.8}},
     "sculpt accumulate": {"method": "sculpt", "sculpt.protect": "accumulate"},
     "lora": {"method": "lora"},
     "osf": {"method": "osf"},

@@ -177,7 +177,7 @@ def draw(folder: Path, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from sculpt.files import replacing_file
+    from sculpt.storage.files import replacing_file
 
     figure = Figure(figsize=(13, 4.6), dpi=100, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

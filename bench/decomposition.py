@@ -21,12 +21,12 @@ from torch.distributed.fsdp import fully_shard
 from bench.memory import peak
 from bench.training import about
 from sculpt import SculptConfig
-from sculpt.distributed.decompose import find_all
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import local
-from sculpt.files import write_json
-from sculpt.subspaces import Bases
-from sculpt.targets import find_targets
+from sculpt.storage.files import write_json
+from sculpt.task.bases import Bases
+from sculpt.task.decompose import find_all
+from sculpt.task.targets import find_targets
 
 RESULT = Path(__file__).parent / "results" / "decomposition.json"
 RATIO = 0.25

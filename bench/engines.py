@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.training import about
-from sculpt.files import write_json
+from sculpt.storage.files import write_json
 
 NAME = "engines-all-MiniLM-L6-v2.json"
 WAYS = {

@@ -30,7 +30,7 @@ import torch
 
 from bench.gpu_parts import continual, schedule, subspaces, training
 from bench.gpu_parts.parts import ALWAYS, PARTS
-from sculpt.files import write_json
+from sculpt.storage.files import write_json
 from sculpt_kernels import backends
 
 # Lists that parts add to, and what each part says of itself.

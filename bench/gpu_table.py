@@ -194,7 +194,7 @@ def _figure(path: Path, paint: Callable[[Any, Row], None], content: Row) -> None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from sculpt.files import replacing_file
+    from sculpt.storage.files import replacing_file
 
     figure = Figure(figsize=(11, 4.6), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

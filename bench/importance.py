@@ -30,8 +30,8 @@ from sculpt.config import SculptConfig
 from sculpt.demo.models import smollm2
 from sculpt.demo.tasks import demo_tasks
 from sculpt.distributed.processes import Processes
-from sculpt.files import write_json
-from sculpt.targets import Target, find_targets
+from sculpt.storage.files import write_json
+from sculpt.task.targets import Target, find_targets
 from sculpt_kernels import expand_add_, split
 
 FILE = "importance-SmolLM2-135M.json"

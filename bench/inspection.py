@@ -28,12 +28,12 @@ from bench.memory import peak, tensor_bytes
 from bench.training import about, give_back_freed_memory
 from sculpt import SculptConfig, Sculptor
 from sculpt.demo.models import MINILM, SMOLLM2, minilm, smollm2
-from sculpt.files import write_json
 from sculpt.inspection import inspect_model
 from sculpt.inspection.result import Inspection
 from sculpt.inspection.trace import ATTENTION
 from sculpt.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
-from sculpt.targets import find_targets
+from sculpt.storage.files import write_json
+from sculpt.task.targets import find_targets
 
 MODELS: dict[str, Callable[[], Path]] = {MINILM: minilm, SMOLLM2: smollm2}
 LORA_RANK = 32

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sculpt import SculptConfig, Sculptor
-from sculpt.files import write_json
+from sculpt.storage.files import write_json
 
 FILE = "stream-small-tasks.json"
 TASKS, WIDTH, STEPS = 15, 128, 150

@@ -36,9 +36,9 @@ from bench.memory import peak as allocated
 from bench.memory import tensor_bytes
 from bench.timing import clock
 from sculpt import SculptConfig
-from sculpt.files import write_json
 from sculpt.inspection import inspect_model
 from sculpt.memory import peak_memory_bytes, reset_peak_memory
+from sculpt.storage.files import write_json
 
 CASES: dict[str, tuple[Shape, int]] = {
     "reference": (two_layers(1536), 2048),

@@ -25,7 +25,7 @@ import sys, time
 from pathlib import Path
 from sculpt.config import SculptConfig
 from sculpt.memory import peak_memory_bytes, reset_peak_memory
-from sculpt.verify import verify_checkpoints
+from sculpt.certificate.disk import verify_checkpoints
 reset_peak_memory()
 start = peak_memory_bytes()
 began = time.perf_counter()

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sculpt import SculptConfig, Sculptor
-from sculpt.distributed.export import save_pretrained
+from sculpt.storage.export import save_pretrained
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 __distribution__ = "sculpt-kernels"
 
 from sculpt.adaptive.config import AdaptiveRanks
-from sculpt.certificate import Certificate
+from sculpt.certificate.leak import Certificate
 from sculpt.config import SculptConfig
 from sculpt.sculptor import Sculptor
-from sculpt.standing import abandon
+from sculpt.task.model_guards import abandon
 
 if TYPE_CHECKING:
     from sculpt.runs.config import RunConfig

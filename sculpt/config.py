@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.installation import require_own_package
-from sculpt.nearest import did_you_mean
+from sculpt.messages import did_you_mean
 
 require_own_package()
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt.files import replacing_directory
-from sculpt.stored_weights import ADAPTER, INDEX, SINGLE, Stored, StoredWeights
+from sculpt.storage.files import replacing_directory
+from sculpt.storage.weights import ADAPTER, INDEX, SINGLE, Stored, StoredWeights
 
 Progress = Callable[[int, int, str], None]
 SHARD_BYTES = 4 * 10**9

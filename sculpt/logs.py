@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sculpt.certificate import Certificate
-from sculpt.nearest import did_you_mean
-from sculpt.task import TaskRow
+from sculpt.certificate.leak import Certificate
+from sculpt.messages import did_you_mean
+from sculpt.task.table import TaskRow
 
 
 class Loggers:

@@ -15,21 +15,21 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
-from sculpt import state
-from sculpt.accumulate import Learned
-from sculpt.certificate import Certificate
-from sculpt.choice import choose
+from sculpt.certificate.leak import Certificate
+from sculpt.certificate.running import certify
 from sculpt.config import SculptConfig
 from sculpt.distributed.agreement import check_agreement
-from sculpt.distributed.background import Background, Saving
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, reshard, sharded_modules
-from sculpt.engines import warn_that_gradients_leak
-from sculpt.notices import SculptWarning
-from sculpt.proof import certify
-from sculpt.running import RunningTask
-from sculpt.targets import find_targets
-from sculpt.task import TaskRow, TaskTable
+from sculpt.messages import SculptWarning, some
+from sculpt.storage import task as state
+from sculpt.storage.background import Background, Saving
+from sculpt.task.accumulate import Learned
+from sculpt.task.choose import choose
+from sculpt.task.engines import warn_that_gradients_leak
+from sculpt.task.running import RunningTask
+from sculpt.task.table import TaskRow, TaskTable
+from sculpt.task.targets import find_targets
 from sculpt_kernels import Subspace
 
 Progress = Callable[[int, int, str], None]
@@ -250,7 +250,7 @@ class Sculptor:
             names = list(task.others)
             warnings.warn(
                 f"{len(names)} parameters that others='train' has trained stay as they are: "
-                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
+                f"{some(names)}",
                 SculptWarning,
                 stacklevel=2,
             )

@@ -15,20 +15,20 @@ from torch.optim.optimizer import Optimizer
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from sculpt.certificate import Certificate
-from sculpt.compact import CoordinateMatrix
+from sculpt.certificate.leak import Certificate
 from sculpt.config import SculptConfig
-from sculpt.distributed import optimizer_state
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, local
-from sculpt.files import write_json
 from sculpt.logs import Loggers, certificate_metrics, task_metrics
-from sculpt.optimizers import innermost
 from sculpt.sculptor import Sculptor
-from sculpt.state import config_to_json
-from sculpt.supported import refuse_model
-from sculpt.targets import find_targets
-from sculpt.task import TaskRow, TaskTable
+from sculpt.storage import optimizer as optimizer_state
+from sculpt.storage.files import write_json
+from sculpt.storage.task import config_to_json
+from sculpt.task.compact import CoordinateMatrix
+from sculpt.task.optimizers import innermost
+from sculpt.task.supported import refuse_model
+from sculpt.task.table import TaskRow, TaskTable
+from sculpt.task.targets import find_targets
 from sculpt_kernels import is_divided
 
 FOLDER = "sculptor"

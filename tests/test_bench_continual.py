@@ -12,8 +12,8 @@ from bench import continual, gpu
 from bench.continual import VARIANTS, Plan, compute, describe, fields, run_config, searched
 from bench.continual_table import accuracy, draw, read, table
 from bench.rehearsal import tiny_data, tiny_model
-from sculpt.files import write_json
 from sculpt.runs.start import run
+from sculpt.storage.files import write_json
 
 BASE = {
     "training.steps": 2,

@@ -19,7 +19,7 @@ from bench.cases import RATIOS, Case
 from bench.gpu_parts import checks, kernels, parts, sanitize, schedule
 from bench.gpu_parts.run import Broken, Run, variant_sets
 from bench.gpu_parts.training import METHODS
-from sculpt.files import write_json
+from sculpt.storage.files import write_json
 
 
 @pytest.fixture

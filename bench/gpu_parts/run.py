@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import cases as C
 from bench.timing import Timing, captured, interleaved
-from sculpt.files import write_json
+from sculpt.storage.files import write_json
 from sculpt_kernels import orthonormalize, project_
 
 ROTATE_BYTES = 3 * 50 * 2**20

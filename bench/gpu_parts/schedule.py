@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_parts.run import Broken, Run
-from sculpt.files import write_json
+from sculpt.storage.files import write_json
 
 # Seconds that a part may take beyond its deadline before it is killed: the case that it is in.
 GRACE = 6.0

@@ -14,9 +14,9 @@ from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.adaptive.importance import Importance, from_data, from_weights, squared_values
 from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes
-from sculpt.engines import trained_elements
-from sculpt.ranks import floor_inside, pattern_rank
-from sculpt.targets import Target
+from sculpt.task.engines import trained_elements
+from sculpt.task.ranks import floor_inside, pattern_rank
+from sculpt.task.targets import Target
 from sculpt_kernels import is_divided
 
 TOLERANCE = 0.01

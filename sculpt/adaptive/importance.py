@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sculpt.adaptive.batches import Run, in_step, loss_of, runs, says_loss
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import reshard, sharded_modules, whole
-from sculpt.targets import Place, Target
+from sculpt.task.targets import Place, Target
 from sculpt_kernels import compress, is_divided, split
 
 ENERGY = 0.9

@@ -12,7 +12,7 @@ from sculpt.data.examples import DataError, Example, Task
 from sculpt.data.folders import folder_tasks
 from sculpt.data.layouts import Asking, examples_of
 from sculpt.data.rows import BadRows, read_rows
-from sculpt.notices import SculptWarning
+from sculpt.messages import SculptWarning
 
 
 def read_tasks(data: DataConfig, seed: int, bad: BadRows | None = None) -> list[Task]:

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sculpt.files import build_once
+from sculpt.storage.files import build_once
 
 
 class AssetError(RuntimeError):

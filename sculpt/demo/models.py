@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sculpt.demo.assets import AssetError, cache_root, fetch
-from sculpt.files import build_once
+from sculpt.storage.files import build_once
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 MINILM = "all-MiniLM-L6-v2"

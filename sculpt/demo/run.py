@@ -20,13 +20,13 @@ from sculpt.demo.live import Live
 from sculpt.demo.settings import DemoError, DemoSettings, check_space
 from sculpt.demo.tasks import demo_tasks
 from sculpt.demo.worker import Failure, work
-from sculpt.files import write_json
-from sculpt.plots import plot_matrices
-from sculpt.report import Results
+from sculpt.report.plots import plot_matrices
+from sculpt.report.results import Results
 from sculpt.runs.directory import RunDirectory, RunError, check_out, versions
 from sculpt.runs.methods import Method
 from sculpt.runs.state import MethodResult, Progress
-from sculpt.termination import EXIT_CODE, Terminated
+from sculpt.runs.termination import EXIT_CODE, Terminated
+from sculpt.storage.files import write_json
 
 METHODS: tuple[Method, ...] = ("plain", "sculpt")
 

@@ -12,8 +12,8 @@ from torch import nn
 from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.refusals import WRAP_LATER
-from sculpt.state import config_to_json
-from sculpt.targets import Target
+from sculpt.storage.task import config_to_json
+from sculpt.task.targets import Target
 from sculpt_kernels import is_divided
 
 

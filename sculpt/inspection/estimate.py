@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sculpt.config import SculptConfig
-from sculpt.engines import make_matrix, place_of_original
 from sculpt.inspection import cost as costs
 from sculpt.inspection.cost import Cost, Matrix, Storage
 from sculpt.inspection.peers import LoraLayer, OsfLayer
@@ -29,10 +28,11 @@ from sculpt.inspection.skeleton import (
 )
 from sculpt.inspection.spectra import Spectrum, find_weights, spectra, stored_values
 from sculpt.inspection.trace import Pass, trace_pass
-from sculpt.originals import Original
-from sculpt.stored_weights import StoredWeights
-from sculpt.subspaces import Bases
-from sculpt.targets import Target, find_targets
+from sculpt.storage.weights import StoredWeights
+from sculpt.task.bases import Bases
+from sculpt.task.engines import make_matrix, place_of_original
+from sculpt.task.originals import Original
+from sculpt.task.targets import Target, find_targets
 
 Progress = Callable[[int, int, str], None]
 DTYPES = ("float64", "float32", "bfloat16", "float16")

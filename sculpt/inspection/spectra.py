@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sculpt.stored_weights import INDEX, SINGLE, StoredWeights, StoredWeightsError
+from sculpt.storage.weights import INDEX, SINGLE, StoredWeights, StoredWeightsError
 
 BARS = "▁▂▃▄▅▆▇█"
 

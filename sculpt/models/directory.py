@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sculpt.nearest import nearest
+from sculpt.messages import nearest
 
 GGUF = (
     "GGUF files hold quantised weights, which cannot take an exact update. Convert it once: "

@@ -2,7 +2,7 @@
 
 config.json     all settings, versions, a digest of the data, and the rows left out
 status.json     "running", "finished", "failed" or "interrupted", and where
-checkpoints/    while the run goes on; see `sculpt.runs.checkpoint`
+checkpoints/    while the run goes on; see `sculpt.storage.checkpoint`
 ranks/          of each task whose ranks adapt: what each matrix got and why, table and picture
 room/           after each task of those that accumulate: what each matrix has left
 results.json    everything measured
@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from sculpt.files import flush, replacing_directory, write_json
 from sculpt.installation import DISTRIBUTION
-from sculpt.runs.checkpoint import Checkpoints
 from sculpt.runs.config import RunConfig
 from sculpt.runs.state import Progress
+from sculpt.storage.checkpoint import Checkpoints
+from sculpt.storage.files import flush, replacing_directory, write_json
 
 FORMAT = 1
 LOCK = ".lock"

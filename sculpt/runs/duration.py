@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sculpt.certificate import measure
+from sculpt.certificate.leak import measure
 from sculpt.config import SculptConfig
 from sculpt.runs.config import RunConfig
 from sculpt.runs.prepare import Prepared
-from sculpt.targets import Target
+from sculpt.task.targets import Target
 from sculpt_kernels import split
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sculpt.files import replacing_file
-from sculpt.notices import SculptWarning
-from sculpt.task import TaskRow, table_of
+from sculpt.messages import SculptWarning
+from sculpt.storage.files import replacing_file
+from sculpt.task.table import TaskRow, table_of
 
 RANKS, ROOM = "ranks", "room"
 
@@ -52,7 +52,7 @@ def draw_ranks(folder: Path, names: Sequence[str], chosen: Sequence[Sequence[Any
             stacklevel=2,
         )
         return
-    from sculpt.plots import plot_ranks
+    from sculpt.report.plots import plot_ranks
 
     for task, (name, rows) in enumerate(zip(names, tasks, strict=True)):
         if adapted(rows):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sculpt.models.learner import Learner
 from sculpt.runs.directory import RunError
-from sculpt.runs.flatten import random_states, set_random_states
+from sculpt.storage.nested import random_states, set_random_states
 
 
 def check_lm_eval(tasks: Sequence[str]) -> None:

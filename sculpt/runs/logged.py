@@ -6,13 +6,13 @@ step that is done again is logged again, at the same place and with the same val
 
 from __future__ import annotations
 
-from sculpt.certificate import Certificate
+from sculpt.certificate.leak import Certificate
 from sculpt.logs import Loggers, certificate_metrics, task_metrics
 from sculpt.metrics import summary
 from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunDirectory
 from sculpt.runs.state import RunState
-from sculpt.task import TaskRow
+from sculpt.task.table import TaskRow
 
 
 class RunLog:

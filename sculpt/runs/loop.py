@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt.files import flush
 from sculpt.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from sculpt.models.encoding import Encoded
-from sculpt.report import Results
-from sculpt.runs.checkpoint import CheckpointError, Checkpoints, Part, tensors_part
+from sculpt.report.results import Results
 from sculpt.runs.directory import RunDirectory, RunError, versions
-from sculpt.runs.flatten import flatten, random_states, set_random_states, unflatten
 from sculpt.runs.layer_files import draw_ranks, file_of, write_ranks, write_room
 from sculpt.runs.lm_eval import general_ability
 from sculpt.runs.logged import RunLog
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.state import NAN, MethodResult, Progress, Report, RunState
 from sculpt.runs.strategies import Advance, Begun
-from sculpt.termination import Terminated, deferred
+from sculpt.runs.termination import Terminated, deferred
+from sculpt.storage.checkpoint import CheckpointError, Checkpoints, Part, tensors_part
+from sculpt.storage.files import flush
+from sculpt.storage.nested import flatten, random_states, set_random_states, unflatten
 
 MEMORY = "memory.safetensors"
 

@@ -10,12 +10,12 @@ import statistics
 from collections import Counter
 
 from sculpt.data.examples import Example
+from sculpt.messages import text_table
 from sculpt.runs.config import RunConfig
 from sculpt.runs.duration import Duration, duration_of
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.space import Disk, Memory, free_bytes, space_of
 from sculpt.runs.strategies import Strategy
-from sculpt.tables import text_table
 
 
 def preview(prepared: Prepared) -> str:

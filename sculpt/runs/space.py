@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunError
-from sculpt.runs.strategies.base import Strategy
+from sculpt.runs.method import Strategy
 
 AROUND = 20 * 2**20
 """Bytes of tokenizer, settings and results, more or less."""

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sculpt.data.config import absolute
-from sculpt.notices import SculptWarning
-from sculpt.report import Results
+from sculpt.messages import SculptWarning
+from sculpt.report.results import Results
 from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunDirectory, RunError, check_out, how_to_go_on, locked, versions
 from sculpt.runs.loop import Run
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.space import check_room, space_of
 from sculpt.runs.state import Progress, Report
-from sculpt.termination import Terminated
+from sculpt.runs.termination import Terminated
 
 
 def ignore(progress: Progress) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sculpt.certificate import Certificate, LeakRow
+from sculpt.certificate.leak import Certificate, LeakRow
 
 NAN = float("nan")
 
@@ -42,7 +42,7 @@ class MethodResult:
 
     generated, among_labels: `[i][j]` is the score on task `j` after task `i`, NaN for `j > i`; see
         `sculpt.models.learner.Score`. more: the same for further measures, by name.
-    subspaces: `[task][matrix]`: what was chosen, the fields of `sculpt.task.TaskRow`.
+    subspaces: `[task][matrix]`: what was chosen, the fields of `sculpt.task.table.TaskRow`.
     losses: `[task][step]`. step_seconds: median over all steps: forward, backward, optimizer.
     seconds: wall clock of the phases "subspaces", "train", "certify", "evaluate" and "save".
     peak_memory_bytes: of the whole process from the first task on, weights included.

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from sculpt.nearest import did_you_mean
+from sculpt.messages import did_you_mean
 from sculpt.runs.config import RunConfig, describe
 
 Place = tuple[str | int, ...]

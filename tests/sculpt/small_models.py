@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from sculpt import Sculptor
-from sculpt.compact import CoordinateMatrix
+from sculpt.task.compact import CoordinateMatrix
 
 LLAMA = {
     "vocab_size": 40,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sculpt import SculptConfig
-from sculpt.ranks import preserved_rank
+from sculpt.task.ranks import preserved_rank
 
 
 @pytest.mark.parametrize(

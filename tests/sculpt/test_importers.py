@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from sculpt import importers
-from sculpt.cli import app
+from sculpt.cli.app import app
 from sculpt.importers import ImportFailed, import_model
 
 TARGETS = ("q_proj", "down_proj", "up_proj")

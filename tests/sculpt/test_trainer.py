@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.integrations import integration_utils
 
 from sculpt import SculptCallback, SculptConfig, Sculptor
-from sculpt.verify import verify_checkpoints
+from sculpt.certificate.disk import verify_checkpoints
 
 CONFIG = SculptConfig(unfreeze_rank_ratio=0.25)
 LR = 1e-3

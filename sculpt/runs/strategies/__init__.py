@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sculpt.runs.method import Advance, Begun, Cost, Setting, Strategy
+from sculpt.runs.plain import Frozen, MultiTask, Plain
+from sculpt.runs.sculpting import Sculpt
 from sculpt.runs.strategies.adapters import Lora, Osf
-from sculpt.runs.strategies.base import Advance, Begun, Cost, Setting, Strategy
-from sculpt.runs.strategies.dense import Frozen, MultiTask, Plain
 from sculpt.runs.strategies.olora import OLora
 from sculpt.runs.strategies.penalties import Ewc, L2Sp
 from sculpt.runs.strategies.replay import Replay
-from sculpt.runs.strategies.sculpting import Sculpt
 
 __all__ = ["STRATEGIES", "Advance", "Begun", "Cost", "Setting", "Strategy"]
 

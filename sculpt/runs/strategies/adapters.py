@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sculpt.runs.directory import RunError
+from sculpt.runs.method import Advance, Begun, Cost, Setting, Strategy, begun, freeze
 from sculpt.runs.methods import LoraConfig
 from sculpt.runs.strategies import budget
-from sculpt.runs.strategies.base import Advance, Begun, Cost, Setting, Strategy, begun, freeze
-from sculpt.targets import Target
+from sculpt.task.targets import Target
 
 FILE = "adapter.safetensors"
 RANK = 16

@@ -6,11 +6,11 @@ import math
 from typing import TYPE_CHECKING
 
 from sculpt.config import SculptConfig
-from sculpt.engines import trained_elements
-from sculpt.targets import Target
+from sculpt.task.engines import trained_elements
+from sculpt.task.targets import Target
 
 if TYPE_CHECKING:
-    from sculpt.runs.strategies.base import Strategy
+    from sculpt.runs.method import Strategy
 
 
 def lora_rank(target: Target, sculpt: SculptConfig) -> int:

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from sculpt.runs.method import Advance, Begun, Cost, Setting
 from sculpt.runs.methods import OLoraConfig
 from sculpt.runs.strategies.adapters import Lora
-from sculpt.runs.strategies.base import Advance, Begun, Cost, Setting
-from sculpt.targets import Target
+from sculpt.task.targets import Target
 
 
 class OLora(Lora):

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sculpt.runs.method import Cost, Setting, drawn
 from sculpt.runs.methods import EwcConfig, L2SpConfig
-from sculpt.runs.strategies.base import Cost, Setting, drawn
-from sculpt.runs.strategies.dense import Plain
-from sculpt.targets import Target
+from sculpt.runs.plain import Plain
+from sculpt.task.targets import Target
 
 
 class Ewc(Plain):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sculpt.models.encoding import Encoded
+from sculpt.runs.method import Setting, batches_of, drawn
 from sculpt.runs.methods import ReplayConfig
-from sculpt.runs.strategies.base import Setting, batches_of, drawn
-from sculpt.runs.strategies.dense import Plain
+from sculpt.runs.plain import Plain
 
 
 class Replay(Plain):

@@ -11,8 +11,8 @@ from test_shards import shard_blocks
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM
 
-from sculpt.distributed import export
-from sculpt.distributed.export import save_pretrained
+from sculpt.storage import export
+from sculpt.storage.export import save_pretrained
 
 NAMES = ["linear", "tied head and embedding"]
 

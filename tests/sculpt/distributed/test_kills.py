@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.multiprocessing.spawn import ProcessException
 
 from sculpt import SculptConfig, Sculptor
-from sculpt.files import write_json
+from sculpt.storage.files import write_json
 
 STEPS = 6
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from sculpt import AdaptiveRanks, SculptConfig, Sculptor, state
+from sculpt import AdaptiveRanks, SculptConfig, Sculptor
+from sculpt.storage import task as state
 
 
 class Unused(nn.Module):

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sculpt import SculptConfig, Sculptor, abandon
-from sculpt.certificate import rounding_bound
-from sculpt.matrices import WeightChangedError
+from sculpt.certificate.leak import rounding_bound
+from sculpt.task.matrix import WeightChangedError
 
 CASES: dict[str, tuple[torch.dtype, dict[str, Any], dict[str, Any]]] = {
     "compact": (torch.float32, {}, {}),

@@ -1,0 +1,1 @@
+"""Certificates: the leak of a running task, and of two checkpoints."""

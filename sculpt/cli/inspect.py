@@ -1,0 +1,104 @@
+"""`sculpt inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sculpt.cli.common import orderly_exit, print_json, suffixes_or_regex
+
+
+@orderly_exit()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model directory or a config.json.")],
+    ratio: Annotated[
+        float | None, typer.Option(help="Trainable fraction of the singular directions [0.25].")
+    ] = None,
+    target_modules: Annotated[
+        str, typer.Option(help="Suffixes with commas, or a regular expression.")
+    ] = "all-linear",
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="What of these is left out, written alike.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, compact, update or gradient.")] = "auto",
+    constraint: Annotated[str, typer.Option(help="strict or core.")] = "strict",
+    coordinates: Annotated[str, typer.Option(help="thin or full.")] = "thin",
+    others: Annotated[str, typer.Option(help="freeze or train.")] = "freeze",
+    weight_update: Annotated[
+        str, typer.Option(help="Of 16-bit weights: stochastic or recompute.")
+    ] = "stochastic",
+    basis_dtype: Annotated[str, typer.Option(help="float32 or weight.")] = "float32",
+    tokens: Annotated[int, typer.Option(help="Tokens of one optimizer step.")] = 4096,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of one sequence.")] = None,
+    micro_batches: Annotated[int, typer.Option(help="Passes that a step accumulates.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights; by default the model's.")
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Layers are recomputed in the backward.")
+    ] = False,
+    states: Annotated[int, typer.Option(help="Optimizer states for each trained element.")] = 2,
+    state_dtype: Annotated[
+        str, typer.Option(help="Their dtype: float32, int8, or that of what is trained.")
+    ] = "float32",
+    lora_rank: Annotated[int, typer.Option(help="Of the LoRA that stands beside.")] = 32,
+    spectra: Annotated[
+        bool, typer.Option("--spectra/--no-spectra", help="Read weights for singular values.")
+    ] = True,
+    every_matrix: Annotated[
+        bool, typer.Option("--all", help="A line for every matrix, not for every kind.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Ranks, spectra, memory and FLOPs against full fine-tuning, before spending anything.
+
+    No weight is loaded onto a device, and none at all with --no-spectra: a config.json is enough.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sculpt.config import SculptConfig
+    from sculpt.inspection import inspect_model
+    from sculpt.inspection.view import views
+
+    config = SculptConfig(
+        unfreeze_rank_ratio=ratio,
+        target_modules=suffixes_or_regex(target_modules),
+        exclude_modules=None if exclude_modules is None else suffixes_or_regex(exclude_modules),
+        engine=engine,
+        constraint=constraint,
+        coordinates=coordinates,
+        others=others,
+        weight_update=weight_update,
+        basis_dtype=basis_dtype,
+    )
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("building the skeleton", total=None)
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"spectrum of {name}")
+
+        found = inspect_model(
+            model,
+            config,
+            tokens=tokens,
+            sequence=sequence,
+            micro_batches=micro_batches,
+            dtype=dtype,
+            checkpointing=checkpointing,
+            states=states,
+            state_dtype=state_dtype,
+            lora_rank=lora_rank,
+            read_spectra=spectra,
+            progress=show,
+        )
+    if as_json:
+        print_json(found.to_dict())
+        return
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = 120
+    for view in views(found, every_matrix=every_matrix):
+        console.print(view, highlight=False)

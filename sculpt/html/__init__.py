@@ -1,1 +1,0 @@
-"""The report of runs as one HTML file that needs no network and no scripts."""

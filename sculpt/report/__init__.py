@@ -1,0 +1,1 @@
+"""Results of runs as tables, pictures and one page."""

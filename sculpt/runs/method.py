@@ -1,0 +1,217 @@
+"""What every method of a run is: it begins and ends tasks, and an optimizer trains in between."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sculpt.certificate.leak import Certificate
+from sculpt.data.batching import batches, bucketed_batches
+from sculpt.models.encoding import Encoded
+from sculpt.models.learner import Learner
+from sculpt.runs.config import RunConfig, TrainingConfig
+from sculpt.task.table import TaskRow
+from sculpt.task.targets import Target, find_targets
+
+Advance = Callable[[int, int], None]
+"""Told how many of how many matrices are done."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method works on.
+
+    rows: the training rows of each task, as tokens; names: of the tasks.
+    """
+
+    learner: Learner
+    config: RunConfig
+    names: Sequence[str]
+    rows: Sequence[Sequence[Encoded]]
+
+
+MOMENTS = 2
+"""That AdamW holds for each trained value."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one matrix costs a method, known from its shape.
+
+    preserved, rank: singular directions that stay and that train; 0 and min(m, n) where all may.
+    trained: numbers that the optimizer moves.
+    moving: bytes of these beside the weight, of their gradients and moments.
+    held: bytes of everything else beside the weight, at the most.
+    """
+
+    preserved: int
+    rank: int
+    trained: int
+    moving: int
+    held: int = 0
+
+    @classmethod
+    def dense(cls, target: Target, held: int = 0) -> Cost:
+        """Of a matrix that trains as a whole."""
+        weight = target.parameter
+        size = (1 + MOMENTS) * weight.nbytes
+        return cls(0, min(target.shape[-2:]), weight.numel(), size, held)
+
+    @classmethod
+    def factored(
+        cls, target: Target, rank: int, trained: int, held: int = 0, itemsize: int | None = None
+    ) -> Cost:
+        """Of values that train beside the matrix, in its dtype where no other size is given."""
+        size = (2 + MOMENTS) * trained * (itemsize or target.parameter.element_size())
+        return cls(min(target.shape[-2:]) - rank, rank, trained, size, held)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a task starts with: its optimizer, the number of values it trains, and what was chosen
+    for each matrix."""
+
+    optimizer: torch.optim.Optimizer
+    trainable_elements: int
+    subspaces: list[TaskRow] = field(default_factory=list)
+
+
+class Strategy(ABC):
+    """A method on one model.
+
+    budget: how its trained values compare with those of sculpt; "" where nobody asked.
+    shares_fixed: checkpoints of a task share what stays in it.
+    """
+
+    budget = ""
+    shares_fixed = True
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.config = setting.config
+        self.model: nn.Module = setting.learner.model
+        self.free = setting.learner.free_parameters()
+        self.targets = find_targets(self.model, self.config.sculpt).chosen
+
+    @abstractmethod
+    def cost(self, target: Target) -> Cost:
+        """What one matrix costs."""
+
+    @abstractmethod
+    def begin_task(self, task: int, advance: Advance) -> Begun:
+        """Make the model trainable for the task of this number."""
+
+    @abstractmethod
+    def resume_task(self, task: int, folder: Path) -> Begun:
+        """Take up a task on a model that has the weights of the moment of `save`, or, where the
+        weights follow, those before the task."""
+
+    @abstractmethod
+    def end_task(self, task: int) -> None:
+        """Leave a plain model behind."""
+
+    def steps(self, task: int) -> int:
+        """Optimizer steps of a task."""
+        return self.config.training.steps_for(len(self.setting.rows[task]))
+
+    def batches(self, task: int, *, skip: int) -> Iterator[list[Encoded]]:
+        """Endless batches of a task, without the first `skip`."""
+        seed = 1000 * self.config.seed + task
+        return batches_of(self.setting.rows[task], self.config.training, seed, skip=skip)
+
+    def add_gradients(self) -> None:  # noqa: B027 - most methods need none
+        """Add those of the method's own loss to those of a batch."""
+
+    def save(self, folder: Path, previous: Path | None) -> None:  # noqa: B027 - most methods need none
+        """Write to the new folder what `resume_task` needs beside the weights as they are now.
+
+        previous: folder of the save before, where there is one.
+        """
+
+    def weights_follow(self) -> bool:
+        """Whether the weights follow from those before the task and from what `save` writes."""
+        return False
+
+    def plain_state(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers by their names in the plain model."""
+        return self.model.state_dict()
+
+    def memory(self) -> dict[str, Tensor]:
+        """What goes on from task to task beside the weights; it changes in `end_task` only."""
+        return {}
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:  # noqa: B027 - most methods need none
+        """Take what `memory` gave."""
+
+    def room(self) -> str:
+        """What each layer has left for later tasks, after one ended; "" where nothing runs out."""
+        return ""
+
+    def certify(self, advance: Advance) -> Certificate | None:
+        """Measure what moved since `begin_task`; None where nothing was promised."""
+        return None
+
+
+def adamw(parameters: Sequence[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW as the run asks for it."""
+    training = config.training
+    return torch.optim.AdamW(
+        parameters,
+        lr=training.lr,
+        betas=training.betas,
+        eps=training.eps,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+
+
+def begun(
+    parameters: Sequence[nn.Parameter],
+    free: Sequence[nn.Parameter],
+    config: RunConfig,
+    subspaces: Sequence[TaskRow] = (),
+) -> Begun:
+    """All of them made trainable, at the rate of the run."""
+    trained = [*parameters, *free]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    count = sum(parameter.numel() for parameter in trained)
+    return Begun(adamw(trained, config), count, list(subspaces))
+
+
+def freeze(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def batches_of(
+    rows: Sequence[Encoded],
+    training: TrainingConfig,
+    seed: int,
+    *,
+    size: int | None = None,
+    skip: int = 0,
+) -> Iterator[list[Encoded]]:
+    """Endless batches of `size` rows (those of a step), every row once before any again.
+
+    They depend on the rows' lengths and the seed alone, so a run that is taken up needs `skip`.
+    """
+    size = training.batch_size if size is None else size
+    if training.order == "shuffled":
+        order = batches(len(rows), size, seed, skip=skip)
+    else:
+        order = bucketed_batches([len(row.ids) for row in rows], size, seed, skip=skip)
+    return ([rows[index] for index in batch] for batch in order)
+
+
+def drawn(rows: Sequence[Encoded], count: int, seed: str) -> list[Encoded]:
+    """So many of them, or all where there are fewer, by the seed."""
+    places = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    return [rows[place] for place in places]

@@ -1,0 +1,1 @@
+"""What is on disk: files, weights, running tasks, checkpoints of runs."""

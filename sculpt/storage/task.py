@@ -1,0 +1,369 @@
+"""A sculptor on disk: safetensors and JSON, no decomposition on the way back.
+
+path/sculptor.json                  written last: the save is what it names, whatever else is there
+path/task-ID.safetensors            bases and original weights: fixed for the length of a task
+path/coordinates-ID.safetensors     coordinates, and what the engine keeps beside the weights
+path/learned-ID.safetensors         what earlier tasks have learned, where that is protected
+
+A task that is divided over processes has folders of these, see `sculpt.storage.shards`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sculpt.config import SculptConfig
+from sculpt.distributed.processes import Processes
+from sculpt.distributed.sharding import as_shard, local, whole, zeros
+from sculpt.distributed.shares import rounds
+from sculpt.storage import shards as saving
+from sculpt.storage.files import checksum, link, replacing_file, write_json
+from sculpt.storage.shards import ABOUT
+from sculpt.task.bases import Bases
+from sculpt.task.compact import CoordinateMatrix
+from sculpt.task.matrix import Matrix
+from sculpt.task.targets import Target, find_targets
+from sculpt_kernels import is_divided
+
+FORMAT = 3
+FilePath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of a save.
+
+    Attributes:
+        fixed: bases and original weights; None where an earlier save has them.
+        moving: coordinates, and what the engine keeps beside the weights.
+        learned: what earlier tasks have learned, where that is protected.
+        previous, known: that earlier save, and its description.
+        divided: whether each process writes its own.
+    """
+
+    fixed: Mapping[str, Tensor] | None
+    moving: Mapping[str, Tensor]
+    learned: Mapping[str, Tensor] | None
+    previous: Path | None
+    known: dict[str, Any] | None
+    divided: bool
+
+    @classmethod
+    def of(
+        cls,
+        matrices: list[Matrix],
+        learned: Mapping[str, Tensor] | None,
+        identity: str,
+        previous: Path | None,
+        processes: Processes,
+    ) -> Parts:
+        """Those of a running task as they are now, sharing memory with it.
+
+        Where nothing is divided the first process has all of them and the others none.
+        """
+        divided = any(is_divided(matrix.weight) for matrix in matrices)
+        with processes.as_one() as first:
+            known = same_task(previous, identity, divided) if first and previous else None
+        known = processes.tell(known)[0]
+        with processes.as_one() as first:
+            if not divided and not first:
+                return cls({}, {}, None, None, None, divided)
+            fixed = None
+            if known is None:
+                fixed = {k: t for matrix in matrices for k, t in fixed_tensors(matrix).items()}
+            moving = {k: t for matrix in matrices for k, t in moving_tensors(matrix).items()}
+        return cls(fixed, moving, learned, previous, known, divided)
+
+    def copied(self, processes: Processes) -> Parts:
+        """In host memory of their own."""
+        with processes.as_one():
+            fixed, learned = (
+                None if part is None else _copies(part) for part in (self.fixed, self.learned)
+            )
+            moving = _copies(self.moving)
+        return replace(self, fixed=fixed, moving=moving, learned=learned)
+
+    def write(self, path: Path, about: dict[str, Any], processes: Processes) -> None:
+        """Write a task: shards by every process, or all by the first one.
+
+        Raises:
+            Exception: on every process where one fails; an earlier save in `path` stays whole.
+        """
+        if self.divided:
+            saving.write(path, about, self.fixed, self.moving, self.previous, self.known, processes)
+            return
+        with processes.as_one() as first:
+            if first:
+                self._write_whole(path, about)
+
+    def _write_whole(self, path: Path, about: dict[str, Any]) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        token = uuid.uuid4().hex[:8]
+        files = {part: f"{part}-{token}.safetensors" for part in ("task", "coordinates")}
+        if self.known is None:
+            assert self.fixed is not None
+            fixed_sum = _save(path / files["task"], self.fixed)
+        else:
+            assert self.previous is not None
+            known = self.known["files"]["task"]
+            fixed_sum = self.known["checksums"][known]
+            if self.previous.resolve() == path.resolve():
+                files["task"] = known
+            else:
+                link(self.previous / known, path / files["task"])
+        moving_sum = _save(path / files["coordinates"], self.moving)
+        checksums = {files["task"]: fixed_sum, files["coordinates"]: moving_sum}
+        if self.learned is not None:
+            files["learned"] = f"learned-{token}.safetensors"
+            checksums[files["learned"]] = _save(path / files["learned"], self.learned)
+        write_json(path / ABOUT, {**about, "files": files, "checksums": checksums})
+        saving.clear(path, files)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        key: as_shard(tensor, local(tensor.detach()).to("cpu", copy=True))
+        for key, tensor in tensors.items()
+    }
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The description of a save.
+
+    Raises:
+        FileNotFoundError: there is no such save.
+        ValueError: it is of another format.
+    """
+    about_path = path / ABOUT
+    if not about_path.is_file():
+        raise FileNotFoundError(
+            f"path must be a directory written by Sculptor.save; {path} has no {ABOUT}"
+        )
+    try:
+        about: dict[str, Any] = json.loads(about_path.read_text(encoding="utf-8"))
+        version, _ = about["format"], about["checksums"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{about_path} is not a sculptor's description: {error}") from error
+    if version != FORMAT:
+        raise ValueError(f"{about_path} has format {version}; this version reads format {FORMAT}")
+    return about
+
+
+def read(
+    path: Path, about: Mapping[str, Any], targets: list[Target], processes: Processes
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a save by part, divided as the weights of `targets` are now.
+
+    Raises:
+        ValueError: the save is incomplete, or was changed.
+    """
+    by_name = {target.name: target for target in targets}
+    if "divided" in about:
+        rooms = {
+            part: {
+                key: _room(by_name, key, tuple(shape), getattr(torch, dtype))
+                for key, (shape, dtype) in about["tensors"][part].items()
+            }
+            for part in ("task", "coordinates")
+        }
+        saving.read(path, about, rooms, processes)
+        return rooms
+    parts = {part: _load(path, name, about) for part, name in about["files"].items()}
+    for part in (parts["task"], parts["coordinates"]):
+        for key, tensor in part.items():
+            if is_divided(by_name[key.rsplit("/", 1)[0]].parameter):
+                room = _room(by_name, key, tuple(tensor.shape), tensor.dtype)
+                part[key] = saving.fill(room, tensor)
+    return parts
+
+
+def _load(path: Path, name: str, about: Mapping[str, Any]) -> dict[str, Tensor]:
+    file = path / name
+    if not file.is_file():
+        raise ValueError(f"{path} is incomplete: {name} is missing")
+    if checksum(file) != about["checksums"].get(name):
+        raise ValueError(f"{file} was changed: {ABOUT} has another checksum of it")
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return tensors
+
+
+def _room(
+    targets: Mapping[str, Target], key: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Where the tensor that is saved as `key` goes: divided as the weight, or as bases are."""
+    name, part = key.rsplit("/", 1)
+    stored = targets[name].parameter.detach()
+    if part == "original":
+        return torch.empty_like(stored)
+    return zeros(targets[name].oriented(stored), shape, dtype)
+
+
+def config_to_json(config: SculptConfig) -> dict[str, Any]:
+    values = asdict(config)
+    cache = values["subspace_cache"]
+    values["subspace_cache"] = None if cache is None else os.fspath(cache)
+    for name in ("target_modules", "exclude_modules"):
+        if not isinstance(values[name], str | None):
+            values[name] = list(values[name])
+    return values
+
+
+def describe(matrices: list[Matrix], processes: Processes) -> dict[str, dict[str, Any]]:
+    """What JSON holds of each matrix."""
+    checksums = weight_checksums(matrices, processes)
+    return {
+        matrix.name: {
+            "shape": list(matrix.target.shape),
+            "preserved": matrix.target.preserved,
+            "complement": matrix.bases.complement,
+            "energy": matrix.bases.energy,
+            "method": matrix.bases.method,
+            "weight": checksums.get(matrix.name),
+            "random_roundings": matrix.roundings() or 0,
+        }
+        for matrix in matrices
+    }
+
+
+def fixed_tensors(matrix: Matrix) -> dict[str, Tensor]:
+    bases = matrix.bases
+    parts = {"U": bases.U, "V": bases.V, "removed": bases.removed}
+    found = {f"{matrix.name}/{key}": part for key, part in parts.items() if part is not None}
+    weight = matrix.target.parameter.detach()
+    original = as_shard(weight, matrix.original.get(weight.device))
+    return {**found, f"{matrix.name}/original": original}
+
+
+def moving_tensors(matrix: Matrix) -> dict[str, Tensor]:
+    if not isinstance(matrix, CoordinateMatrix):
+        return {}
+    parts = {"C": matrix.trained, "folded": matrix.state.folded}
+    return {f"{matrix.name}/{key}": part for key, part in parts.items() if part is not None}
+
+
+def flags_by_name(model: nn.Module, flags: Mapping[nn.Parameter, bool]) -> dict[str, bool]:
+    return {name: flags[p] for name, p in model.named_parameters() if p in flags}
+
+
+def put_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """`requires_grad` as it was before the task."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+
+
+def targets_of(model: nn.Module, config: SculptConfig, known: Mapping[str, Any]) -> list[Target]:
+    """The targets that were saved, with their ranks.
+
+    Raises:
+        ValueError: the model has not all of them.
+    """
+    targets = [
+        replace(target, preserved=known[target.name]["preserved"])
+        for target in find_targets(model, config).chosen
+        if target.name in known
+    ]
+    missing = sorted(set(known) - {target.name for target in targets})
+    if missing:
+        raise ValueError(f"model does not fit: it has no {missing[0]!r}, which was saved")
+    return targets
+
+
+def bases_of(target: Target, about: Mapping[str, Any], fixed: Mapping[str, Tensor]) -> Bases:
+    """The bases that were saved for `target`, on its device.
+
+    Raises:
+        ValueError: the model's weight is not the one that was saved.
+    """
+    if list(target.shape) != about["shape"]:
+        raise ValueError(
+            f"model does not fit: {target.name!r} is {target.shape}, the save has {about['shape']}"
+        )
+    device = target.parameter.device
+    U, V, removed = (
+        # In memory of its own: a file's may lie at an odd address, where products round otherwise.
+        None if part is None else part.to(device, copy=True)
+        for part in (fixed.get(f"{target.name}/{key}") for key in ("U", "V", "removed"))
+    )
+    return Bases(U, V, removed, about["complement"], about["energy"], about["method"])
+
+
+@torch.no_grad()
+def resume(matrices: list[Matrix], moving: Mapping[str, Tensor], known: Mapping[str, Any]) -> None:
+    """Put back what had moved."""
+    for matrix in matrices:
+        if isinstance(matrix, CoordinateMatrix):
+            matrix.resume(
+                moving[f"{matrix.name}/C"],
+                moving.get(f"{matrix.name}/folded"),
+                known[matrix.name]["random_roundings"],
+            )
+
+
+def derives_weight(matrix: Matrix) -> bool:
+    """Whether the weight follows from what is saved here."""
+    return isinstance(matrix, CoordinateMatrix) and matrix.recompute
+
+
+def weight_checksums(matrices: list[Matrix], processes: Processes) -> dict[str, int]:
+    """CRC-32 of the weights that do not follow from what is saved, each found by one process."""
+    matrices = [matrix for matrix in matrices if not derives_weight(matrix)]
+    found: dict[str, int] = {}
+    for indices in rounds([matrix.target.shape for matrix in matrices], processes.size):
+        own = {}
+        for owner, index in enumerate(indices):
+            if index is not None:
+                passing = whole(matrices[index].target.parameter.detach())
+                if owner == processes.rank:
+                    own[matrices[index].name] = _bytes_checksum(passing)
+        for part in processes.tell(own):
+            found.update(part)
+    return found
+
+
+def check_weights(matrices: list[Matrix], known: Mapping[str, Any], processes: Processes) -> None:
+    """Raises:
+    ValueError: a weight cannot be derived and the model's is not the one that was saved.
+    """
+    for name, value in weight_checksums(matrices, processes).items():
+        if value != known[name]["weight"]:
+            raise ValueError(
+                f"model does not fit: the weight of {name!r} is not the one of the moment of "
+                "saving; load the model that was saved beside it first"
+            )
+
+
+def _bytes_checksum(weight: Tensor) -> int:
+    flat = weight.cpu().contiguous().view(-1).view(torch.uint8)
+    return zlib.crc32(flat.numpy().data)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    with replacing_file(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+        return checksum(temporary)
+
+
+def same_task(previous: Path, identity: str, divided: bool) -> dict[str, Any] | None:
+    """The description in `previous`, or None where it is of another task or of another layout."""
+    try:
+        about = read_about(previous)
+    except (OSError, ValueError):
+        return None
+    if about.get("id") != identity or ("divided" in about) != divided:
+        return None
+    return about if divided or (previous / about["files"]["task"]).exists() else None

@@ -1,0 +1,356 @@
+"""Certificates from disk agree with those made during training, and refuse what is damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_language import tiny_model
+from tiny_runs import run_config
+from typer.testing import CliRunner
+
+from sculpt import SculptConfig, Sculptor
+from sculpt.certificate.disk import verify_checkpoints
+from sculpt.certificate.streamed import bytes_for
+from sculpt.cli.app import app
+from sculpt.cli.common import sculpt_config
+from sculpt.runs.start import run
+from sculpt.storage.weights import StoredWeightsError
+
+RATIO = 0.25
+
+
+def train(model: torch.nn.Module, sculptor: Sculptor, steps: int = 8) -> None:
+    sculptor.begin_task()
+    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
+    sculptor.attach(optimizer)
+    ids = torch.randint(0, 40, (4, 12), generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
+    """A model before and after a task, and the certificate made during training."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model = tiny_model()
+    model.save_pretrained(folder / "before")
+    sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=RATIO))
+    train(model, sculptor)
+    certificate = sculptor.verify(independent=True)
+    sculptor.end_task()
+    model.save_pretrained(folder / "after", max_shard_size="20KB")
+    return folder / "before", folder / "after", certificate.to_dict()
+
+
+def edited(source: Path, target: Path, **changes: torch.Tensor | None) -> Path:
+    """A copy of the checkpoint `source` in one file, with tensors replaced or (None) left out."""
+    tensors = {}
+    for file in source.glob("*.safetensors"):
+        tensors |= load_file(file)
+    tensors |= {name: value for name, value in changes.items() if value is not None}
+    target.mkdir()
+    kept = {n: t for n, t in tensors.items() if changes.get(n, t) is not None}
+    save_file(kept, target / "model.safetensors")
+    return target
+
+
+def verify(before: Path, after: Path, **fields):
+    config = SculptConfig(**({"unfreeze_rank_ratio": RATIO} | fields))
+    return verify_checkpoints(before, after, config)
+
+
+def test_agrees_with_the_certificate_made_during_training(trained):
+    before, after, during = trained
+    assert (after / "model.safetensors.index.json").is_file(), "expected a sharded checkpoint"
+    found = verify(before, after)
+    assert found.ok
+    rows = {row.name: row for row in found.certificate.rows if row.change > 0}
+    assert set(rows) == {row["name"] for row in during["rows"]}
+    for row in during["rows"]:
+        mine = rows[row["name"]]
+        for field in ("left", "right", "core"):
+            assert getattr(mine, field) == pytest.approx(row[field], rel=1e-6, abs=1e-10)
+        for field in ("floor", "change", "limit"):
+            assert getattr(mine, field) == pytest.approx(row[field], rel=1e-9)
+    # What is no target is compared bit by bit.
+    assert found.compared == 5
+    assert found.moved == []
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (30, 30), (2, 64), (3, 16, 24)])
+@pytest.mark.parametrize("panel_bytes", [1, 2**30])
+def test_leaks_are_those_of_the_definition(shape, panel_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr("sculpt.certificate.streamed.PANEL_BYTES", panel_bytes)
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(shape, generator=g, dtype=torch.float64)
+    D = 1e-2 * torch.randn(shape, generator=g, dtype=torch.float64)
+    save_file({"a.weight": W}, tmp_path / "before.safetensors")
+    save_file({"a.weight": W + D}, tmp_path / "after.safetensors")
+    found = verify(tmp_path / "before.safetensors", tmp_path / "after.safetensors")
+    assert found.broken
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    h = max(1, math.floor(0.75 * min(shape[-2:])))
+    left = (U[..., :h].mT @ D).norm(dim=(-2, -1)) / D.norm(dim=(-2, -1))
+    right = (D @ Vh[..., :h, :].mT).norm(dim=(-2, -1)) / D.norm(dim=(-2, -1))
+    core = (U[..., :h].mT @ D @ Vh[..., :h, :].mT).norm(dim=(-2, -1)) / D.norm(dim=(-2, -1))
+    rows = found.certificate.rows
+    for field, expected in (("left", left), ("right", right), ("core", core)):
+        got = [getattr(row, field) for row in rows]
+        assert got == pytest.approx(expected.reshape(-1).tolist(), rel=1e-9)
+
+
+def test_rank_deficient_matrices_protect_what_they_have(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(32, 3, generator=g) @ torch.randn(3, 48, generator=g)
+    U, _, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    D = torch.randn(32, 48, generator=g).double()
+    D = D - U[:, :3] @ (U[:, :3].T @ D)
+    D = D - (D @ Vh[:3].T) @ Vh[:3]
+    save_file({"a.weight": W.double()}, tmp_path / "before.safetensors")
+    save_file({"a.weight": W.double() + 1e-2 * D}, tmp_path / "after.safetensors")
+    assert verify(tmp_path / "before.safetensors", tmp_path / "after.safetensors").ok
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_one_edited_number_is_seen(trained, tmp_path, name):
+    before, after, _ = trained
+    tensor = load_all(after)[name].clone()
+    tensor.view(-1)[3] += 1e-2
+    found = verify(before, edited(after, tmp_path / "edited", **{name: tensor}))
+    assert found.broken
+    broken = [row.name for row in found.certificate.rows if not row.ok]
+    assert [*found.moved, *broken] in ([name], [name.removesuffix(".weight")])
+    assert "BROKEN" in str(found) or "none may" in str(found)
+
+
+def load_all(path: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def test_named_targets(trained):
+    before, after, _ = trained
+    moved = verify(before, after, target_modules=["q_proj"])
+    assert moved.broken
+    assert len(moved.moved) == 12
+    assert "12 of " in str(moved)
+    with pytest.raises(ValueError, match=r"'nothing' matches nothing; .* has"):
+        verify(before, after, target_modules=["nothing"])
+
+
+def test_tensors_that_train_freely(trained):
+    before, after, _ = trained
+    free = verify(before, after, target_modules=["q_proj"], others="train")
+    assert free.ok
+    assert len(free.free) == 12
+    with pytest.raises(ValueError, match="name the targets"):
+        verify(before, after, others="train")
+
+
+def test_the_core_constraint_is_judged_by_its_own_leak(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "before")
+    config = SculptConfig(unfreeze_rank_ratio=RATIO, constraint="core")
+    sculptor = Sculptor(model, config)
+    train(model, sculptor)
+    certificate = sculptor.verify(independent=True)
+    model.save_pretrained(tmp_path / "after")  # the end of the task rounds once more
+    found = verify(tmp_path / "before", tmp_path / "after", constraint="core")
+    assert found.ok
+    mine = {row.name: row for row in found.certificate.rows}
+    for row in certificate.rows:
+        assert mine[row.name].leak == pytest.approx(row.leak, rel=1e-6, abs=1e-10)
+    assert verify(tmp_path / "before", tmp_path / "after").broken
+
+
+def test_the_models_of_a_run_say_what_its_certificates_said(tmp_path):
+    run(run_config(tmp_path, checkpoint={"models": "each"}, certificate="independent"))
+    folder = tmp_path / "run"
+    results = json.loads((folder / "results.json").read_text())
+    written = results["methods"]["sculpt"]["certificates"]
+    models = [tmp_path / "tiny", *sorted((folder / "models").iterdir())]
+    assert len(models) == 1 + len(written)
+    for before, after, during in zip(models, models[1:], written, strict=False):
+        config = sculpt_config(run=folder)
+        rows = {r.name: r for r in verify_checkpoints(before, after, config).certificate.rows}
+        for row in during["rows"]:
+            assert rows[row["name"]].leak == pytest.approx(row["leak"], rel=1e-6, abs=1e-10)
+
+
+def test_ranks_follow_patterns(trained):
+    before, after, _ = trained
+    rank = {"down_proj": 31}  # more is preserved than was during training
+    found = verify(before, after, rank_pattern=rank)
+    assert [r.name.split(".")[-1] for r in found.certificate.rows if not r.ok] == ["down_proj"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_two_tasks_later_is_broken_with_a_hint(dtype, tmp_path):
+    model = tiny_model().to(dtype)
+    model.save_pretrained(tmp_path / "0")
+    sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=RATIO))
+    for task in (1, 2):
+        train(model, sculptor)
+        sculptor.end_task()
+        model.save_pretrained(tmp_path / str(task))
+    for first, last in ((0, 1), (1, 2)):
+        assert not verify(tmp_path / str(first), tmp_path / str(last)).broken
+    both = verify(tmp_path / "0", tmp_path / "2")
+    assert both.broken
+    assert "with more than one in between, compare the checkpoint after each" in str(both)
+
+
+def test_the_same_checkpoint_twice(trained):
+    before, _, _ = trained
+    assert "Nothing changed" in str(verify(before, before))
+
+
+def damaged(kind: str, before: Path, after: Path, folder: Path) -> tuple[Path, str]:
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensor = load_all(after)[name]
+    if kind == "missing layer":
+        return edited(after, folder / "x", **{name: None}), rf"lacks {name}"
+    if kind == "foreign":
+        target = folder / "x"
+        target.mkdir()
+        save_file({"other": tensor}, target / "model.safetensors")
+        return target, "0 tensors are in both"
+    if kind == "other shape":
+        return edited(after, folder / "x", **{name: tensor[:4].clone()}), rf"{name} has shape"
+    if kind == "not finite":
+        tensor = tensor.clone()
+        tensor[0, 0] = math.nan
+        return edited(after, folder / "x", **{name: tensor}), "not finite, after"
+    if kind == "nothing there":
+        return folder / "nowhere", "does not exist"
+    if kind == "empty":
+        (folder / "x").mkdir()
+        return folder / "x", r"has no model\.safetensors"
+    if kind == "pickle":
+        (folder / "x").mkdir()
+        (folder / "x" / "pytorch_model.bin").touch()
+        return folder / "x", "a pickle"
+    if kind == "adapter":
+        (folder / "x").mkdir()
+        (folder / "x" / "adapter_model.safetensors").touch()
+        return folder / "x", "sculpt import"
+    target = folder / "sharded"
+    target.mkdir()
+    for file in after.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    shards = sorted(target.glob("*.safetensors"))
+    index = target / "model.safetensors.index.json"
+    if kind == "truncated":
+        shards[0].write_bytes(shards[0].read_bytes()[:-7])
+        return target, "truncated"
+    if kind == "not safetensors":
+        shards[0].write_bytes(b"hello")
+        return target, "truncated, damaged or no safetensors"
+    if kind == "missing shard":
+        shards[0].unlink()
+        return target, "1 of 4 files are missing"
+    weight_map = json.loads(index.read_text())
+    if kind == "index names another":
+        weight_map["weight_map"]["extra"] = shards[0].name
+        expected = "names extra in"
+    elif kind == "index forgets one":
+        del weight_map["weight_map"]["model.norm.weight"]
+        expected = r"has model\.norm\.weight, which"
+    else:
+        assert kind == "index is none"
+        weight_map = {"weight_map": {"a": "../b"}}
+        expected = "without a directory"
+    index.write_text(json.dumps(weight_map))
+    return target, expected
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing layer",
+        "foreign",
+        "other shape",
+        "not finite",
+        "nothing there",
+        "empty",
+        "pickle",
+        "adapter",
+        "truncated",
+        "not safetensors",
+        "missing shard",
+        "index names another",
+        "index forgets one",
+        "index is none",
+    ],
+)
+def test_damaged_checkpoints_are_refused_by_name(kind, trained, tmp_path):
+    before, after, _ = trained
+    path, message = damaged(kind, before, after, tmp_path)
+    with pytest.raises((StoredWeightsError, ValueError), match=message):
+        verify(before, path)
+    result = CliRunner().invoke(app, ["verify", str(before), str(path), "--ratio", "0.25"])
+    assert result.exit_code == 2
+    assert result.output.startswith("error: ")
+    assert "Traceback" not in result.output
+
+
+def test_the_command(trained, tmp_path):
+    before, after, _ = trained
+    call = ["verify", str(before), str(after)]
+    result = CliRunner().invoke(app, [*call, "--ratio", "0.25"])
+    assert result.exit_code == 0
+    assert "The constraint holds" in result.output
+    result = CliRunner().invoke(app, [*call, "--effective-rank", "0.75", "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.output)["ok"] is True
+    result = CliRunner().invoke(app, [*call, "--effective-rank", "31"])
+    assert result.exit_code == 2
+    assert "preserves all 16 directions" in result.output
+    result = CliRunner().invoke(app, [*call, "--effective-rank", "15"])
+    assert result.exit_code == 1
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"ratio": 0.25}')
+    assert CliRunner().invoke(app, [*call, "--run", str(run)]).exit_code == 0
+    (run / "config.json").write_text(
+        '{"format": 1, "config": {"sculpt": {"effective_rank": 0.75}}}'
+    )
+    patterns = ["--rank-pattern", "down_proj=31"]
+    assert CliRunner().invoke(app, [*call, "--run", str(run), *patterns]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "exactly one of --ratio, --effective-rank, --run"),
+        (["--ratio", "0.2", "--effective-rank", "3"], "got --ratio and --effective-rank"),
+        (["--ratio", "1.0"], "preserves nothing"),
+        (["--effective-rank", "most"], "--effective-rank most: expected an int"),
+        (["--run", "nowhere"], "cannot be read"),
+        (["--ratio", "0.2", "--rank-pattern", "q_proj"], "expected REGEX=RANK"),
+        (["--ratio", "0.2", "--constraint", "strickt"], "constraint must be one of"),
+    ],
+)
+def test_options_that_do_not_fit(options, message, trained):
+    before, after, _ = trained
+    result = CliRunner().invoke(app, ["verify", str(before), str(after), *options])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_matrix_too_wide_for_this_machine_is_named_beforehand(trained, monkeypatch):
+    before, after, _ = trained
+    needed = bytes_for(32)  # short side of the widest
+    monkeypatch.setattr("sculpt.certificate.disk.available_memory_bytes", lambda: needed)
+    assert verify(before, after).ok
+    monkeypatch.setattr("sculpt.certificate.disk.available_memory_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"weight is \d+ x 32: to decompose it .* GB of memory"):
+        verify(before, after)

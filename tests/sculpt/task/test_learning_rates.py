@@ -1,0 +1,50 @@
+"""A learning rate is that of dense weights for whatever normalises each element of its steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sculpt import SculptConfig, Sculptor
+from tests.sculpt.task.test_engines import Lion
+from tests.sculpt.test_sculptor import moved, small_model, train
+
+NORMALISING = {
+    "lion": lambda trained: Lion(trained, lr=1e-3),
+    "adafactor": lambda trained: torch.optim.Adafactor(trained, lr=1e-3, eps=(None, 1.0)),
+    "rmsprop": lambda trained: torch.optim.RMSprop(trained, lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISING)
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+def test_optimizers_that_normalise_each_element_move_as_far_as_on_dense_weights(name, ratio):
+    distances = []
+    for sculpted in (True, False):
+        model = small_model()
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        trained = list(model.parameters())
+        if sculpted:
+            sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=ratio))
+            sculptor.begin_task()
+            trained = sculptor.parameters()
+        optimizer = NORMALISING[name](trained)
+        if sculpted:
+            sculptor.attach(optimizer)
+        train(model, optimizer, 1)
+        distances.append(moved(model, before))
+    assert distances[0] == pytest.approx(distances[1], rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (192, 96), (96, 192)])
+def test_a_gradient_without_a_preferred_direction_keeps_its_norm(shape):
+    """So that a clipped norm means what it meant."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*reversed(shape), bias=False))
+    sculptor = Sculptor(model, SculptConfig())
+    sculptor.begin_task()
+    x, dy = (torch.randn(1000, size) for size in reversed(shape))
+    (model(x) * dy).sum().backward()
+    (C,) = sculptor.parameters()
+    assert float(C.grad.norm()) == pytest.approx(float((dy.mT @ x).norm()), rel=0.1)
