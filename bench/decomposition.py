@@ -25,7 +25,7 @@ from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import local
 from sculpt.storage.files import write_json
 from sculpt.task.bases import Bases
-from sculpt.task.decompose import find_all
+from sculpt.task.choose import find_all
 from sculpt.task.targets import find_targets
 
 RESULT = Path(__file__).parent / "results" / "decomposition.json"

@@ -9,7 +9,7 @@ from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.certificate.leak import Certificate
 from sculpt.config import SculptConfig
 from sculpt.sculptor import Sculptor
-from sculpt.task.model_guards import abandon
+from sculpt.task.guards import abandon
 
 if TYPE_CHECKING:
     from sculpt.runs.config import RunConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from sculpt.adaptive.config import AdaptiveRanks
@@ -51,8 +51,6 @@ class SculptConfig:
             of the first task, and what every task since has learned.
         learned_energy: for `"accumulate"`: share of `‖ΔW‖²_F` of a task whose directions join what
             is preserved, in (0, 1).
-        when_full: for `"accumulate"`: a layer without free directions is frozen, `"freeze"`, or
-            gives the directions of least energy free again, `"release"`; both warn.
         others: parameters that are no target: `"freeze"`, or `"train"` those that require grad,
             outside of any guarantee.
         weight_update: how bfloat16 and float16 weights follow `C`: `"stochastic"` rounds each
@@ -84,7 +82,6 @@ class SculptConfig:
     coordinates: str = "thin"
     protect: str = "redecompose"
     learned_energy: float = 0.9
-    when_full: str = "freeze"
     others: str = "freeze"
     weight_update: str = "stochastic"
     originals: str = "auto"
@@ -130,7 +127,6 @@ class SculptConfig:
         _check_choice("engine", self.engine, ("auto", "compact", "update", "gradient"))
         _check_choice("coordinates", self.coordinates, ("thin", "full"))
         _check_choice("protect", self.protect, ("redecompose", "accumulate"))
-        _check_choice("when_full", self.when_full, ("freeze", "release"))
         _check_choice("others", self.others, ("freeze", "train"))
         _check_choice("weight_update", self.weight_update, ("stochastic", "recompute"))
         _check_choice("originals", self.originals, ("auto", "cpu", "disk"))
@@ -174,6 +170,17 @@ class SculptConfig:
                 "protect='accumulate' needs engine='compact' and coordinates='thin'; got "
                 f"engine={way[0]!r}, coordinates={way[1]!r}"
             )
+
+
+def config_to_json(config: SculptConfig) -> dict[str, Any]:
+    """Its fields as JSON holds them."""
+    values = asdict(config)
+    cache = values["subspace_cache"]
+    values["subspace_cache"] = None if cache is None else os.fspath(cache)
+    for name in ("target_modules", "exclude_modules"):
+        if not isinstance(values[name], str | None):
+            values[name] = list(values[name])
+    return values
 
 
 def _adaptive(ranks: Any) -> AdaptiveRanks:

@@ -17,14 +17,14 @@ from torch.optim.optimizer import Optimizer
 
 from sculpt.certificate.leak import Certificate
 from sculpt.certificate.running import certify
-from sculpt.config import SculptConfig
-from sculpt.distributed.agreement import check_agreement
+from sculpt.config import SculptConfig, config_to_json
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, reshard, sharded_modules
 from sculpt.messages import SculptWarning, some
 from sculpt.storage import task as state
 from sculpt.storage.background import Background, Saving
 from sculpt.task.accumulate import Learned
+from sculpt.task.agreement import check_agreement
 from sculpt.task.choose import choose
 from sculpt.task.engines import warn_that_gradients_leak
 from sculpt.task.running import RunningTask
@@ -293,7 +293,7 @@ class Sculptor:
         self._background.settle()
         about = {
             "format": state.FORMAT,
-            "config": state.config_to_json(self.config),
+            "config": config_to_json(self.config),
             "id": task.id,
             "task": task.name,
             "skipped_steps": task.skipped_steps,

@@ -16,16 +16,15 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from sculpt.certificate.leak import Certificate
-from sculpt.config import SculptConfig
+from sculpt.config import SculptConfig, config_to_json
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, local
 from sculpt.logs import Loggers, certificate_metrics, task_metrics
 from sculpt.sculptor import Sculptor
 from sculpt.storage import optimizer as optimizer_state
 from sculpt.storage.files import write_json
-from sculpt.storage.task import config_to_json
 from sculpt.task.compact import CoordinateMatrix
-from sculpt.task.optimizers import innermost
+from sculpt.task.guards import innermost
 from sculpt.task.supported import refuse_model
 from sculpt.task.table import TaskRow, TaskTable
 from sculpt.task.targets import find_targets

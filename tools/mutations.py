@@ -2,7 +2,6 @@
 
     python tools/mutations.py                # every change; a minute or two, needs Triton
     python tools/mutations.py int64 sides    # changes whose name contains one of the words
-    python tools/mutations.py --table        # the table of CONTRIBUTING.md, without running
 
 Each change is made in a copy of the tree, never in the tree itself. The named test must pass there
 without the change and fail with it; the exit code is 1 if one does not.
@@ -259,16 +258,12 @@ MUTATIONS = [
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="only changes whose name contains one of these")
-    parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     options = parser.parse_args(arguments)
     chosen = [
         mutation
         for mutation in MUTATIONS
         if not options.words or any(word in mutation.name for word in options.words)
     ]
-    if options.table:
-        print(table(chosen))
-        return 0
     missed = 0
     with copied() as tree:
         passed: dict[str, bool] = {}
@@ -344,15 +339,6 @@ def build(tree: Path) -> None:
     folder = ["-B", "build/native", "-DBUILD_TESTING=OFF"]
     for command in ([cmake, "-S", ".", *folder], [cmake, "--build", "build/native", "--parallel"]):
         subprocess.run(command, cwd=tree, check=True, stdout=subprocess.DEVNULL)
-
-
-def table(mutations: list[Mutation]) -> str:
-    """Markdown: what is broken, and the test that notices."""
-    lines = ["| what is broken | where | the test that notices |", "| --- | --- | --- |"]
-    for mutation in mutations:
-        test = Path(mutation.test).name
-        lines.append(f"| {mutation.name} | `{mutation.file}` | `{test}` |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

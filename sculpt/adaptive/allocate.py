@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sculpt.adaptive.config import AdaptiveRanks
-from sculpt.adaptive.importance import Importance, from_data, from_weights, squared_values
+from sculpt.adaptive.importance import Importance, importance_of, squared_values
 from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes
 from sculpt.task.engines import trained_elements
@@ -50,24 +50,17 @@ def adapt(
     if divided is not None and ranks.importance == "fisher":
         raise ValueError(
             "importance='fisher' needs gradients of whole matrices, and that of "
-            f"{divided!r} is divided by fully_shard: take another importance, or run "
+            f"{divided!r} is divided by fully_shard: take importance='cosine', or run "
             "begin_task() once before fully_shard and pass its ranks as rank_pattern"
         )
-    if ranks.from_data and calibration is None:
+    if calibration is None:
         raise ValueError(
             f"ranks with importance={ranks.importance!r} need data of the task before (or of the "
             "first task): begin_task(calibration=batches)"
         )
-    if not ranks.from_data and calibration is not None:
-        raise ValueError(
-            f"calibration is not used by importance={ranks.importance!r}; pass calibration=None"
-        )
     free = [t for t in targets if pattern_rank(t.name, min(t.shape[-2:]), config) is None]
-    if ranks.from_data:
-        preserved = [target.preserved for target in free]
-        raw = from_data(model, free, ranks.importance, preserved, calibration, processes)
-    else:
-        raw = from_weights(free, ranks.importance, processes)
+    preserved = [target.preserved for target in free]
+    raw = importance_of(model, free, ranks.importance, preserved, calibration, processes)
     scaled = scale(raw)
     chosen = _under_budget(targets, config, ranks, scaled)
     processes.require_equal({"rank": {target.name: target.preserved for target in chosen}})

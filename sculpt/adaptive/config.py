@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-FROM_DATA = ("auto", "cosine", "fisher")
-FROM_WEIGHTS = ("captured_energy", "effective_rank")
+IMPORTANCE = ("auto", "cosine", "fisher")
 BUDGETS = ("trainable_elements", "memory_bytes", "protected_energy")
 
 
@@ -30,8 +29,6 @@ class AdaptiveRanks:
             one. `"fisher"`: `√(mn) ‖U_lᵀ G V_l‖ / t`, root mean square over the gradients `G` of
             the calibration batches, `U_l, V_l` the `t = k - floor(trr k)` trailing singular
             vectors: the second-order loss of a step of AdamW, to the square root.
-            `"captured_energy"`: share of the directions that hold 90 % of `‖W‖²_F`.
-            `"effective_rank"`: `exp(entropy of σ / Σσ) / k` (Roy & Vetterli 2007).
         trainable_elements: budget, instead of the mean `trr`: numbers that train in all layers
             together, as an int, or as a share of the sculpted weights, a float in (0, 1).
         memory_bytes: budget: of bases, coordinates, their copy, gradients and two moments.
@@ -63,21 +60,15 @@ class AdaptiveRanks:
                 f"ranks must have 0 <= mrr <= trr < 1 and trr > 0; got mrr={self.mrr}, "
                 f"trr={self.trr}"
             )
-        known = (*FROM_DATA, *FROM_WEIGHTS)
-        if self.importance not in known:
+        if self.importance not in IMPORTANCE:
             raise ValueError(
-                f"ranks.importance must be one of {', '.join(map(repr, known))}; "
+                f"ranks.importance must be one of {', '.join(map(repr, IMPORTANCE))}; "
                 f"got {self.importance!r}"
             )
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"ranks.{given[0]} and ranks.{given[1]} exclude each other")
         self._check_budgets()
-
-    @property
-    def from_data(self) -> bool:
-        """Whether layers are measured on calibration data; otherwise on their weights alone."""
-        return self.importance in FROM_DATA
 
     @property
     def budget(self) -> tuple[str, float] | None:

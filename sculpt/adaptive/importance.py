@@ -1,4 +1,4 @@
-"""How important each layer is: one number, from data in one pass, or from its weight alone.
+"""How important each layer is: one number, from data in one pass.
 
 What passes through the model is reduced where it appears, to a sum and a count for each layer:
 nothing of a batch is alive after it.
@@ -22,9 +22,6 @@ from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import reshard, sharded_modules, whole
 from sculpt.task.targets import Place, Target
 from sculpt_kernels import compress, is_divided, split
-
-ENERGY = 0.9
-"""Of which `captured_energy` counts the directions."""
 
 
 @dataclass
@@ -52,7 +49,7 @@ class Importance:
     by: str = ""
 
 
-def from_data(
+def importance_of(
     model: nn.Module,
     targets: list[Target],
     kind: str,
@@ -242,27 +239,6 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
-def from_weights(targets: list[Target], kind: str, processes: Processes) -> dict[str, Importance]:
-    """Importance by `"captured_energy"` or `"effective_rank"` of each target, by name.
-
-    Each process measures its share of the targets. Raises `ValueError` where a weight is not
-    finite.
-    """
-    measure = captured_energy if kind == "captured_energy" else effective_rank
-    own: dict[str, float] = {}
-    error: Exception | None = None
-    for index, target in enumerate(targets):
-        weight = whole(target.parameter.detach())
-        if error is None and index % processes.size == processes.rank:
-            try:
-                own[target.name] = measure(squared_values(target, weight))
-            except ValueError as problem:
-                error = problem
-    processes.fail_together(error)
-    found = {name: value for one in processes.tell(own) for name, value in one.items()}
-    return {target.name: Importance(found[target.name], by=kind) for target in targets}
-
-
 def squared_values(target: Target, weight: Tensor | None = None) -> Tensor:
     """Squared singular values `(..., k)`, descending, float64, from the smaller Gram matrix.
 
@@ -275,18 +251,3 @@ def squared_values(target: Target, weight: Tensor | None = None) -> Tensor:
     A = W if W.shape[-2] <= W.shape[-1] else W.mT
     squares: Tensor = torch.linalg.eigvalsh(A @ A.mT).flip(-1).clamp_min(0)
     return squares
-
-
-def captured_energy(squares: Tensor) -> float:
-    """Share of the directions that hold `ENERGY` of all `σ²`; the mean of a stack."""
-    total = squares.sum(-1, keepdim=True).clamp_min(1e-300)
-    needed = (squares.cumsum(-1) / total < ENERGY).sum(-1) + 1
-    return float((needed / squares.shape[-1]).mean())
-
-
-def effective_rank(squares: Tensor) -> float:
-    """`exp(entropy of σ / Σσ) / k`; the mean of a stack."""
-    values = squares.sqrt()
-    shares = values / values.sum(-1, keepdim=True).clamp_min(1e-300)
-    entropy = -torch.special.xlogy(shares, shares).sum(-1)
-    return float((entropy.exp() / squares.shape[-1]).mean())

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sculpt.certificate.leak import Certificate, LeakRow, measure, severity
-from sculpt.distributed.processes import Processes
+from sculpt.distributed.processes import Processes, rounds
 from sculpt.distributed.sharding import whole
-from sculpt.distributed.shares import rounds
-from sculpt.task.matrix import LOW_PRECISION, Matrix, Side
+from sculpt.task.matrix import Matrix, Side
+from sculpt.task.targets import LOW_PRECISION
 from sculpt_kernels import Subspace, is_divided, split
 
 

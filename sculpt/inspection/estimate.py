@@ -30,8 +30,8 @@ from sculpt.inspection.spectra import Spectrum, find_weights, spectra, stored_va
 from sculpt.inspection.trace import Pass, trace_pass
 from sculpt.storage.weights import StoredWeights
 from sculpt.task.bases import Bases
-from sculpt.task.engines import make_matrix, place_of_original
-from sculpt.task.originals import Original
+from sculpt.task.engines import make_matrix
+from sculpt.task.originals import Original, place_of_original
 from sculpt.task.targets import Target, find_targets
 
 Progress = Callable[[int, int, str], None]

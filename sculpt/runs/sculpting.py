@@ -24,7 +24,8 @@ from sculpt.runs.method import (
     freeze,
 )
 from sculpt.sculptor import Sculptor
-from sculpt.task.engines import recomputes, trained_elements
+from sculpt.task.engines import trained_elements
+from sculpt.task.originals import recomputes
 from sculpt.task.table import TaskRow
 from sculpt.task.targets import Target
 
@@ -54,7 +55,7 @@ class Sculpt(Strategy):
         """Rows of the task before, or of the first one for itself, one by one: no padding."""
         ranks = self.config.sculpt.ranks
         learned = self._sculptor.learned
-        if ranks is None or not ranks.from_data or (learned is not None and learned.rooms):
+        if ranks is None or (learned is not None and learned.rooms):
             return None
         rows = self.setting.rows[max(0, task - 1)]
         count = min(self.config.calibration_rows, len(rows))

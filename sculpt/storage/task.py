@@ -15,7 +15,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sculpt.config import SculptConfig
-from sculpt.distributed.processes import Processes
+from sculpt.distributed.processes import Processes, rounds
 from sculpt.distributed.sharding import as_shard, local, whole, zeros
-from sculpt.distributed.shares import rounds
 from sculpt.storage import shards as saving
 from sculpt.storage.files import checksum, link, replacing_file, write_json
 from sculpt.storage.shards import ABOUT
@@ -211,16 +210,6 @@ def _room(
     if part == "original":
         return torch.empty_like(stored)
     return zeros(targets[name].oriented(stored), shape, dtype)
-
-
-def config_to_json(config: SculptConfig) -> dict[str, Any]:
-    values = asdict(config)
-    cache = values["subspace_cache"]
-    values["subspace_cache"] = None if cache is None else os.fspath(cache)
-    for name in ("target_modules", "exclude_modules"):
-        if not isinstance(values[name], str | None):
-            values[name] = list(values[name])
-    return values
 
 
 def describe(matrices: list[Matrix], processes: Processes) -> dict[str, dict[str, Any]]:

@@ -167,8 +167,7 @@ class Learned:
         if not chosen:
             tasks = max(len(room.uses) for room in self.rooms.values())
             raise ValueError(
-                f"every layer is full after {tasks} tasks, and nothing can train: "
-                "when_full='release' gives the directions of least energy free, a larger "
+                f"every layer is full after {tasks} tasks, and nothing can train: a larger "
                 "unfreeze_rank_ratio or a smaller learned_energy makes room for more"
             )
         if full:
@@ -183,27 +182,10 @@ class Learned:
     @torch.no_grad()
     def add(self, matrices: Sequence[Matrix]) -> None:
         """Let what a task learned join what is preserved, before the matrices become plain."""
-        released: dict[str, tuple[int, float]] = {}
         for matrix in matrices:
             assert isinstance(matrix, CompactMatrix)
             before = self.rooms.get(matrix.name)
-            room = _joined(before, matrix, self.config.learned_energy)
-            needed = max(1, round(room.typical))
-            if self.config.when_full == "release" and room.free < needed:
-                count = needed - room.free
-                room, given_up = _released(room, count)
-                released[matrix.name] = count, given_up
-            self.rooms[matrix.name] = room
-        if released:
-            worst = max(released, key=lambda name: released[name][1])
-            warnings.warn(
-                f"{len(released)} of {len(self.rooms)} layers are full: their "
-                f"{sum(count for count, _ in released.values())} directions of least energy are "
-                f"free again; {worst!r} gives up most, {released[worst][1]:.1%} of the energy of "
-                "all that it learned",
-                SculptWarning,
-                stacklevel=4,
-            )
+            self.rooms[matrix.name] = _joined(before, matrix, self.config.learned_energy)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, for a safetensors file."""
@@ -274,20 +256,3 @@ def _joined(room: Room | None, matrix: CompactMatrix, energy: float) -> Room:
         [*room.uses, count],
         room.share,
     )
-
-
-def _released(room: Room, count: int) -> tuple[Room, float]:
-    """The room with so many of its directions of least energy free; their share of the energy."""
-    order = room.energies.argsort()
-    gone, kept = order[:count], order[count:].sort().values
-    held = len(room.energies)
-    columns = torch.cat([kept, gone, torch.arange(held, room.size)]).to(room.U.device)
-    share = float(room.energies[gone].sum() / room.energies.sum())
-    changed = replace(
-        room,
-        U=room.U[..., columns].contiguous(),
-        V=room.V[..., columns].contiguous(),
-        energies=room.energies[kept],
-        owners=room.owners[kept],
-    )
-    return changed, share

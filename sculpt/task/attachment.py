@@ -11,9 +11,13 @@ from torch.optim.optimizer import Optimizer
 
 from sculpt.distributed.processes import Processes
 from sculpt.messages import SculptWarning
-from sculpt.task.nonfinite import drop_nonfinite_gradients, flag_nonfinite_gradients, is_captured
-from sculpt.task.optimizer_guards import refuse_idle_steps
-from sculpt.task.optimizers import check_task
+from sculpt.task.guards import (
+    check_task,
+    drop_nonfinite_gradients,
+    flag_nonfinite_gradients,
+    is_captured,
+    refuse_idle_steps,
+)
 
 
 class Attachment:

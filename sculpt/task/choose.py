@@ -1,19 +1,24 @@
-"""What a task trains: targets with their ranks, and the bases of each."""
+"""What a task trains: targets with their ranks, and the bases of each.
+
+In several processes each finds the bases of some targets and sends them to the others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sculpt.adaptive.allocate import adapt
 from sculpt.adaptive.importance import Importance
 from sculpt.config import SculptConfig
-from sculpt.distributed.processes import Processes
+from sculpt.distributed.processes import Processes, rounds
+from sculpt.distributed.sharding import like_shards, whole
 from sculpt.task.accumulate import Learned
-from sculpt.task.bases import Bases
-from sculpt.task.decompose import find_all
+from sculpt.task.bases import Bases, find_bases, splitter
 from sculpt.task.targets import Target
 from sculpt_kernels import Subspace
 
@@ -56,3 +61,92 @@ def choose(
         )
     chosen, bases, full = left
     return Choice(chosen, bases, {}, full)
+
+
+PARTS = ("U", "V", "removed")
+
+
+def find_all(
+    targets: list[Target],
+    config: SculptConfig,
+    given: Mapping[str, Subspace],
+    processes: Processes,
+    progress: Callable[[int, int, str], None] | None,
+) -> list[Bases]:
+    """Bases of every target, in their order, the same bits however many processes there are.
+
+    In a round each process decomposes one whole matrix, then all exchange what they found: no
+    process ever holds more than one whole matrix and one result beside what it keeps.
+
+    Raises:
+        TypeError, ValueError: a weight is not finite, or `given` does not fit. Other processes than
+            the one that found out raise RuntimeError.
+    """
+    split = splitter(config)
+    found: dict[int, Bases] = {}
+    for indices in rounds([target.shape for target in targets], processes.size):
+        mine = indices[processes.rank]
+        weight = _own(targets, indices, processes.rank)
+        bases: Bases | None = None
+        error: Exception | None = None
+        if mine is not None:
+            target = targets[mine]
+            try:
+                bases = find_bases(target, config, split, given.get(target.name), weight)
+            except (TypeError, ValueError) as problem:
+                error = problem
+        processes.fail_together(error)
+        heads = processes.tell(None if bases is None else _describe(bases))
+        for owner, index in enumerate(indices):
+            if index is None:
+                continue
+            own = bases if owner == processes.rank else None
+            received = _receive(own, heads[owner], owner, processes)
+            found[index] = divide(targets[index], received)
+            if progress is not None:
+                progress(len(found), len(targets), targets[index].name)
+    return [found[index] for index in range(len(targets))]
+
+
+def _own(targets: list[Target], indices: list[int | None], rank: int) -> Tensor | None:
+    """The whole weight of this process, where weights are divided; each passes by in turn."""
+    own = None
+    for owner, index in enumerate(indices):
+        if index is not None:
+            passing = whole(targets[index].parameter.detach())
+            own = passing if owner == rank else own
+    return own
+
+
+def divide(target: Target, bases: Bases) -> Bases:
+    """Bases of which every process keeps some rows, where it keeps a part of the weight."""
+    weight = target.oriented(target.parameter.detach())
+    U, V, removed = (
+        None if part is None else like_shards(weight, part, stack=weight.ndim == 3)
+        for part in (bases.U, bases.V, bases.removed)
+    )
+    return replace(bases, U=U, V=V, removed=removed)
+
+
+def _describe(bases: Bases) -> dict[str, Any]:
+    """What JSON holds of bases: enough to make room for them."""
+    parts = {name: part for name in PARTS if (part := getattr(bases, name)) is not None}
+    return {
+        "shapes": {name: list(part.shape) for name, part in parts.items()},
+        "dtype": str(next(iter(parts.values())).dtype),
+        "about": [bases.complement, bases.energy, bases.method],
+    }
+
+
+def _receive(bases: Bases | None, head: dict[str, Any], owner: int, processes: Processes) -> Bases:
+    """The bases of `owner`, which has them already."""
+    dtype = getattr(torch, head["dtype"].removeprefix("torch."))
+    parts: dict[str, Tensor | None] = dict.fromkeys(PARTS)
+    for name, shape in head["shapes"].items():
+        if bases is None:
+            part = torch.empty(shape, dtype=dtype, device=processes.device)
+        else:
+            part = getattr(bases, name)
+        processes.broadcast(part, owner)
+        parts[name] = part
+    return Bases(parts["U"], parts["V"], parts["removed"], *head["about"])

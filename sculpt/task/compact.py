@@ -12,9 +12,9 @@ from sculpt.certificate.leak import rounding_bound
 from sculpt.distributed.sharding import like_shards, local, whole, zeros
 from sculpt.task.bases import Bases
 from sculpt.task.layers import Coordinates, away_from, coordinates_name, install, remove
-from sculpt.task.matrix import AVERAGED, LOW_PRECISION, Matrix, Side
+from sculpt.task.matrix import AVERAGED, Matrix, Side
 from sculpt.task.originals import Original
-from sculpt.task.targets import Target
+from sculpt.task.targets import LOW_PRECISION, Target
 from sculpt_kernels import expand_add_, expand_add_many_, is_divided
 
 

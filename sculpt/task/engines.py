@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import warnings
 from collections.abc import Collection, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +12,14 @@ from torch import Tensor, nn
 
 from sculpt.certificate.leak import LeakRow
 from sculpt.config import SculptConfig
-from sculpt.distributed.sharding import local
 from sculpt.messages import SculptWarning
 from sculpt.task.bases import Bases
 from sculpt.task.compact import CompactMatrix, follow_together
-from sculpt.task.matrix import LOW_PRECISION, Matrix
-from sculpt.task.optimizers import held_by
-from sculpt.task.originals import Original
+from sculpt.task.guards import held_by
+from sculpt.task.matrix import Matrix
+from sculpt.task.originals import Original, recomputes
 from sculpt.task.projected import DeltaMatrix, DenseMatrix, Projection
-from sculpt.task.targets import Target
+from sculpt.task.targets import LOW_PRECISION, Target
 from sculpt_kernels import is_divided
 
 
@@ -49,11 +46,6 @@ def freeze(
     return others
 
 
-def recomputes(config: SculptConfig, target: Target) -> bool:
-    """Whether each step rounds the weight afresh from the original, not its change."""
-    return target.parameter.dtype not in LOW_PRECISION or config.weight_update == "recompute"
-
-
 def trained_elements(target: Target, config: SculptConfig) -> int:
     """How many numbers the optimizer moves for this target."""
     m, n = target.shape[-2:]
@@ -65,37 +57,6 @@ def trained_elements(target: Target, config: SculptConfig) -> int:
 
 def _is_full(config: SculptConfig, m: int, n: int) -> bool:
     return config.coordinates == "full" and m != n
-
-
-def place_of_original(config: SculptConfig, target: Target) -> str:
-    """`"device"` where each step starts from it and nothing else was asked for."""
-    if config.originals != "auto":
-        return config.originals
-    low = target.parameter.dtype in LOW_PRECISION
-    if config.chosen_engine == "compact":
-        return "device" if recomputes(config, target) else "cpu"
-    return "device" if config.chosen_engine == "update" or low else "cpu"
-
-
-class Originals:
-    """The weights before a task, and the files of those that are on disk."""
-
-    def __init__(self, config: SculptConfig) -> None:
-        self._config = config
-        self._files: tempfile.TemporaryDirectory[str] | None = None
-
-    def keep(self, target: Target, weight: Tensor) -> Original:
-        """What `weight` is now; the shard of a divided one."""
-        place = place_of_original(self._config, target)
-        if place == "disk" and self._files is None:
-            self._files = tempfile.TemporaryDirectory(prefix="sculpt-")
-        folder = None if self._files is None else Path(self._files.name)
-        return Original(local(weight.detach()).to(target.parameter.device), place, folder)
-
-    def close(self) -> None:
-        """Remove the files."""
-        if self._files is not None:
-            self._files.cleanup()
 
 
 def groups(matrices: list[Matrix], together: bool) -> list[list[int]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sculpt.distributed.sharding import average, local, whole
-from sculpt.task.model_guards import refuse_to_move
+from sculpt.task.guards import refuse_to_move
 from sculpt.task.targets import Place
 from sculpt_kernels import compact_embedding, compact_linear, compact_weight, is_divided, project
 
@@ -95,12 +95,6 @@ class Coordinates:
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model, an average for instance, goes its own ways."""
         return vars(self) | {"changed": None, "folded": None}
-
-
-def ended_of(parameter: Tensor) -> int | None:
-    """The id of the weight whose coordinates these were in a task that is over, or None."""
-    found: int | None = getattr(parameter, "sculpt_ended", None)
-    return found
 
 
 class Compact(nn.Module):

@@ -16,7 +16,6 @@ from sculpt.task.bases import Bases
 from sculpt.task.originals import Original
 from sculpt.task.targets import Target
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 AVERAGED = 128
 """Roundings that an average of weights may have gathered."""
 Side = tuple[Tensor, bool]

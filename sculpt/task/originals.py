@@ -10,6 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sculpt.config import SculptConfig
+from sculpt.distributed.sharding import local
+from sculpt.task.targets import LOW_PRECISION, Target
+
 
 class Original:
     """A weight as it was before the task: on its device, in host memory, or in a file.
@@ -46,3 +50,39 @@ class Original:
             return weight
         assert self._tensor is not None
         return self._tensor.to(device, non_blocking=True)
+
+
+def recomputes(config: SculptConfig, target: Target) -> bool:
+    """Whether each step rounds the weight afresh from the original, not its change."""
+    return target.parameter.dtype not in LOW_PRECISION or config.weight_update == "recompute"
+
+
+def place_of_original(config: SculptConfig, target: Target) -> str:
+    """`"device"` where each step starts from it and nothing else was asked for."""
+    if config.originals != "auto":
+        return config.originals
+    low = target.parameter.dtype in LOW_PRECISION
+    if config.chosen_engine == "compact":
+        return "device" if recomputes(config, target) else "cpu"
+    return "device" if config.chosen_engine == "update" or low else "cpu"
+
+
+class Originals:
+    """The weights before a task, and the files of those that are on disk."""
+
+    def __init__(self, config: SculptConfig) -> None:
+        self._config = config
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+
+    def keep(self, target: Target, weight: Tensor) -> Original:
+        """What `weight` is now; the shard of a divided one."""
+        place = place_of_original(self._config, target)
+        if place == "disk" and self._files is None:
+            self._files = tempfile.TemporaryDirectory(prefix="sculpt-")
+        folder = None if self._files is None else Path(self._files.name)
+        return Original(local(weight.detach()).to(target.parameter.device), place, folder)
+
+    def close(self) -> None:
+        """Remove the files."""
+        if self._files is not None:
+            self._files.cleanup()

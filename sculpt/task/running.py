@@ -12,24 +12,31 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
 from sculpt.config import SculptConfig
-from sculpt.distributed.agreement import check_replicas
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, reshard, sharded_modules
 from sculpt.messages import SculptWarning, some
+from sculpt.task.agreement import check_replicas
 from sculpt.task.attachment import Attachment
 from sculpt.task.bases import Bases
 from sculpt.task.engines import (
-    Originals,
     check_holds,
     follow_all,
     freeze,
     make_matrix,
     warn_that_gradients_leak,
 )
+from sculpt.task.guards import (
+    OptimizerGuard,
+    TrainedModules,
+    check_task,
+    hold,
+    innermost,
+    mark_task,
+    not_followed,
+    release,
+)
 from sculpt.task.matrix import Matrix, Probe, WeightChangedError
-from sculpt.task.model_guards import Modules, hold, release
-from sculpt.task.optimizer_guards import Watch, not_followed
-from sculpt.task.optimizers import check_task, innermost, mark_task
+from sculpt.task.originals import Originals
 from sculpt.task.targets import Target
 
 
@@ -71,14 +78,14 @@ class RunningTask:
             warn_that_gradients_leak()
         self._sharded = sharded_modules(model)
         self.processes = Processes(group, device_of(targets[0].parameter))
-        self._modules = Modules(model, {p.path: p.module for t in targets for p in t.places})
+        self._modules = TrainedModules(model, {p.path: p.module for t in targets for p in t.places})
         self.matrices = {
             target.name: make_matrix(target, bases, original, config)
             for target, bases, original in zip(targets, found, originals, strict=True)
         }
         # What several processes find out by themselves they would have to agree on, in every step.
         self._probe = Probe([] if self._sharded else self.matrices.values())
-        self._watch = Watch(self.matrices.values())
+        self._guard = OptimizerGuard(self.matrices.values())
         self._attached: Attachment | None = None
         for matrix in self.matrices.values():
             matrix.call_on_change(self._keep_current)
@@ -120,7 +127,7 @@ class RunningTask:
         mark_task(optimizer, {id(matrix.trained) for matrix in matrices}, mark)
         for matrix in matrices:
             matrix.attached()
-        self._watch.follow(optimizer)
+        self._guard.follow(optimizer)
         self._attached = Attachment(
             optimizer,
             self._before_step, self._follow, self._skipped, self._before_first, self._gradients,
@@ -193,13 +200,13 @@ class RunningTask:
                 return
             moved = self._settle()
             if moved is not None:
-                if not self._watch.driven:
+                if not self._guard.driven:
                     raise RuntimeError(not_followed(moved))
                 self._follow()
 
     def update_weights(self) -> None:
         """See `Sculptor.update_weights`."""
-        self._watch.driven = True
+        self._guard.driven = True
         self._follow()
 
     @torch.no_grad()
@@ -243,7 +250,7 @@ class RunningTask:
             matrix.end(undo=undo)
         if self._attached is not None:
             self._attached.end()
-        self._watch.remove()
+        self._guard.remove()
         release(self.model)
         for parameter, flag in self.flags.items():
             parameter.requires_grad_(flag)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -34,6 +35,9 @@ from sculpt.task.supported import (
 
 EXCLUDED = "in exclude_modules"
 FROZEN = "frozen: requires_grad is False"
+
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

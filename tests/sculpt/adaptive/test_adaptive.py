@@ -12,7 +12,7 @@ from torch import nn
 
 from sculpt import AdaptiveRanks, SculptConfig, Sculptor
 from sculpt.adaptive.allocate import preserved_rank, scale
-from sculpt.adaptive.importance import Importance, captured_energy, effective_rank, squared_values
+from sculpt.adaptive.importance import Importance, squared_values
 from sculpt.task.targets import find_targets
 
 
@@ -150,15 +150,6 @@ def test_by_itself_it_is_fisher_where_there_is_a_loss_and_the_cosine_elsewhere(
     assert f"importance ({by})" in str(table)
 
 
-def test_measures_from_weights_by_hand() -> None:
-    squares = torch.tensor([4.0, 4.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]).double()
-    # 90 % of 10 is reached with the third; shares of σ are 1/3, 1/3, 1/6, 1/6.
-    assert captured_energy(squares) == pytest.approx(3 / 8)
-    entropy = 2 / 3 * math.log(3) + 1 / 3 * math.log(6)
-    assert effective_rank(squares) == pytest.approx(math.exp(entropy) / 8)
-    assert effective_rank(torch.ones(5).double()) == pytest.approx(1.0)
-
-
 def test_importance_has_mean_one_and_what_was_not_measured_counts_as_the_mean() -> None:
     raw = {"a": Importance(3.0), "b": Importance(1.0), "c": Importance(None, "not reached")}
     scaled = scale(raw)
@@ -170,7 +161,7 @@ def test_importance_has_mean_one_and_what_was_not_measured_counts_as_the_mean() 
     assert "no layer has any importance" in nothing["a"].note
 
 
-@pytest.mark.parametrize("importance", ["cosine", "fisher", "captured_energy", "effective_rank"])
+@pytest.mark.parametrize("importance", ["cosine", "fisher"])
 @pytest.mark.parametrize(
     "budget",
     [
@@ -184,8 +175,7 @@ def test_importance_has_mean_one_and_what_was_not_measured_counts_as_the_mean() 
 def test_budgets_are_met_to_one_percent(importance, budget, coordinates) -> None:
     model = random_model()
     ranks = AdaptiveRanks(importance=importance, **budget)
-    calibration = data() if ranks.from_data else None
-    rows = rows_of(model, ranks, calibration, coordinates=coordinates)
+    rows = rows_of(model, ranks, data(), coordinates=coordinates)
     config = SculptConfig(coordinates=coordinates)
     (name, wanted), *_ = budget.items()
     spent = 0.0
@@ -215,7 +205,7 @@ def test_layers_of_one_importance_still_meet_a_budget() -> None:
     model = Parallel([torch.randn(16, 16).repeat(2, 1) for _ in range(30)])
     for layer in model.layers:
         layer.weight.data.copy_(model.layers[0].weight)
-    rows = rows_of(model, AdaptiveRanks(importance="effective_rank", trainable_elements=900))
+    rows = rows_of(model, AdaptiveRanks(trainable_elements=900), [torch.zeros(2, 16)])
     assert sum(r.trainable_elements for r in rows.values()) == pytest.approx(900, rel=0.01)
     assert len({row.preserved for row in rows.values()}) == 2  # 30 t² would jump from 750 to 1080
 
@@ -224,17 +214,15 @@ def test_a_budget_that_cannot_be_met_is_an_error_with_what_can() -> None:
     model = random_model()
     before = [p.detach().clone() for p in model.parameters()]
     for budget in ({"trainable_elements": 10**6}, {"protected_energy": 0.01}):
-        ranks = AdaptiveRanks(importance="effective_rank", **budget)
+        ranks = AdaptiveRanks(**budget)
         sculptor = Sculptor(model, SculptConfig(ranks=ranks))
         with pytest.raises(
             ValueError, match=r"cannot be met to 1%: the nearest is .* it goes from"
         ):
-            sculptor.begin_task()
-    config = SculptConfig(
-        ranks=AdaptiveRanks(importance="effective_rank", memory_bytes=1000), engine="update"
-    )
+            sculptor.begin_task(data())
+    config = SculptConfig(ranks=AdaptiveRanks(memory_bytes=1000), engine="update")
     with pytest.raises(ValueError, match=r"ranks\.memory_bytes needs engine='compact'"):
-        Sculptor(model, config).begin_task()
+        Sculptor(model, config).begin_task(data())
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
@@ -310,9 +298,6 @@ def test_fisher_needs_a_loss() -> None:
 def test_calibration_that_nobody_uses_is_refused() -> None:
     with pytest.raises(ValueError, match="not used by uniform ranks"):
         Sculptor(random_model(), SculptConfig()).begin_task(data())
-    weights = AdaptiveRanks(importance="effective_rank")
-    with pytest.raises(ValueError, match="not used by importance='effective_rank'"):
-        Sculptor(random_model(), SculptConfig(ranks=weights)).begin_task(data())
 
 
 @pytest.mark.parametrize("importance", ["cosine", "fisher"])

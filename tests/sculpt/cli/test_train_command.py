@@ -75,14 +75,6 @@ def test_a_run_goes_on_from_any_folder(
     assert results["config"] == described
 
 
-def test_layers_without_room_are_noted(run_file: Path) -> None:
-    sculpt = ("sculpt.protect=accumulate", "sculpt.unfreeze_rank_ratio=0.08")
-    done = invoke("train", str(run_file), *sculpt, "sculpt.when_full=release")
-    assert done.exit_code == 0, done.output
-    assert "directions of least energy are free again" in done.output
-    assert "note: 1" in done.output  # 10 to 14 of 14 layers
-
-
 def test_a_stream_longer_than_the_room_is_noted_and_ends_with_an_error(run_file: Path) -> None:
     sculpt = ("sculpt.protect=accumulate", "sculpt.unfreeze_rank_ratio=0.04")
     sculpt += ("sculpt.learned_energy=0.999999",)

@@ -14,7 +14,7 @@ from tasks import network
 
 from bench.decomposition import beside
 from sculpt import SculptConfig, Sculptor
-from sculpt.distributed.shares import rounds
+from sculpt.distributed.processes import rounds
 
 SHAPES = st.lists(st.tuples(st.integers(2, 99), st.integers(2, 99)), max_size=12)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sculpt import SculptConfig, Sculptor
-from sculpt.task import optimizer_guards as stray
+from sculpt.task import guards
 
 ENDED = "SGD holds coordinates of a task that has ended and no coordinates of the task that is"
 X = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
@@ -34,7 +34,7 @@ def steps(model, optimizer, count: int = 1) -> None:
 
 
 def watching() -> int:
-    return len(stray._watches)
+    return len(guards._guards)
 
 
 @pytest.mark.parametrize("coordinates", ["thin", "full"])

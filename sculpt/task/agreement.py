@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sculpt.config import SculptConfig
+from sculpt.config import SculptConfig, config_to_json
 from sculpt.distributed.processes import Processes
-from sculpt.distributed.refusals import WRAP_LATER
-from sculpt.storage.task import config_to_json
+from sculpt.task.supported import WRAP_LATER
 from sculpt.task.targets import Target
 from sculpt_kernels import is_divided
 
