@@ -1,7 +1,8 @@
 """Runs the Python examples of README.md and docs/*.md, so that they cannot go stale.
 
 The ```python blocks of a file run from top to bottom in one namespace, in an empty folder. A block
-that cannot run here says so in its fence: ```python no-run
+that cannot run here says so in its fence: ```python no-run; one that needs a package is skipped
+without it: ```python needs-peft
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ class Block(NamedTuple):
         words = self.info.split()
         return words[:1] in (["python"], ["py"]) and "no-run" not in words
 
+    @property
+    def needs(self) -> list[str]:
+        """Packages without which it is skipped."""
+        words = self.info.split()
+        return [word.removeprefix("needs-") for word in words if word.startswith("needs-")]
+
 
 def blocks(text: str) -> list[Block]:
     """The fenced blocks of a Markdown text; one that is never closed is an error."""
@@ -57,6 +64,8 @@ def execute(text: str, name: str) -> int:
     namespace: dict[str, object] = {"__name__": "__example__"}
     runnable = [block for block in blocks(text) if block.runs]
     for block in runnable:
+        for package in block.needs:
+            pytest.importorskip(package)
         exec(compile("\n" * (block.line - 1) + block.code, name, "exec"), namespace)
     return len(runnable)
 

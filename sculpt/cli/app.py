@@ -10,7 +10,6 @@ import typer
 
 from sculpt.cli.common import EXIT_CODES, end_by_certificates, orderly_exit
 from sculpt.cli.doctor import doctor
-from sculpt.cli.import_model import import_model
 from sculpt.cli.inspect import inspect
 from sculpt.cli.report import report
 from sculpt.cli.verify import verify
@@ -123,7 +122,6 @@ def resume(
 
 for command in (inspect, verify, report):
     app.command()(command)
-app.command("import")(import_model)
 app.command()(doctor)
 
 

@@ -124,7 +124,8 @@ def _files(path: Path) -> list[Path]:
         return [path / name for name in named]
     if (path / ADAPTER).is_file():
         raise StoredWeightsError(
-            f"{path} holds an adapter, not a model: `sculpt import` makes a model of it"
+            f"{path} holds a PEFT adapter, not a model: merge it into its base "
+            "(PeftModel.from_pretrained(base, path).merge_and_unload()) and save that"
         )
     others = sorted(path.glob("*.safetensors"))
     if len(others) == 1:

@@ -241,7 +241,7 @@ def damaged(kind: str, before: Path, after: Path, folder: Path) -> tuple[Path, s
     if kind == "adapter":
         (folder / "x").mkdir()
         (folder / "x" / "adapter_model.safetensors").touch()
-        return folder / "x", "sculpt import"
+        return folder / "x", "merge_and_unload"
     target = folder / "sharded"
     target.mkdir()
     for file in after.iterdir():

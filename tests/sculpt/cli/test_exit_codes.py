@@ -22,7 +22,6 @@ COMMANDS = {
     "inspect": (["model"], "sculpt.inspection.inspect_model"),
     "verify": (["one", "two", "--ratio", "0.5"], "sculpt.certificate.disk.verify_checkpoints"),
     "report": (["run"], "sculpt.report.page.report"),
-    "import": (["one", "two"], "sculpt.importers.import_model"),
     "doctor": ([], "sculpt.cli.diagnosis.diagnose"),
 }
 
