@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from itertools import zip_longest
 from typing import Any
 
@@ -41,6 +42,12 @@ class Processes:
             members = dist.get_process_group_ranks(self.group or dist.group.WORLD)
             group = dist.new_group(members, backend="gloo", use_local_synchronization=True)
         return Processes(group, torch.device("cpu"))
+
+    def alone(self) -> Processes:
+        """This process, as if there were no other."""
+        alone = copy(self)
+        alone.size, alone.rank = 1, 0
+        return alone
 
     def tell(self, value: Any) -> list[Any]:
         """What every process has said, in the order of their ranks; `value` as JSON holds it."""

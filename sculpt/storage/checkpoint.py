@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sculpt.storage.files import flush
+from sculpt.storage.files import flush, link
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -157,7 +157,7 @@ class Checkpoints:
             }
             if same:
                 for file, entry in same.items():
-                    _link(last / file, folder / file)
+                    link(last / file, folder / file)
                     files[file] = entry
                 continue
             part.write(folder / name, last / name if (last / name).exists() else None)
@@ -208,14 +208,6 @@ def _check(path: Path, name: str, entry: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{file} has {size} bytes, expected {entry['bytes']}{advice}")
     if sha256(file) != entry["sha256"]:
         raise CheckpointError(f"{file} was changed after it was written{advice}")
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
 
 
 def _read_json(file: Path, path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of
-from sculpt.storage.shards import write_folder
+from sculpt.storage.tensors import write_folder
 
 FILE_BYTES = 5 * 10**9
 

@@ -50,11 +50,17 @@ def replacing_directory(path: Path) -> Iterator[Path]:
 
 
 def link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy on another file system, or one without links."""
+    """The same file, or folder of files, under another name; a copy where links do not work."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        target.mkdir()
+        for file in source.iterdir():
+            link(file, target / file.name)
+        return
     try:
         os.link(source, target)
     except OSError:
-        target.write_bytes(source.read_bytes())
+        shutil.copyfile(source, target)
 
 
 def checksum(path: Path) -> int:

@@ -1,17 +1,18 @@
-"""A sculptor on disk: safetensors and JSON, no decomposition on the way back.
+"""A running task on disk: safetensors and JSON, no decomposition on the way back.
 
-path/sculptor.json                  written last: the save is what it names, whatever else is there
-path/task-ID.safetensors            bases and original weights: fixed for the length of a task
-path/coordinates-ID.safetensors     coordinates, and what the engine keeps beside the weights
-path/learned-ID.safetensors         what earlier tasks have learned, where that is protected
+path/sculptor.json        written last: the save is what it names, whatever else is there
+path/task-ID...           bases and original weights: fixed for the length of a task
+path/coordinates-ID...    coordinates, and what the engine keeps beside the weights
+path/learned-ID...        what earlier tasks have learned, where that is protected
 
-A task that is divided over processes has folders of these, see `sculpt.storage.shards`.
+Each is a safetensors file, or a folder of shards where the weights are divided over processes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 import zlib
 from collections.abc import Mapping
@@ -20,16 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes, rounds
 from sculpt.distributed.sharding import as_shard, local, whole, zeros
-from sculpt.storage import shards as saving
-from sculpt.storage.files import checksum, link, replacing_file, write_json
-from sculpt.storage.shards import ABOUT
+from sculpt.storage import tensors as tensors_on_disk
+from sculpt.storage.files import link, write_json
+from sculpt.storage.tensors import check, checksums, fill
 from sculpt.task.bases import Bases
 from sculpt.task.compact import CoordinateMatrix
 from sculpt.task.matrix import Matrix
@@ -37,6 +36,7 @@ from sculpt.task.targets import Target, find_targets
 from sculpt_kernels import is_divided
 
 FORMAT = 3
+ABOUT = "sculptor.json"
 FilePath = str | os.PathLike[str]
 
 
@@ -45,16 +45,13 @@ class Parts:
     """The tensors of a save.
 
     Attributes:
-        fixed: bases and original weights; None where an earlier save has them.
-        moving: coordinates, and what the engine keeps beside the weights.
-        learned: what earlier tasks have learned, where that is protected.
+        tensors: by part and name; `None` where an earlier save has them. Without shards all but the
+            first process have none.
         previous, known: that earlier save, and its description.
         divided: whether each process writes its own.
     """
 
-    fixed: Mapping[str, Tensor] | None
-    moving: Mapping[str, Tensor]
-    learned: Mapping[str, Tensor] | None
+    tensors: Mapping[str, Mapping[str, Tensor] | None]
     previous: Path | None
     known: dict[str, Any] | None
     divided: bool
@@ -68,67 +65,85 @@ class Parts:
         previous: Path | None,
         processes: Processes,
     ) -> Parts:
-        """Those of a running task as they are now, sharing memory with it.
-
-        Where nothing is divided the first process has all of them and the others none.
-        """
+        """Those of a running task as they are now, sharing memory with it."""
         divided = any(is_divided(matrix.weight) for matrix in matrices)
         with processes.as_one() as first:
             known = same_task(previous, identity, divided) if first and previous else None
         known = processes.tell(known)[0]
         with processes.as_one() as first:
             if not divided and not first:
-                return cls({}, {}, None, None, None, divided)
+                return cls({}, previous, known, divided)
             fixed = None
             if known is None:
                 fixed = {k: t for matrix in matrices for k, t in fixed_tensors(matrix).items()}
             moving = {k: t for matrix in matrices for k, t in moving_tensors(matrix).items()}
-        return cls(fixed, moving, learned, previous, known, divided)
+        parts = {"task": fixed, "coordinates": moving}
+        return cls(
+            parts if learned is None else parts | {"learned": learned}, previous, known, divided
+        )
 
     def copied(self, processes: Processes) -> Parts:
         """In host memory of their own."""
         with processes.as_one():
-            fixed, learned = (
-                None if part is None else _copies(part) for part in (self.fixed, self.learned)
-            )
-            moving = _copies(self.moving)
-        return replace(self, fixed=fixed, moving=moving, learned=learned)
+            copies = {
+                part: None if tensors is None else _copies(tensors)
+                for part, tensors in self.tensors.items()
+            }
+        return replace(self, tensors=copies)
 
     def write(self, path: Path, about: dict[str, Any], processes: Processes) -> None:
-        """Write a task: shards by every process, or all by the first one.
+        """Write a task; where nothing is divided, the first process does.
 
         Raises:
             Exception: on every process where one fails; an earlier save in `path` stays whole.
         """
+        token = processes.tell(uuid.uuid4().hex[:8])[0]
         if self.divided:
-            saving.write(path, about, self.fixed, self.moving, self.previous, self.known, processes)
+            self._write(path, about, token, processes)
             return
         with processes.as_one() as first:
             if first:
-                self._write_whole(path, about)
+                self._write(path, about, token, processes.alone())
 
-    def _write_whole(self, path: Path, about: dict[str, Any]) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        token = uuid.uuid4().hex[:8]
-        files = {part: f"{part}-{token}.safetensors" for part in ("task", "coordinates")}
-        if self.known is None:
-            assert self.fixed is not None
-            fixed_sum = _save(path / files["task"], self.fixed)
-        else:
+    def _write(self, path: Path, about: dict[str, Any], token: str, processes: Processes) -> None:
+        suffix = "" if self.divided else ".safetensors"
+        names = {part: f"{part}-{token}{suffix}" for part in self.tensors}
+        shapes = {}
+        for part, tensors in self.tensors.items():
+            if tensors is not None:
+                if self.divided:
+                    tensors_on_disk.write_folder(path / names[part], tensors, processes)
+                else:
+                    tensors_on_disk.write_file(path / names[part], tensors)
+                shapes[part] = tensors_on_disk.describe(tensors)
+                continue
             assert self.previous is not None
-            known = self.known["files"]["task"]
-            fixed_sum = self.known["checksums"][known]
+            assert self.known is not None
+            shapes[part], earlier = self.known["tensors"][part], self.known["files"][part]
             if self.previous.resolve() == path.resolve():
-                files["task"] = known
+                names[part] = earlier
+                continue
+            with processes.as_one() as first:
+                if first:
+                    link(self.previous / earlier, path / names[part])
+        sums = checksums(path, names.values(), processes)
+        with processes.as_one() as first:
+            if first:
+                more = {"files": names, "tensors": shapes, "checksums": sums}
+                write_json(path / ABOUT, {**about, "divided": self.divided, **more})
+                _clear(path, names)
+
+
+def _clear(path: Path, keep: Mapping[str, str]) -> None:
+    """Take away what earlier saves left in `path`."""
+    for old in path.iterdir():
+        if old.name.startswith(("task-", "coordinates-", "learned-")):
+            if old.name in keep.values():
+                continue
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
             else:
-                link(self.previous / known, path / files["task"])
-        moving_sum = _save(path / files["coordinates"], self.moving)
-        checksums = {files["task"]: fixed_sum, files["coordinates"]: moving_sum}
-        if self.learned is not None:
-            files["learned"] = f"learned-{token}.safetensors"
-            checksums[files["learned"]] = _save(path / files["learned"], self.learned)
-        write_json(path / ABOUT, {**about, "files": files, "checksums": checksums})
-        saving.clear(path, files)
+                old.unlink(missing_ok=True)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,42 +184,30 @@ def read(
         ValueError: the save is incomplete, or was changed.
     """
     by_name = {target.name: target for target in targets}
-    if "divided" in about:
-        rooms = {
-            part: {
-                key: _room(by_name, key, tuple(shape), getattr(torch, dtype))
+    check(path, about["checksums"], processes)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for part, name in about["files"].items():
+        if about["divided"]:
+            parts[part] = {
+                key: _empty(by_name, key, tuple(shape), getattr(torch, dtype))
                 for key, (shape, dtype) in about["tensors"][part].items()
             }
-            for part in ("task", "coordinates")
-        }
-        saving.read(path, about, rooms, processes)
-        return rooms
-    parts = {part: _load(path, name, about) for part, name in about["files"].items()}
-    for part in (parts["task"], parts["coordinates"]):
-        for key, tensor in part.items():
+            tensors_on_disk.read_folder(path / name, parts[part], processes)
+            continue
+        parts[part] = tensors_on_disk.read_file(path / name)
+        if part == "learned":
+            continue
+        for key, tensor in parts[part].items():
             if is_divided(by_name[key.rsplit("/", 1)[0]].parameter):
-                room = _room(by_name, key, tuple(tensor.shape), tensor.dtype)
-                part[key] = saving.fill(room, tensor)
+                empty = _empty(by_name, key, tuple(tensor.shape), tensor.dtype)
+                parts[part][key] = fill(empty, tensor)
     return parts
 
 
-def _load(path: Path, name: str, about: Mapping[str, Any]) -> dict[str, Tensor]:
-    file = path / name
-    if not file.is_file():
-        raise ValueError(f"{path} is incomplete: {name} is missing")
-    if checksum(file) != about["checksums"].get(name):
-        raise ValueError(f"{file} was changed: {ABOUT} has another checksum of it")
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    return tensors
-
-
-def _room(
+def _empty(
     targets: Mapping[str, Target], key: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """Where the tensor that is saved as `key` goes: divided as the weight, or as bases are."""
+    """For the tensor that is saved as `key`: divided as the weight is, or as bases are."""
     name, part = key.rsplit("/", 1)
     stored = targets[name].parameter.detach()
     if part == "original":
@@ -341,18 +344,11 @@ def _bytes_checksum(weight: Tensor) -> int:
     return zlib.crc32(flat.numpy().data)
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    with replacing_file(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-        return checksum(temporary)
-
-
 def same_task(previous: Path, identity: str, divided: bool) -> dict[str, Any] | None:
     """The description in `previous`, or None where it is of another task or of another layout."""
     try:
         about = read_about(previous)
     except (OSError, ValueError):
         return None
-    if about.get("id") != identity or ("divided" in about) != divided:
-        return None
-    return about if divided or (previous / about["files"]["task"]).exists() else None
+    same = about.get("id") == identity and about["divided"] == divided
+    return about if same and (previous / about["files"]["task"]).exists() else None

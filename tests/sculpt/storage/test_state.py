@@ -120,8 +120,13 @@ def test_a_save_in_the_background_is_the_one_of_its_moment(tmp_path, monkeypatch
     sculptor, optimizer = begun(model, SculptConfig())
     fit(model, optimizer, 2)
     sculptor.save(tmp_path / "expected")
-    go_on, write = threading.Event(), state._save
-    monkeypatch.setattr(state, "_save", lambda *what: go_on.wait(60) and write(*what))
+    go_on, write = threading.Event(), state.tensors_on_disk.write_file
+
+    def wait(*what):
+        go_on.wait(60)
+        write(*what)
+
+    monkeypatch.setattr(state.tensors_on_disk, "write_file", wait)
     saving = sculptor.save_async(tmp_path / "found")
     fit(model, optimizer, 2)
     sculptor.end_task()
@@ -169,7 +174,7 @@ def test_an_interrupted_save_leaves_the_one_before_it(tmp_path, monkeypatch, sav
     saved = {name: value.clone() for name, value in model.state_dict().items()}
     sculptor.end_task()
     sculptor.begin_task(name="second")
-    write, calls = state._save, 0
+    write, calls = state.tensors_on_disk.write_file, 0
 
     def stop(path, tensors):
         nonlocal calls
@@ -178,10 +183,10 @@ def test_an_interrupted_save_leaves_the_one_before_it(tmp_path, monkeypatch, sav
             raise OSError("no space left")
         return write(path, tensors)
 
-    monkeypatch.setattr(state, "_save", stop)
+    monkeypatch.setattr(state.tensors_on_disk, "write_file", stop)
     with pytest.raises(OSError, match="no space left"):
         save(sculptor, tmp_path)
-    monkeypatch.setattr(state, "_save", write)
+    monkeypatch.setattr(state.tensors_on_disk, "write_file", write)
     fresh = model_of()
     loaded = Sculptor.load(fresh, tmp_path)
     assert loaded._task.name == "first"
