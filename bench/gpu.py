@@ -95,8 +95,7 @@ def begin(options: argparse.Namespace) -> Path:
             if earlier[key] != results[key]:
                 raise SystemExit(f"--resume must name results of this {key}, {results[key]!r}; "
                                  f"got {earlier[key]!r}")  # fmt: skip
-        results |= {key: earlier[key] for key in (*EMPTY, "rates", "compile", "aot")
-                    if key in earlier}  # fmt: skip
+        results |= {key: earlier[key] for key in (*EMPTY, "rates", "compile") if key in earlier}
         results |= {"skipped": [], "now": None, "calls": earlier.get("calls", 1) + 1}
     write_json(path, results)
     return path

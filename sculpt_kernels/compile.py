@@ -24,8 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt_kernels.aot.specialize import specialize
-
 ARCHS = (80, 90, 100)
 _TENSOR_CORE = re.compile(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b")
 _WIDE_LOAD = re.compile(r"\b(?:LDG(?:\.\w+)*\.128|LDGSTS(?:\.\w+)*\.128)\b|\bUTMALDG\b")
@@ -205,6 +203,37 @@ def _compile(point: Point, launch: Any, arch: int) -> Row:
         tensor_core=len(_TENSOR_CORE.findall(sass)),
         wide_loads=len(_WIDE_LOAD.findall(sass)),
     )
+
+
+def specialize(
+    kernel: Any, arguments: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """Signature, constants and attributes of a launch, as Triton derives them."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        fixed = parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not fixed):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        signature[parameter.name] = _type_of(value)
+        divisible = value.data_ptr() if isinstance(value, Tensor) else value
+        if not fixed and isinstance(divisible, int) and divisible % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        names |= {torch.int64: "i64", torch.float64: "fp64"}
+        return f"*{names[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _disassemble(cubin: bytes) -> tuple[int, int, str]:

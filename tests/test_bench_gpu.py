@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -60,8 +59,6 @@ def test_it_rehearses_on_the_cpu(tmp_path, capfd):
     assert trained == set(METHODS)
     # What is skipped is what a CPU cannot do.
     assert all("no CUDA device" in reason for reason in results["skipped"])
-    assert results["aot"]["kernels"] == 4
-    assert results["aot"]["library"] == (shutil.which("c++") is not None)
     for row in (*results["rows"], *results["compiled"]):
         assert all(v["us"] > 0 and v["p20"] <= v["p80"] for v in row["variants"].values())
     assert results["compiled"]

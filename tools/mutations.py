@@ -230,27 +230,6 @@ MUTATIONS = [
         TESTS + "test_long_side.py::test_numerical_rank",
     ),
     *(Mutation(*change) for change in NATIVE),
-    Mutation(
-        "ahead of time: kernels of other sources are taken",
-        "sculpt_kernels/aot/pack.py",
-        "if made_with[what] != ours:",
-        "if False:",
-        TESTS + "test_aot.py::test_a_pack_made_with_something_else",
-    ),
-    Mutation(
-        "ahead of time: a seed is part of the key",
-        "sculpt_kernels/aot/pack.py",
-        'signature[parameter.name] = "i64"',
-        "pass",
-        TESTS + "test_aot.py::test_launches_are_answered_from_the_pack",
-    ),
-    Mutation(
-        "ahead of time: tensors are counted from the wrong end",
-        "sculpt_kernels/aot/c_source.py",
-        "places = {_storage(X): i for i, X in enumerate(call.tensors.values())}",
-        "places = {_storage(X): i for i, X in enumerate(reversed(call.tensors.values()))}",
-        TESTS + "test_aot_library.py::test_launches_are_those_of_python",
-    ),
     *(Mutation(*change) for change in STEPS),
 ]
 

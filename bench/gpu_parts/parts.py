@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bench.gpu_parts.aot import part_aot
 from bench.gpu_parts.checks import part_checks
 from bench.gpu_parts.compile import part_compile
 from bench.gpu_parts.continual import part_continual
@@ -40,7 +39,6 @@ PARTS = {
     "training": Part(part_training, 165, 210),
     "subspaces": Part(part_subspaces, 45, 80),
     "svd": Part(part_svd, 40, 60),
-    "aot": Part(part_aot, 25, 60),
     "huge": Part(part_huge, 25, 50),
     "compiled": Part(part_compiled, 60, 100),
     "continual": Part(part_continual, 300, 500),

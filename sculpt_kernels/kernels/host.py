@@ -12,7 +12,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from sculpt_kernels.aot import pack
 from sculpt_kernels.kernels import config as configs
 from sculpt_kernels.kernels.common import INTERPRETED
 from sculpt_kernels.kernels.config import TileConfig
@@ -48,20 +47,15 @@ def record() -> Iterator[list[Launch]]:
 def launch(
     kernel: Any, programs: int, config: TileConfig, device: torch.device, **arguments: Any
 ) -> None:
-    """Run `programs` programs of `kernel` on `device`, compiled now or ahead of time."""
+    """Run `programs` programs of `kernel` on `device`."""
     if programs == 0:
         return
     options = config.options()
     if _recorded is not None:
         _recorded.append(Launch(kernel, programs, arguments, options))
         return
-    packed = None if INTERPRETED else pack.active()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if packed is None:
-            kernel[(programs,)](**arguments, **options)
-        else:
-            compiled = packed.find(kernel, arguments, options, capability(device))
-            compiled[programs, 1, 1](*(arguments[p.name] for p in kernel.params))
+        kernel[(programs,)](**arguments, **options)
 
 
 def unsupported(*tensors: Tensor | None) -> str | None:
