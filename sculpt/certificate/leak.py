@@ -192,26 +192,52 @@ def measure(
         limit = rounding_bound(stored, roundings)
     if norm == 0 and rounding <= limit:
         return LeakRow(name, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0, constraint)
-    # The weights before may be zero, as those of new heads are.
     weight = max(float(torch.linalg.matrix_norm(W)) for W in (W0, after.double()))
-    norm = max(norm, torch.finfo(torch.float64).tiny)
     in_left = _component(delta, *left)
     in_right = _component(delta.mT, *right).mT
     in_both = _component(in_right, *left)
-    unit = torch.finfo(after.dtype).eps / 2
-    in_left_share, in_right_share, in_both_share = (
-        float(torch.linalg.matrix_norm(X)) / norm for X in (in_left, in_right, in_both)
+    sizes = (float(torch.linalg.matrix_norm(X)) for X in (in_left, in_right, in_both))
+    return leak_row(
+        name,
+        *sizes,
+        change=norm,
+        weight=weight,
+        dtype=after.dtype,
+        constraint=constraint,
+        rounding=rounding,
+        rounding_limit=limit,
     )
+
+
+def leak_row(
+    name: str,
+    left: float,
+    right: float,
+    core: float,
+    *,
+    change: float,
+    weight: float,
+    dtype: torch.dtype,
+    constraint: str,
+    rounding: float = 0.0,
+    rounding_limit: float = math.inf,
+) -> LeakRow:
+    """The shares of `change = ‖ΔW‖` that `left`, `right`, `core` and `rounding` are.
+
+    weight: the larger of `‖W‖` before and after, since weights before may be zero; dtype: that of
+    the weights that are judged.
+    """
+    norm = max(change, torch.finfo(torch.float64).tiny)
     return LeakRow(
         name,
-        left=in_left_share,
-        right=in_right_share,
-        core=in_both_share,
-        floor=unit * weight / norm,
+        left=left / norm,
+        right=right / norm,
+        core=core / norm,
+        floor=torch.finfo(dtype).eps / 2 * weight / norm,
         change=norm / weight,
         rounding=rounding / norm,
         constraint=constraint,
-        rounding_limit=limit / norm,
+        rounding_limit=rounding_limit / norm,
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sculpt.certificate.leak import LeakRow, spacing
+from sculpt.certificate.leak import LeakRow, leak_row, spacing
 
 PANEL_BYTES = 24 * 2**20
 
@@ -71,8 +71,6 @@ def streamed_leak(
     for which, total in (("before", before_norm), ("after", after_norm)):
         if not math.isfinite(total):
             raise ValueError(f"{name} holds values that are not finite, {which} training")
-    # The weights before may be zero, as those of new heads are.
-    weight = max(before_norm, after_norm)
     if change == 0:
         return LeakRow(name, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0, constraint)
 
@@ -88,26 +86,23 @@ def streamed_leak(
     for W, D in panels():
         left += float((U.mT @ D).square().sum())
         DV.addmm_(D, (W.mT @ U).div_(roots))
-    norm = math.sqrt(change)
-    shares = [
-        math.sqrt(left) / norm,
-        float(torch.linalg.matrix_norm(DV)) / norm,
-    ]
-    on_left, on_right = reversed(shares) if turned else shares
-    core = float(torch.linalg.matrix_norm(U.mT @ DV)) / norm
-    rounded = dtype.itemsize < 4
+    sides = (math.sqrt(left), float(torch.linalg.matrix_norm(DV)))
+    core = float(torch.linalg.matrix_norm(U.mT @ DV))
     # What lies on both sides counts once.
-    outside = core if constraint == "core" else math.sqrt(sum(x**2 for x in shares) - core**2)
-    return LeakRow(
+    outside = core if constraint == "core" else math.sqrt(sum(x**2 for x in sides) - core**2)
+    rounded = dtype.itemsize < 4
+    on_left, on_right = reversed(sides) if turned else sides
+    return leak_row(
         name,
-        left=on_left,
-        right=on_right,
-        core=core,
-        floor=torch.finfo(dtype).eps / 2 * math.sqrt(weight) / norm,
-        change=norm / math.sqrt(weight),
-        rounding=outside if rounded else 0.0,
+        on_left,
+        on_right,
+        core,
+        change=math.sqrt(change),
+        weight=math.sqrt(max(before_norm, after_norm)),
+        dtype=dtype,
         constraint=constraint,
-        rounding_limit=math.sqrt(spaced) / 2 / norm if rounded else math.inf,
+        rounding=outside if rounded else 0.0,
+        rounding_limit=math.sqrt(spaced) / 2 if rounded else math.inf,
     )
 
 
