@@ -62,7 +62,7 @@ format: setup ## lay out the code and mend what ruff can mend
 	@$(RUN)/ruff format
 
 clean: ## remove .venv and everything that was built; keep downloads and runs
-	rm -rf $(VENV) .cache/set-up build dist .benchmarks .hypothesis .mypy_cache .pytest_cache \
+	rm -rf $(VENV) .cache/set-up* build dist .benchmarks .hypothesis .mypy_cache .pytest_cache \
 	  .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
