@@ -20,7 +20,7 @@ from sculpt.demo.live import Live
 from sculpt.demo.settings import DemoError, DemoSettings, check_space
 from sculpt.demo.tasks import demo_tasks
 from sculpt.demo.worker import Failure, work
-from sculpt.report.plots import plot_matrices
+from sculpt.report import charts
 from sculpt.report.results import Results
 from sculpt.runs.directory import RunDirectory, RunError, check_out, versions
 from sculpt.runs.methods import Method
@@ -73,7 +73,7 @@ def run_demo(settings: DemoSettings, console: Console) -> Results:
                 live.finished(method)
         (settings.out / "sculpt" / "model").replace(settings.out / "model")
         results.write(settings.out)
-        plot_matrices(results, settings.out / "matrix.png")
+        charts.save_png(charts.matrices(results), settings.out / "matrix.png")
     except OSError as error:
         raise DemoError(f"cannot write to --out {settings.out}: {error}") from error
     except (KeyboardInterrupt, Terminated):

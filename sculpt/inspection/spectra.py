@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from sculpt.storage.weights import INDEX, SINGLE, StoredWeights, StoredWeightsError
 
 BARS = "▁▂▃▄▅▆▇█"
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class Spectrum:
 
 
 def summarise(W: Tensor, preserved: int, points: int = 8) -> Spectrum:
-    """Spectrum of `W` `(..., m, n)`, from the eigenvalues of its smaller Gram matrix in float64."""
+    """Spectrum of `W` `(..., m, n)`, from the eigenvalues of its smaller Gram matrix in float64.
+
+    points: how many values the curve has at the most.
+    """
     A = W.double()
     A = A if A.shape[-2] <= A.shape[-1] else A.mT
     squares = torch.linalg.eigvalsh(A @ A.mT).flip(-1).clamp_min(0)
@@ -46,7 +50,7 @@ def summarise(W: Tensor, preserved: int, points: int = 8) -> Spectrum:
     safe = torch.where(total > 0, total, 1)
     energy = torch.where(total > 0, squares[..., :preserved].sum(-1) / safe, 1.0).mean()
     first = torch.where(squares[..., 0] > 0, squares[..., 0], 1)
-    at = torch.linspace(0, len(values) - 1, points).round().long()
+    at = torch.linspace(0, len(values) - 1, min(points, len(values))).round().long()
     return Spectrum(
         largest=float(values[0]),
         at_cut=float(values[preserved - 1]),
@@ -74,7 +78,7 @@ def find_weights(directory: Path | None) -> StoredWeights | str:
 
 
 def stored_values(
-    weights: StoredWeights, wanted: dict[str, tuple[int, ...]], prefix: str
+    weights: StoredWeights, wanted: Mapping[str, tuple[int, ...]], prefix: str = ""
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each wanted parameter with its stored value, reading no other.
 
@@ -103,13 +107,15 @@ def stored_values(
 
 def spectra(
     weights: Iterable[tuple[str, Tensor]],
-    preserved: dict[str, int],
-    progress: Callable[[int, int, str], None] | None = None,
+    preserved: Mapping[str, int],
+    progress: Progress | None = None,
+    *,
+    points: int = 8,
 ) -> dict[str, Spectrum]:
-    """The spectrum of each weight, given its preserved rank."""
+    """The spectrum of each weight, given its preserved rank; `points`: see `summarise`."""
     found: dict[str, Spectrum] = {}
     for name, value in weights:
-        found[name] = summarise(value, preserved[name])
+        found[name] = summarise(value, preserved[name], points)
         if progress is not None:
             progress(len(found), len(preserved), name)
     return found

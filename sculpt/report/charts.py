@@ -1,203 +1,316 @@
-"""Charts as inline SVG, coloured by the style sheet of the page so that light and dark both work.
-
-Series and phases are told apart by the classes `s0`, `s1`, ...; see `report.html.j2`.
-"""
+"""Every picture, drawn by matplotlib: as SVG for the page of a report, or as PNG files."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-Points = Sequence[tuple[float, float]]
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 760, 52, 14, 14, 40
+from sculpt.storage.files import replacing_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from sculpt.report.results import Results
+    from sculpt.task.table import TaskRow
+
+PALETTE = {
+    "ink": "#1b1f24", "muted": "#5d6773", "rule": "#d9dee4", "soft": "#f4f6f8",
+    "heat": "#1f6fb1", "bad": "#b3261e",
+    "c0": "#c4622d", "c1": "#1f6fb2", "c2": "#2d8a57", "c3": "#8a4fb0", "c4": "#a8861b",
+    "c5": "#b23a5e",
+    "f0": "#9fb3c8", "f1": "#2470b0", "f2": "#c9a227", "f3": "#6f9c76", "f4": "#8a6fb0",
+    "f5": "#b07a6f",
+}  # fmt: skip
+"""All different: in a page each becomes the variable of its name, so that light and dark work.
+
+`c`: methods, `f`: phases.
+"""
+INK, MUTED, RULE, HEAT, BAD = (PALETTE[n] for n in ("ink", "muted", "rule", "heat", "bad"))
 COLOURS = 6
+LAYER = re.compile(r"\.(\d+)\.")
 
 
-def curves(
-    series: Mapping[str, Sequence[Sequence[float]]],
-    tasks: Sequence[str],
-    label: str,
-    first: int = 0,
-) -> str:
-    """One line for each series, task after task along one axis; pale: every step.
+def new_figure(
+    width: float, height: float, *, rows: int = 1, columns: int = 1
+) -> tuple[Figure, Any]:
+    """A figure of so many inches inside of its labels, and its axes, `[rows][columns]`.
 
-    first: number of the first colour.
+    Raises `ImportError`, saying what to install, where matplotlib is missing.
     """
-    height = 280
-    longest = [
-        max((len(values[i]) for values in series.values() if i < len(values)), default=0)
-        for i in range(len(tasks))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        message = "matplotlib is not installed: pip install 'sculpt-kernels[report]'"
+        raise ImportError(message) from None
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(0, 0, 1, 1)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write `path`, all at once."""
+    with replacing_file(path) as temporary:
+        figure.savefig(
+            temporary, format="png", dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.2
+        )
+
+
+def as_svg(figure: Figure, label: str) -> str:
+    """Markup to stand in a page: its fonts, its colours, no identifier that another may have."""
+    from matplotlib import rc_context
+
+    buffer = StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=nothing, bbox_inches="tight",
+            pad_inches=0.03,
+        )  # fmt: skip
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    used = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found.group() if found[1] in used else "", text)
+    for name, colour in PALETTE.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+def _plain(axis: Axes, *, lines: bool = False) -> None:
+    """No frame and no ticks, and where asked for lines across."""
+    axis.set_frame_on(False)
+    axis.tick_params(which="both", length=0, labelcolor=MUTED, labelsize=9)
+    axis.set_axisbelow(True)
+    if lines:
+        axis.grid(axis="y", color=RULE, linewidth=0.8)
+
+
+def _cells(axis: Axes, values: Sequence[Sequence[float]]) -> None:
+    """A rectangle for each value, of full colour at 1 and red beyond; none for NaN."""
+    from matplotlib.patches import Rectangle
+
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            if not math.isnan(value):
+                strength = 0.06 + 0.94 * min(1.0, max(0.0, value))
+                colour = BAD if value > 1 else HEAT
+                corner = (column - 0.45, row - 0.45)
+                axis.add_patch(Rectangle(corner, 0.9, 0.9, facecolor=colour, alpha=strength))
+    axis.set_xlim(-0.5, max(map(len, values)) - 0.5)
+    axis.set_ylim(len(values) - 0.5, -0.5)
+    axis.set_aspect("equal")
+    _plain(axis)
+
+
+def _draw_matrix(
+    axis: Axes, values: Sequence[Sequence[float]], tasks: Sequence[str], size: float
+) -> None:
+    """Accuracies from 0 to 1 with their numbers; what was not evaluated stays empty."""
+    _cells(axis, values)
+    names = [name.replace(" ", "\n", 1) for name in tasks]
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+    axis.xaxis.tick_top()
+    for row, line in enumerate(values):
+        weight = "bold" if row == len(values) - 1 else "normal"
+        for column, value in enumerate(line):
+            if math.isfinite(value):
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=size,
+                          color="white" if value > 0.55 else INK, fontweight=weight)  # fmt: skip
+
+
+def matrix(values: Sequence[Sequence[float]], tasks: Sequence[str]) -> Figure:
+    """One accuracy matrix. Rows: after training on a task, columns: accuracy on it."""
+    figure, [[axis]] = new_figure(0.85 * len(tasks), 0.6 * len(tasks))
+    _draw_matrix(axis, values, tasks, 11)
+    axis.set_aspect("auto")
+    return figure
+
+
+def matrices(results: Results) -> Figure:
+    """The accuracy matrices (generated answers) of all methods side by side."""
+    from sculpt.report.results import GENERATED
+
+    methods, summaries = results.methods, results.summaries(GENERATED)
+    figure, [axes] = new_figure(4.8 * len(methods), 3.7, columns=len(methods))
+    figure.suptitle("What is left of earlier tasks after later ones", x=-0.1, y=1.42, ha="left",
+                    fontsize=16, fontweight="bold", color=INK)  # fmt: skip
+    figure.text(-0.1, 1.31,
+                f"{results.config['model']}, seed {results.config['seed']}. Share of test texts "
+                "answered with exactly the right label; read down a column: what pales is "
+                "forgotten.", fontsize=10, color=MUTED)  # fmt: skip
+    for axis, (method, result) in zip(axes, methods.items(), strict=True):
+        _draw_matrix(axis, result.generated, results.task_names, 17)
+        axis.set_anchor("W")
+        axis.tick_params(labelsize=10.5)
+        title = "plain full fine-tuning" if method == "plain" else method
+        axis.set_title(title, fontsize=14, fontweight="bold", color=INK, loc="left", pad=8)
+        of = summaries[method]
+        said = f"average accuracy {of.average_accuracy:.2f}    forgetting {of.forgetting:.2f}"
+        axis.set_xlabel(said, fontsize=11, color=INK, labelpad=10)
+    axes[0].set_ylabel("after training on", fontsize=10.5, color=MUTED)
+    return figure
+
+
+def place_of(name: str) -> tuple[str, int]:
+    """Kind of a matrix and index of its layer, from its name."""
+    found = LAYER.search(name)
+    if found is None:
+        return name, 0
+    return name[: found.start()].rpartition(".")[2] + "." + name[found.end() :], int(found[1])
+
+
+def layers(panels: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Shares in [0, 1] by the names of matrices, as cells: a row for each kind, layers along it.
+
+    panels: by title, one below the other. A share beyond 1 is red.
+    """
+    names = list(dict.fromkeys(name for values in panels.values() for name in values))
+    kinds = list(dict.fromkeys(place_of(name)[0] for name in names))
+    depth = 1 + max(place_of(name)[1] for name in names)
+    side, between = 0.22, 0.6
+    height = len(panels) * side * len(kinds) + (len(panels) - 1) * between
+    figure, axes = new_figure(side * depth, height, rows=len(panels))
+    figure.subplots_adjust(hspace=between / (side * len(kinds)))
+    for [axis], (title, values) in zip(axes, panels.items(), strict=True):
+        cells = [[math.nan] * depth for _ in kinds]
+        for name, value in values.items():
+            kind, layer = place_of(name)
+            cells[kinds.index(kind)][layer] = value
+        _cells(axis, cells)
+        axis.set_yticks(range(len(kinds)), kinds)
+        axis.set_xticks(range(0, depth, 1 if depth <= 16 else 4))
+        axis.xaxis.tick_top()
+        axis.set_title(title, fontsize=9.5, color=INK, loc="left", y=1, pad=17)
+    return figure
+
+
+def ranks(rows: Sequence[TaskRow]) -> Figure:
+    """Importance of every matrix over the largest, and its retained share, by kind and depth."""
+    by = next((f" by {row.by}" for row in rows if row.by), "")
+    measured = {row.name: row.importance for row in rows if row.importance is not None}
+    most = max([value for value in measured.values() if math.isfinite(value)], default=1.0) or 1.0
+    return layers(
+        {
+            f"importance{by}, full: {most:.3g} times the mean": {
+                name: value / most for name, value in measured.items()
+            },
+            "retained share of the directions": {
+                row.name: row.preserved / min(row.shape[-2:]) for row in rows
+            },
+        }
+    )
+
+
+def losses(
+    series: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence[str], first: int = 0
+) -> Figure:
+    """A line for each method, task after task along one axis; pale: every step.
+
+    series: `[task][step]` by method. first: number of the first colour.
+    """
+    figure, [[axis]] = new_figure(9, 2.9)
+    lengths = [
+        max((len(values[task]) for values in series.values() if task < len(values)), default=0)
+        for task in range(len(tasks))
     ]
-    starts = [sum(longest[:i]) for i in range(len(tasks) + 1)]
-    finite = [v for s in series.values() for t in s for v in t if math.isfinite(v)]
-    top = _nice(max(finite, default=1.0))
-    x = _scale(0, max(1, starts[-1]), LEFT, WIDTH - RIGHT)
-    y = _scale(0, top, height - BOTTOM, TOP)
-    parts = [_y_axis([top * i / 4 for i in range(5)], y)]
-    for index, task in enumerate(tasks):
-        middle = (x(starts[index]) + x(starts[index + 1])) / 2
-        parts.append(_text(middle, height - 22, task, "tick middle"))
-        if index:
-            parts.append(_line(x(starts[index]), TOP, x(starts[index]), height - BOTTOM, "grid"))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 5, "optimizer steps", "axis middle"))
+    starts = [sum(lengths[:task]) for task in range(len(tasks) + 1)]
     for number, values in enumerate(series.values(), start=first):
-        for start, losses in zip(starts, values, strict=False):
-            losses = [value if math.isfinite(value) else top for value in losses]
-            at = [start + step + 0.5 for step in range(len(losses))]
-            parts.append(
-                _path([(x(a), y(v)) for a, v in zip(at, losses, strict=True)], number, "raw")
-            )
-            smooth = _moving_mean(losses, max(1, len(losses) // 12))
-            points = [(x(a), y(v)) for a, v in zip(at, smooth, strict=True)]
-            parts.append(_path(points, number, "line"))
-    return _svg(WIDTH, height, label, parts)
+        colour = PALETTE[f"c{number % COLOURS}"]
+        for start, steps in zip(starts, values, strict=False):
+            at = [start + step + 0.5 for step in range(len(steps))]
+            axis.plot(at, steps, color=colour, alpha=0.3, linewidth=0.8)
+            smooth = _moving_mean(steps, max(1, len(steps) // 12))
+            axis.plot(at, smooth, color=colour, linewidth=1.8)
+    for start in starts[1:-1]:
+        axis.axvline(start, color=RULE, linewidth=0.8)
+    axis.set_xticks([(a + b) / 2 for a, b in pairwise(starts)], tasks)
+    axis.set_xlim(0, max(1, starts[-1]))
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("optimizer steps", fontsize=9, color=MUTED)
+    _plain(axis, lines=True)
+    return figure
 
 
-def spectrum(lines: Sequence[tuple[Sequence[float], float]], cut: float, label: str) -> str:
+def _moving_mean(values: Sequence[float], half: int) -> list[float]:
+    """Of what is finite among the `2 half + 1` values around each; NaN where nothing is."""
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    finite = ([value for value in window if math.isfinite(value)] for window in windows)
+    return [sum(window) / len(window) if window else math.nan for window in finite]
+
+
+def bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], first: int = 0) -> Figure:
+    """Horizontal bars with signed numbers: for each group one of each series."""
+    count = len(series)
+    thick = 1 / (count + 0.7)
+    figure, [[axis]] = new_figure(7.5, (0.2 * count + 0.14) * len(groups))
+    for number, values in enumerate(series.values()):
+        at = [row + (number - (count - 1) / 2) * thick for row in range(len(groups))]
+        drawn = axis.barh(at, values, 0.85 * thick, color=PALETTE[f"c{(first + number) % COLOURS}"])
+        texts = ["" if math.isnan(value) else f"{value:+.3f}" for value in values]
+        axis.bar_label(drawn, texts, padding=5, fontsize=9, color=INK)
+    axis.axvline(0, color=RULE, linewidth=0.8)
+    axis.margins(x=0.1, y=0.02)
+    _rows(axis, groups)
+    return figure
+
+
+def stacks(rows: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
+    """A horizontal bar for each row, made of phases, with the total behind it."""
+    phases = list(dict.fromkeys(phase for row in rows.values() for phase in row))
+    figure, [[axis]] = new_figure(7.5, 0.36 * len(rows))
+    ends = [0.0] * len(rows)
+    longest = max((sum(row.values()) for row in rows.values()), default=1.0)
+    for number, phase in enumerate(phases):
+        lengths = [row.get(phase, 0.0) for row in rows.values()]
+        colour = PALETTE[f"f{number % COLOURS}"]
+        drawn = axis.barh(range(len(rows)), lengths, 0.7, left=ends, color=colour, label=phase)
+        shown = [f"{value:,.0f}" if value > 0.07 * longest else "" for value in lengths]
+        axis.bar_label(drawn, shown, label_type="center", fontsize=9, color="white")
+        ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+    for row, end in enumerate(ends):
+        axis.annotate(f"{end:,.0f} {unit}", (end, row), (6, 0), textcoords="offset points",
+                      va="center", fontsize=9, color=INK)  # fmt: skip
+    axis.margins(x=0.1)
+    axis.set_xlim(left=0)
+    _rows(axis, list(rows))
+    axis.legend(loc="upper left", bbox_to_anchor=(0, 0), ncols=max(1, len(phases)), frameon=False,
+                fontsize=9, labelcolor=MUTED, handlelength=1, handleheight=1)  # fmt: skip
+    return figure
+
+
+def _rows(axis: Axes, names: Sequence[str]) -> None:
+    """Bars from the top down with their names, and no numbers along them."""
+    axis.invert_yaxis()
+    _plain(axis)
+    axis.set_yticks(range(len(names)), names, color=INK)
+    axis.set_xticks([])
+
+
+def spectra(lines: Sequence[tuple[Sequence[float], float]], cut: float) -> Figure:
     """Singular values over the largest, log scale, of a group of matrices; the cut is dashed.
 
     lines: shares `σ_i / σ_1` at even places of the spectrum, and the depth of the layer in [0, 1].
     """
-    width, height, left, bottom = 300, 190, 40, 30
-    low = math.floor(min((math.log10(max(v, 1e-6)) for line, _ in lines for v in line), default=-1))
-    x = _scale(0, 1, left, width - 10)
-    y = _scale(low, 0, height - bottom, 10)
-    parts = []
-    for power in range(low, 1):
-        parts.append(_line(left, y(power), width - 10, y(power), "grid"))
-        parts.append(_text(left - 6, y(power) + 4, f"1e{power}" if power else "1", "tick end"))
-    for place, name in ((0, "0"), (0.5, "k/2"), (1, "k")):
-        parts.append(_text(x(place), height - 12, name, "tick middle"))
+    figure, [[axis]] = new_figure(2.5, 1.6)
     for values, depth in lines:
-        count = max(1, len(values) - 1)
-        points = [(x(i / count), y(math.log10(max(v, 1e-6)))) for i, v in enumerate(values)]
-        parts.append(f'<path class="spectrum" style="--depth:{depth:.3f}" d="{_d(points)}"/>')
-    parts.append(_line(x(cut), 10, x(cut), height - bottom, "cut"))
-    return _svg(width, height, label, parts)
-
-
-def bars(
-    groups: Sequence[str],
-    series: Mapping[str, Sequence[float]],
-    label: str,
-    *,
-    signed: bool,
-    first: int = 0,
-) -> str:
-    """Horizontal bars: for each group one bar of each series, with its number."""
-    thick, gap, left = 15, 14, 170
-    block = thick * len(series) + gap
-    height = TOP + block * len(groups) + 8
-    finite = [v for values in series.values() for v in values if math.isfinite(v)]
-    low = min(0.0, *finite) if signed and finite else 0.0
-    high = max([0.0, *finite]) or 1.0
-    x = _scale(low, high, left, WIDTH - 70)
-    parts = [_line(x(0), TOP - 4, x(0), height - 8, "grid")]
-    for row, group in enumerate(groups):
-        top = TOP + row * block
-        middle = top + thick * len(series) / 2 + 4
-        parts.append(_text(left - 10, middle, group, "name end"))
-        for number, values in enumerate(series.values()):
-            value = values[row]
-            if not math.isfinite(value):
-                continue
-            at = top + number * thick
-            begin, end = sorted((x(0), x(value)))
-            parts.append(
-                f'<rect class="s{(first + number) % COLOURS}" x="{begin:.1f}" y="{at + 1}" '
-                f'width="{max(end - begin, 1):.1f}" height="{thick - 2}" rx="2"/>'
-            )
-            text = f"{value:+.3f}" if signed else f"{value:.3f}"
-            parts.append(_text(max(end, x(0)) + 6, at + thick - 3, text, "number"))
-    return _svg(WIDTH, height, label, parts)
-
-
-def stacks(rows: Mapping[str, Mapping[str, float]], label: str, unit: str) -> str:
-    """One horizontal bar for each row, made of phases, with the total behind it."""
-    phases = list(dict.fromkeys(phase for row in rows.values() for phase in row))
-    thick, left = 26, 170
-    height = TOP + (thick + 12) * len(rows) + 34
-    longest = max((sum(row.values()) for row in rows.values()), default=1.0) or 1.0
-    x = _scale(0, longest, left, WIDTH - 90)
-    parts = []
-    for index, (name, row) in enumerate(rows.items()):
-        top, at = TOP + index * (thick + 12), 0.0
-        parts.append(_text(left - 10, top + thick / 2 + 5, name, "name end"))
-        for phase, value in row.items():
-            width = x(at + value) - x(at)
-            tip = escape(f"{phase}: {value:,.1f} {unit}")
-            parts.append(
-                f'<rect class="p{phases.index(phase) % COLOURS}" x="{x(at):.1f}" y="{top}" '
-                f'width="{width:.1f}" height="{thick}"><title>{tip}</title></rect>'
-            )
-            if width > 52:
-                parts.append(
-                    _text(x(at) + width / 2, top + thick / 2 + 5, f"{value:,.0f}", "inside middle")
-                )
-            at += value
-        parts.append(_text(x(at) + 8, top + thick / 2 + 5, f"{at:,.0f} {unit}", "number"))
-    offset = float(left)
-    for number, phase in enumerate(phases):
-        parts.append(
-            f'<rect class="p{number % COLOURS}" x="{offset}" y="{height - 20}" '
-            'width="11" height="11"/>'
-        )
-        parts.append(_text(offset + 16, height - 10, phase, "tick"))
-        offset += 34 + 7.0 * len(phase)
-    return _svg(WIDTH, height, label, parts)
-
-
-def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>"
-    )
-
-
-class _scale:
-    """The linear map of `[a, b]` to `[c, d]`."""
-
-    def __init__(self, a: float, b: float, c: float, d: float) -> None:
-        self.a, self.c = a, c
-        self.factor = (d - c) / (b - a) if b != a else 0.0
-
-    def __call__(self, value: float) -> float:
-        return self.c + (value - self.a) * self.factor
-
-
-def _y_axis(values: Sequence[float], y: _scale) -> str:
-    return "".join(
-        _line(LEFT, y(v), WIDTH - RIGHT, y(v), "grid")
-        + _text(LEFT - 8, y(v) + 4, f"{v:g}", "tick end")
-        for v in values
-    )
-
-
-def _text(x: float, y: float, text: str, kind: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def _path(points: Points, number: int, kind: str) -> str:
-    return f'<path class="{kind} s{number % COLOURS}" d="{_d(points)}"/>' if points else ""
-
-
-def _d(points: Points) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-
-
-def _moving_mean(values: Sequence[float], half: int) -> list[float]:
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def _nice(value: float) -> float:
-    """The next of 1, 2, 4, 6, 8, 10 times a power of ten."""
-    if not 0 < value < math.inf:
-        return 1.0
-    power: float = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= value * 0.999)
+        at = [place / max(1, len(values) - 1) for place in range(len(values))]
+        shown = [max(value, 1e-6) for value in values]
+        # Between the colours of the first and the last layer.
+        for colour, share in ((PALETTE["c1"], 1 - depth), (PALETTE["c0"], depth)):
+            axis.plot(at, shown, color=colour, linewidth=0.9, alpha=0.8 * share)
+    axis.axvline(cut, color=BAD, linestyle="--", linewidth=1.1)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.minorticks_off()
+    axis.set_xticks([0, 0.5, 1], ["0", "k/2", "k"])
+    axis.set_xlim(0, 1)
+    _plain(axis, lines=True)
+    return figure

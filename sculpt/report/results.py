@@ -1,7 +1,8 @@
-"""Results of a task sequence trained by several methods: tables, JSON and picture."""
+"""Results of a task sequence trained by several methods: `results.json`, figures and tables."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ ACCURACIES = {
     GENERATED: "the answer that the model gives on its own is exactly the label",
     AMONG: "the label is the most likely one of the task's labels, scored over its full text",
 }
+
+
+class ReportError(ValueError):
+    """A run directory cannot be reported; the message says why."""
 
 
 @dataclass
@@ -67,6 +72,42 @@ class Results:
         write_json(out / "results.json", self.to_dict())
 
 
+def read_results(path: Path) -> Results:
+    """What `results.json` of a run directory holds.
+
+    Raises `ReportError` where it is not there yet, damaged, or of something else.
+    """
+    file = path / "results.json"
+    if not path.is_dir():
+        raise ReportError(f"{path} is no directory: expected that of a run")
+    if not file.is_file():
+        state = ""
+        if (path / "status.json").is_file():
+            state = f"; its status.json says {_state(path / 'status.json')!r}"
+        raise ReportError(
+            f"{path} has no results.json, which is written at the end of a run{state}"
+        )
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        tasks = [{**task, "name": str(task["name"])} for task in values["tasks"]]
+        methods = {name: MethodResult.from_dict(item) for name, item in values["methods"].items()}
+        found = Results(values.get("config", {}), values.get("versions", {}), tasks, methods)
+        for accuracy in ACCURACIES:
+            found.summaries(accuracy)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"{file} is damaged or not of a run: {error!r}") from error
+    if not methods:
+        raise ReportError(f"{file} has no methods")
+    return found
+
+
+def _state(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "nothing that can be read"
+
+
 def matrix(result: MethodResult, accuracy: str) -> list[list[float]]:
     """The accuracy matrix of one of the two accuracies."""
     return result.generated if accuracy == GENERATED else result.among_labels
@@ -77,7 +118,6 @@ def tables(results: Results) -> RenderableType:
     return Group(
         *(_matrix_table(results, accuracy) for accuracy in ACCURACIES),
         _figures_table(results),
-        *(Text(f"Budget of {n}: {r.budget}") for n, r in results.methods.items() if r.budget),
         Text(headline(results), style="bold"),
     )
 
@@ -90,6 +130,107 @@ def headline(results: Results) -> str:
         values = [f"{method} {getattr(s, name):.2f}" for method, s in summaries.items()]
         sentences.append(f"{name.replace('_', ' ').capitalize()} {arrow}  {', '.join(values)}.")
     return "  ".join(sentences)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of every method.
+
+    cells: how it is shown. values: NaN where there is none. arrow: which direction is better.
+    """
+
+    name: str
+    arrow: str
+    cells: list[str]
+    values: list[float]
+    meaning: str
+
+    @property
+    def best(self) -> float | None:
+        """The best value, where one is better than others."""
+        finite = [value for value in self.values if math.isfinite(value)]
+        if not self.arrow or len(set(finite)) < 2:
+            return None
+        return max(finite) if self.arrow == "↑" else min(finite)
+
+
+def figures(methods: Sequence[MethodResult]) -> list[Row]:
+    """Everything that was measured of the methods, a row for each figure."""
+    rows = []
+    for place, accuracy in enumerate(ACCURACIES):
+        summaries = [summary(matrix(method, accuracy)) for method in methods]
+        for metric in METRICS:
+            values = [float(getattr(figures, metric.name)) for figures in summaries]
+            if all(map(math.isnan, values)):
+                continue
+            arrow = "↑" if metric.direction.startswith("higher") else "↓"
+            sign = "+" if metric.name.endswith("transfer") else ""
+            cells = [f"{value:{sign}.3f}" for value in values]
+            meaning = "" if place else metric.definition  # the same for both accuracies
+            rows.append(Row(f"{metric.title}, {accuracy}", arrow, cells, values, meaning))
+    for name in dict.fromkeys(name for method in methods for name in method.general):
+        cells = [method.general.get(name, "-") for method in methods]
+        rows.append(
+            Row(name, "", cells, [], "by lm-eval, before the first and after the last task")
+        )
+    for name, arrow, value_of, show, meaning in _FIGURES:
+        values = [float(value_of(method)) for method in methods]
+        cells = ["-" if math.isnan(value) else show(value) for value in values]
+        rows.append(Row(name, arrow, cells, values, meaning))
+    return rows
+
+
+def _leak(part: str) -> Callable[[MethodResult], float]:
+    def value(result: MethodResult) -> float:
+        worst = result.worst_leak
+        return math.nan if worst is None else float(getattr(worst, part))
+
+    return value
+
+
+def _seconds(*phases: str) -> Callable[[MethodResult], float]:
+    return lambda result: sum(result.seconds.get(phase, 0.0) for phase in phases)
+
+
+def _of(name: str) -> Callable[[MethodResult], float]:
+    return lambda result: float(getattr(result, name))
+
+
+def _show_seconds(value: float) -> str:
+    return f"{value:.1f} s"
+
+
+def _show_share(value: float) -> str:
+    return f"{value:.1e}"
+
+
+def _show_bytes(value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB"
+
+
+_FIGURES: Sequence[
+    tuple[str, str, Callable[[MethodResult], float], Callable[[float], str], str]
+] = (
+    ("worst leak of ΔW", "↓", _leak("leak"), _show_share,
+     "share of a matrix's change that lies in its protected subspace, worst of all matrices"),
+    ("  rounding floor there", "", _leak("floor"), _show_share,
+     "what one rounding of the weights leaves by itself"),
+    ("time per step", "↓", _of("step_seconds"), lambda value: f"{1000 * value:,.0f} ms",
+     "median: forward, backward and optimizer"),
+    ("time in steps", "↓", _seconds("train"), _show_seconds, "all tasks"),
+    ("time for subspaces", "↓", _seconds("subspaces"), _show_seconds,
+     "decompositions before each task"),
+    ("time for checks", "↓", _seconds("certify", "evaluate"), _show_seconds,
+     "leak certificates and test examples: no part of training"),
+    ("time, total", "↓", _of("total_seconds"), _show_seconds, "all of the above"),
+    ("peak memory", "↓", _of("peak_memory_bytes"), _show_bytes,
+     "of the method's own process, weights and libraries included"),
+    ("trainable elements", "", _of("trainable_elements"), lambda value: f"{value:,.0f}",
+     "numbers that the optimizer moves in one task"),
+    ("optimizer state", "↓", _of("optimizer_state_bytes"), _show_bytes, "both moments of AdamW"),
+    ("held by the method", "↓", _of("held_bytes"), _show_bytes,
+     "for the trained matrices: weights before the task, bases, Fisher, earlier adapters"),
+)  # fmt: skip
 
 
 def _matrix_table(results: Results, accuracy: str) -> Table:
@@ -108,113 +249,23 @@ def _matrix_table(results: Results, accuracy: str) -> Table:
     for row, name in enumerate(results.task_names):
         cells: list[str] = []
         for result in results.methods.values():
-            cells += ["", *(_share(value) for value in matrix(result, accuracy)[row])]
+            cells += ["", *(share(value) for value in matrix(result, accuracy)[row])]
         table.add_row(name, *cells[1:], style="bold" if row == len(results.tasks) - 1 else "")
     return table
 
 
 def _figures_table(results: Results) -> Table:
-    methods = results.methods
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("figure")
     table.add_column("")  # which direction is better
-    for method in methods:
+    for method in results.methods:
         table.add_column(method, justify="right", style="bold", no_wrap=True)
     table.add_column("what it says", style="dim", ratio=1)
-    for position, accuracy in enumerate(ACCURACIES):
-        summaries = results.summaries(accuracy)
-        for metric in METRICS:
-            values = [getattr(summaries[name], metric.name) for name in methods]
-            if all(math.isnan(value) for value in values):
-                continue
-            arrow = "↑" if metric.direction.startswith("higher") else "↓"
-            name = f"{metric.title}, {accuracy}"
-            signed = metric.name.endswith("transfer")
-            cells = [f"{value:+.3f}" if signed else f"{value:.3f}" for value in values]
-            meaning = "" if position else metric.definition  # the same for both accuracies
-            table.add_row(Text(name), arrow, *cells, meaning)
-        table.add_section()
-    for name in dict.fromkeys(name for result in methods.values() for name in result.general):
-        cells = [result.general.get(name, "-") for result in methods.values()]
-        table.add_row(
-            Text(name), "", *cells, "by lm-eval, before the first and after the last task"
-        )
-    for name, arrow, show, meaning in _FIGURES:
-        table.add_row(name, arrow, *(show(result) for result in methods.values()), meaning)
+    for row in figures(list(results.methods.values())):
+        table.add_row(Text(row.name), row.arrow, *row.cells, row.meaning)
     return table
 
 
-def _share(value: float) -> str:
+def share(value: float) -> str:
+    """A score as it is shown, a dot where it was not evaluated."""
     return "·" if math.isnan(value) else f"{value:.2f}"
-
-
-def _leak(result: MethodResult) -> str:
-    worst = result.worst_leak
-    return "-" if worst is None else f"{worst.leak:.1e}"
-
-
-def _floor(result: MethodResult) -> str:
-    worst = result.worst_leak
-    return "-" if worst is None else f"{worst.floor:.1e}"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
-
-
-def _milliseconds(seconds: float) -> str:
-    return "-" if math.isnan(seconds) else f"{1000 * seconds:,.0f} ms"
-
-
-def _seconds(*phases: str) -> Callable[[MethodResult], str]:
-    return lambda result: f"{sum(result.seconds.get(phase, 0.0) for phase in phases):.1f} s"
-
-
-_FIGURES: Sequence[tuple[str, str, Callable[[MethodResult], str], str]] = (
-    (
-        "worst leak of ΔW",
-        "↓",
-        _leak,
-        "share of a matrix's change that lies in its protected subspace, worst of all matrices",
-    ),
-    ("  rounding floor there", "", _floor, "what one rounding of the weights leaves by itself"),
-    (
-        "time per step",
-        "↓",
-        lambda result: _milliseconds(result.step_seconds),
-        "median: forward, backward and optimizer",
-    ),
-    ("time in steps", "↓", _seconds("train"), "all tasks"),
-    ("time for subspaces", "↓", _seconds("subspaces"), "decompositions before each task"),
-    (
-        "time for checks",
-        "↓",
-        _seconds("certify", "evaluate"),
-        "leak certificates and test examples: no part of training",
-    ),
-    ("time, total", "↓", lambda result: f"{result.total_seconds:.1f} s", "all of the above"),
-    (
-        "peak memory",
-        "↓",
-        lambda result: _megabytes(result.peak_memory_bytes),
-        "of the method's own process, weights and libraries included",
-    ),
-    (
-        "trainable elements",
-        "",
-        lambda result: f"{result.trainable_elements:,}",
-        "numbers that the optimizer moves in one task",
-    ),
-    (
-        "optimizer state",
-        "↓",
-        lambda result: _megabytes(result.optimizer_state_bytes),
-        "both moments of AdamW",
-    ),
-    (
-        "held by the method",
-        "↓",
-        lambda result: _megabytes(result.held_bytes),
-        "for the trained matrices: weights before the task, bases, Fisher, earlier adapters",
-    ),
-)

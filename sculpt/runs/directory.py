@@ -3,7 +3,7 @@
 config.json     all settings, versions, a digest of the data, and the rows left out
 status.json     "running", "finished", "failed" or "interrupted", and where
 checkpoints/    while the run goes on; see `sculpt.storage.checkpoint`
-ranks/          of each task whose ranks adapt: what each matrix got and why, table and picture
+ranks/          of each task whose ranks adapt: a table of what each matrix got and why
 room/           after each task of those that accumulate: what each matrix has left
 results.json    everything measured
 model/          the model after the last task, a plain Hugging Face directory

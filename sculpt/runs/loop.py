@@ -22,7 +22,7 @@ from sculpt.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_m
 from sculpt.models.encoding import Encoded
 from sculpt.report.results import Results
 from sculpt.runs.directory import RunDirectory, RunError, versions
-from sculpt.runs.layer_files import draw_ranks, file_of, write_ranks, write_room
+from sculpt.runs.layer_files import file_of, write_ranks, write_room
 from sculpt.runs.lm_eval import general_ability
 from sculpt.runs.logged import RunLog
 from sculpt.runs.prepare import Prepared
@@ -222,9 +222,6 @@ class Run:
             with self._clock("save"):
                 self.directory.save_model(self.learner, "model")
         self._measure_all()
-        # After the memory was measured, which a library for pictures is no part of.
-        names = [task.name for task in self.tasks]
-        draw_ranks(self.directory.path, names, self.state.result.subspaces)
         self._results().write(self.directory.path)
         flush(self.directory.path / "results.json")
         self.state.phase = "done"

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_language import tiny_model
 from typer.testing import CliRunner
 
-from sculpt import SculptConfig
 from sculpt.certificate.leak import Certificate, LeakRow
 from sculpt.cli.app import app
 from sculpt.report import charts
-from sculpt.report.page import ReportError, report
-from sculpt.report.results import Results
-from sculpt.report.spectra import spectra
+from sculpt.report.page import report
+from sculpt.report.results import ReportError, Results
 from sculpt.runs.state import MethodResult
+from sculpt.task.table import TaskRow
 
 NAN = math.nan
+SVG = "{http://www.w3.org/2000/svg}"
 NAMES = [f"model.layers.{i}.mlp.{kind}_proj" for i in range(2) for kind in ("up", "down")]
 
 
@@ -41,6 +42,9 @@ def method(name: str, *, leak: float = 1e-7, certified: bool = True) -> MethodRe
         certificates=[Certificate(rows, t, "recomputed") for t in ("one", "two")]
         if certified
         else [],
+        subspaces=[[vars(TaskRow(n, (64, 32), 24, 8, 64, 0.9, "svd")) for n in NAMES]] * 2
+        if certified
+        else [[], []],
     )
 
 
@@ -102,8 +106,9 @@ def test_one_page_has_everything_and_needs_nothing(tmp_path):
         "preserved 24 of k = 32", "Where the time went", "106,168,320", "1.0e-07", "torch",
     ):  # fmt: skip
         assert words in page.text, words
-    assert "nan" not in text.lower().replace("prefers", "")
-    assert page.tags.count("svg") == 5
+    assert "nan" not in text.lower()
+    # Four accuracy matrices, forgetting, losses, two of leaks, two kinds, energy, times.
+    assert page.tags.count("svg") == 12
 
 
 def test_runs_stand_side_by_side(tmp_path):
@@ -115,8 +120,8 @@ def test_runs_stand_side_by_side(tmp_path):
     assert "b: sculpt" in page.text
     # Each run has a colour of its own, in the charts as in the legend.
     for number in range(2):
-        assert f'<rect class="s{number}"' in text
-        assert f'<path class="line s{number}"' in text
+        for what in ("--key", "fill", "stroke"):
+            assert f"{what}: var(--c{number})" in text
     assert page.text.count("the constraint holds") == 1
     assert page.text.count("the constraint is broken") == 1
     assert "&lt;two&gt;" in text
@@ -129,11 +134,11 @@ def test_runs_of_the_same_tasks_share_their_charts(tmp_path):
     assert "sculpt: sculpt" not in page.text, "a run that is called like its method"
     assert "b: sculpt" in page.text
     assert page.text.count("tasks in a row") == 1
-    assert page.tags.count("svg") == 3, "forgetting, losses and times: one each, on one scale"
+    assert page.text.count("optimizer steps") == 1, "one chart of both, on one scale"
     other = write(tmp_path / "c", method("sculpt"), tasks=("one", "three"))
     page = Page(report([*runs, other]))
     assert page.text.count("tasks in a row") == 2
-    assert page.tags.count("svg") == 7
+    assert page.text.count("optimizer steps") == 3
 
 
 def test_general_ability_is_shown_before_and_after(tmp_path):
@@ -146,24 +151,9 @@ def test_general_ability_is_shown_before_and_after(tmp_path):
 
 def test_a_broken_matrix_is_red(tmp_path):
     run = write(tmp_path / "a", method("sculpt", leak=1e-3))
-    assert report([run]).count('class="over"') == len(NAMES)
+    assert report([run]).count("fill: var(--bad)") == len(NAMES)
     run = write(tmp_path / "b", method("sculpt"))
-    assert report([run]).count('class="over"') == 0
-
-
-def test_spectra_are_those_of_an_svd(tmp_path):
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    names = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.k_proj", "not.there"]
-    found = spectra(tmp_path, names, SculptConfig(unfreeze_rank_ratio=0.25))
-    assert [item.name for item in found] == names[:2]
-    for item in found:
-        S = torch.linalg.svdvals(model.get_submodule(item.name).weight.detach().double())
-        assert item.size == len(S)
-        assert item.shares == pytest.approx((S / S[0]).tolist(), rel=1e-6, abs=1e-7)
-        h = item.preserved
-        assert h == math.floor(0.75 * len(S))
-        assert item.energy == pytest.approx(float(S[:h].square().sum() / S.square().sum()))
+    assert report([run]).count("fill: var(--bad)") == 0
 
 
 @pytest.mark.parametrize(
@@ -182,18 +172,58 @@ def test_spectra_that_take_long_are_left_out(affordable, wanted, said, tmp_path,
     assert said in Page(report([run], with_spectra=wanted)).text
 
 
+def drawn(figure, label: str) -> ElementTree.Element:
+    return ElementTree.fromstring(charts.as_svg(figure, label))
+
+
+def widths(svg: ElementTree.Element, fill: str) -> list[float]:
+    """Of the rectangles in a colour."""
+    found = []
+    for path in svg.iter(f"{SVG}path"):
+        if f"fill: var(--{fill})" in path.get("style", ""):
+            x = [float(x) for x, _ in re.findall(r"([\d.]+) ([\d.]+)", path.get("d", ""))]
+            found.append(max(x) - min(x))
+    return found
+
+
 def test_charts_are_well_formed_and_keep_their_numbers():
-    svg = charts.bars(["a & b"], {"x": [-0.25], "y": [0.5]}, "bars", signed=True)
-    root = ElementTree.fromstring(svg)
-    assert [t.text for t in root.iter("text")] == ["a & b", "-0.250", "+0.500"]
-    widths = [float(r.get("width")) for r in root.iter("rect")]
-    assert widths[1] == pytest.approx(2 * widths[0], rel=1e-2)
-    root = ElementTree.fromstring(charts.stacks({"m": {"p": 1.0, "q": 3.0}}, "times", "s"))
-    widths = [float(r.get("width")) for r in root.iter("rect")][:2]
-    assert widths[1] == pytest.approx(3 * widths[0], rel=1e-2)
-    root = ElementTree.fromstring(charts.curves({"m": [[4.0, 2.0], [1.0]]}, ["a", "b"], "loss"))
-    assert len(list(root.iter("path"))) == 4
-    ElementTree.fromstring(charts.spectrum([([1.0, 0.1, 0.0], 0.5)], 0.75, "spectrum"))
+    svg = drawn(charts.bars(["a & b"], {"x": [-0.25], "y": [0.5]}, first=2), "<bars>")
+    assert svg.get("aria-label") == "<bars>"
+    assert [t.text for t in svg.iter(f"{SVG}text")] == ["a & b", "-0.250", "+0.500"]
+    assert widths(svg, "c3")[0] == pytest.approx(2 * widths(svg, "c2")[0], rel=1e-2)
+    svg = drawn(charts.stacks({"m": {"p": 1.0, "q": 3.0}}, "s"), "times")
+    assert widths(svg, "f1")[0] == pytest.approx(3 * widths(svg, "f0")[0], rel=1e-2)
+    svg = drawn(charts.losses({"m": [[4.0, 2.0], [1.0, NAN]]}, ["a", "b"]), "loss")
+    styles = [path.get("style", "") for path in svg.iter(f"{SVG}path")]
+    assert sum("stroke: var(--c0)" in style for style in styles) == 4
+    drawn(charts.spectra([([1.0, 0.1, 0.0], 0.5)], 0.75), "spectrum")
+
+
+def test_cells_stand_where_their_matrices_are():
+    values = {"layers.0.q": 0.0, "layers.2.q": 1.5, "layers.1.k": 0.5, "other": NAN}
+    svg = drawn(charts.layers({"leak": values}), "leak")
+    styles = [path.get("style", "") for path in svg.iter(f"{SVG}path")]
+    assert [s for s in styles if "--heat" in s or "--bad" in s] == [
+        "fill: var(--heat); opacity: 0.06",
+        "fill: var(--bad)",
+        "fill: var(--heat); opacity: 0.53",
+    ]
+    texts = [text.text for text in svg.iter(f"{SVG}text")]
+    assert texts == ["0", "1", "2", "layers.q", "layers.k", "other", "leak"]
+
+
+def test_no_picture_has_a_name_that_another_has(tmp_path):
+    run = write(tmp_path / "run", method("plain"), method("sculpt"))
+    names = re.findall(r' id="([^"]*)"', report([run]))
+    assert len(names) == len(set(names))
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = write(tmp_path / "run", method("sculpt"))
+    result = CliRunner().invoke(app, ["report", str(run)])
+    assert result.exit_code == 2
+    assert "pip install 'sculpt-kernels[report]'" in result.output
 
 
 def test_the_command(tmp_path):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sculpt.certificate.leak import Certificate, LeakRow
 from sculpt.metrics import METRICS, summary
-from sculpt.report.plots import plot_matrices
+from sculpt.report.charts import matrices, save_png
 from sculpt.report.results import ACCURACIES, AMONG, GENERATED, Results, headline, tables
 from sculpt.runs.state import MethodResult
 
@@ -116,7 +116,7 @@ def test_json_is_whole_and_legal(results: Results, tmp_path: Path) -> None:
         assert got["forgetting"] == figures.forgetting
         assert got["forward_transfer"] is None
     assert set(written["definitions"]) == {*ACCURACIES, *(metric.name for metric in METRICS)}
-    plot_matrices(results, tmp_path / "matrix.png")
+    save_png(matrices(results), tmp_path / "matrix.png")
     png = (tmp_path / "matrix.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert len(png) > 20_000
