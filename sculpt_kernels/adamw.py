@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from sculpt_kernels import checks, factored, native_backend, sweep, triton_backend
+from sculpt_kernels import checks, factored, sweep, triton_backend
 from sculpt_kernels.backend import choose
 from sculpt_kernels.doors import door
 from sculpt_kernels.panels import matrices, row_panels
@@ -122,9 +122,7 @@ def project_adamw_(
         lambda: triton_backend.adamw_reason(
             W, G, exp_avg, exp_avg_sq, left, right, copy, complement=complement
         ),
-        lambda auto: native_backend.adamw_reason(
-            auto, complement, (W, G, exp_avg, exp_avg_sq, copy), left, right
-        ),
+        rounding,
     )
     if W.numel() == 0 or W.is_meta:
         return W
@@ -136,12 +134,6 @@ def project_adamw_(
                 rounding=rounding, seed=seed,
             )  # fmt: skip
             return W
-        if chosen == "native":
-            native_backend.project_adamw_(
-                W, G, exp_avg, exp_avg_sq, left, right, copy, form=form, project=project, lr=lr,
-                betas=betas, eps=eps, weight_decay=weight_decay, step=step, seed=seed,
-            )  # fmt: skip
-            return W
         key = seed if rounding == "stochastic" else None
         everything = matrices(W, G, exp_avg, exp_avg_sq, copy, left, right)
         for index, (w, g, m, v, c, a, b) in enumerate(everything):
@@ -149,7 +141,7 @@ def project_adamw_(
             assert g is not None
             assert m is not None
             assert v is not None
-            state_of = _State(w, g, m, v, c, scalars, key, index * w.shape[0])
+            state_of = _State(w, g, m, v, c, scalars, key, index * w.shape[0], chosen)
             if w.is_cpu:
                 _on_cpu(state_of, a, b, form, complement, project)
             else:
@@ -195,6 +187,7 @@ class _State:
     scalars: Step
     seed: int | Tensor | None
     row0: int
+    backend: str = "torch"
 
     @property
     def wide(self) -> torch.dtype:
@@ -260,8 +253,8 @@ class _State:
             if out is None:
                 continue
             rounds = out is self.copy or self.copy is None
-            at = (self.row0 + (rows.start or 0), 0)
-            store(out[rows], new, self.seed if rounds else None, at=at)
+            row0 = self.row0 + (rows.start or 0)
+            store(out[rows], new, self.seed if rounds else None, row0, self.backend)
 
     def panels(self) -> Iterator[slice]:
         return row_panels(self.W.shape[0], self.W.shape[1])

@@ -28,13 +28,13 @@ def choose(
     backend: str,
     device: torch.device,
     supports: Callable[[], str | None],
-    native_reason: Callable[[bool], str | None] | None = None,
+    rounding: str = "nearest",
 ) -> str:
     """Resolve `backend` to the one that runs this call.
 
-    `supports` tells why the Triton kernel cannot take the arguments, or `None`; `native_reason`
-    likewise for the native library, also, given `True`, why it would not be faster. `"auto"` takes
-    Triton on CUDA, the native library on the CPU, else torch.
+    `supports` tells why the Triton kernel cannot take the arguments, or `None`. `"auto"` takes
+    Triton on CUDA, torch elsewhere; `"native"`, and `"auto"` where it is there, is torch with the
+    stochastic `rounding` of the native library.
 
     Raises:
         ValueError: no such backend.
@@ -43,13 +43,12 @@ def choose(
     if backend == "torch":
         return "torch"
     if backend == "auto" and device.type != "cuda":
-        faster = device.type == "cpu" and native_reason is not None and native_reason(True) is None
-        return "native" if faster else "torch"
+        return "native" if rounding == "stochastic" and _native(device) is None else "torch"
     checks.choice("backend", backend, ("auto", *NAMES))
     if backend == "native":
-        reason = native.missing()
-        if reason is None:
-            reason = "it has no kernel for this" if native_reason is None else native_reason(False)
+        reason = _native(device)
+        if reason is None and rounding != "stochastic":
+            reason = "it rounds stochastically and does nothing else"
     else:
         reason = _triton_missing() or _wrong_device(device) or supports()
     if reason is None:
@@ -57,6 +56,12 @@ def choose(
     if backend == "auto":
         return "torch"
     raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
+
+
+def _native(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the native kernels work on CPU tensors; these are on {device}"
+    return native.missing()
 
 
 def interpreted() -> bool:

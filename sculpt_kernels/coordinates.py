@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks, native_backend, sharded, triton_backend
+from sculpt_kernels import checks, sharded, triton_backend
 from sculpt_kernels.backend import choose
 from sculpt_kernels.doors import door
 from sculpt_kernels.panels import compute_dtype, matrices, product, row_panels
@@ -149,7 +149,7 @@ def expand_add_backend(
         backend,
         W.device,
         lambda: triton_backend.expand_add_reason(W, C, U, V, base),
-        lambda auto: native_backend.expand_add_reason(auto, W, C, U, V, base, rounding),
+        rounding,
     )
 
 
@@ -171,14 +171,11 @@ def run_expand_add(
     if chosen == "triton":
         triton_backend.expand_add_(W, C, U, V, alpha, rounding, seed, base)
         return
-    if chosen == "native":
-        native_backend.expand_add_(W, C, U, V, alpha, seed, base)
-        return
     scaled = C.to(compute_dtype(W.dtype)) * alpha
     for index, (X, core, A, B, start) in enumerate(matrices(W, scaled, U, V, base)):
         assert X is not None
         assert core is not None
-        _expand_add_matrix(X, core, A, B, start, seed, index * W.shape[-2])
+        _expand_add_matrix(X, core, A, B, start, seed, index * W.shape[-2], chosen)
 
 
 @torch.no_grad()
@@ -262,6 +259,7 @@ def _expand_add_matrix(
     base: Tensor | None,
     seed: int | Tensor | None,
     row0: int,
+    backend: str,
 ) -> None:
     m, n = W.shape
     wide = C.dtype
@@ -285,7 +283,7 @@ def _expand_add_matrix(
         if not empty:
             core, A = (C[rows], None) if U is None else (C, U[rows].to(wide))
             total.addmm_(*_factors(core, A, V))
-        store(W[rows], total, seed, at=(row0 + rows.start, 0))
+        store(W[rows], total, seed, row0 + rows.start, backend)
 
 
 def _factors(C: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:

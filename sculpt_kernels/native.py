@@ -1,7 +1,7 @@
-"""The native library: where it is, whether it fits, and its C structs; built from `native/`.
+"""The native library, which rounds stochastically on CPUs: where it is, and what it takes.
 
-Nothing is loaded before the first question. The library shares torch's OpenMP threads, and the
-products of its panels go to the BLAS that torch brings along.
+Built from `native/`. Nothing is loaded before the first question; it shares torch's threads. Its
+random bits are those of `sculpt_kernels.rounding`, some ten times as fast.
 """
 
 from __future__ import annotations
@@ -15,41 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 NAMES = ("libsculpt_cpu.so", "libsculpt_cpu.dylib", "sculpt_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FORMS = {"core": 0, "strict": 1, "left": 2, "right": 3}
-# at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, paired), types in the name.
-BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPK{}Pfb"
 HOW_TO_BUILD = "`make native` in a checkout, or SCULPT_NATIVE=1 pip install with a C++ compiler"
 
-_i32, _i64, _f32, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_i32, _i64 = ctypes.c_int32, ctypes.c_int64
 
 
 class Matrix(ctypes.Structure):
     """`sculpt_matrix`."""
 
     _fields_ = (
-        ("data", _pointer),
+        ("data", ctypes.c_void_p),
         ("stride_row", _i64),
         ("stride_column", _i64),
         ("dtype", _i32),
         ("reserved", _i32),
     )
 
-
-class Products(ctypes.Structure):
-    """`sculpt_products`."""
-
-    _fields_ = (
-        *((name, _i64) for name in ("m", "n", "r", "s")),
-        ("U", Matrix),
-        ("V", Matrix),
-        *((name, _pointer) for name in ("sgemm", "row_gemm", "row_gemm_bfloat16")),
-        ("workspace", _pointer),
-        ("workspace_floats", _i64),
-        *((name, _i32) for name in ("form", "left_first", "threads", "panel_rows")),
-    )
+    @classmethod
+    def of(cls, X: Tensor) -> Matrix:
+        """A two-dimensional tensor as the library takes it."""
+        return cls(X.data_ptr(), X.stride(0), X.stride(1), DTYPES[X.dtype])
 
 
 class Rounding(ctypes.Structure):
@@ -60,32 +48,6 @@ class Rounding(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("stochastic", _i32),
         ("reserved", _i32),
-    )
-
-
-class ExpandAdd(ctypes.Structure):
-    """`sculpt_expand_add`."""
-
-    _fields_ = (
-        ("products", Products),
-        ("W", Matrix),
-        ("base", Matrix),
-        ("C", _pointer),
-        ("rounding", Rounding),
-    )
-
-
-class AdamW(ctypes.Structure):
-    """`sculpt_adamw`."""
-
-    _fields_ = (
-        ("products", Products),
-        *((name, Matrix) for name in ("W", "G", "exp_avg", "exp_avg_sq", "copy")),
-        *((name, _f32) for name in ("lr", "rest1", "rest2", "eps", "weight_decay")),
-        ("lift", _f32),
-        ("root", _f32),
-        ("gradient", _i32),
-        ("rounding", Rounding),
     )
 
 
@@ -111,16 +73,6 @@ class Library:
         self._handle = handle
         handle.sculpt_cpu_error.restype = ctypes.c_char_p
         handle.sculpt_cpu_isa.restype = ctypes.c_char_p
-        handle.sculpt_cpu_workspace.restype = _i64
-        handle.sculpt_cpu_multiplies.argtypes = [_pointer, ctypes.c_bool]
-        symbols = _torch_symbols()
-        self.sgemm = _address(symbols, "sgemm_")
-        if not self.sgemm:
-            raise OSError("this build of torch exports no BLAS (sgemm_)")
-        self._row_gemms = {
-            torch.float32: _address(symbols, BRGEMM.format("fS3_")),
-            torch.bfloat16: _address(symbols, BRGEMM.format("N3c108BFloat16ES5_")),
-        }
 
     @property
     def isa(self) -> str:
@@ -130,50 +82,22 @@ class Library:
     def use_isa(self, name: str) -> None:
         self._call(self._handle.sculpt_cpu_use_isa, name.encode())
 
-    def row_gemm(self, dtype: torch.dtype) -> int:
-        """Address of torch's own product of row-major panels, 0 where it cannot run now.
-
-        It belongs to oneDNN, which a user can turn off; then it throws, or calls the BLAS.
-        """
-        address = self._row_gemms[dtype]
-        if not address or not torch.backends.mkldnn.enabled or not _has_row_gemm(dtype):
-            return 0
-        right = self._handle.sculpt_cpu_multiplies(address, dtype == torch.bfloat16)
-        return address if right else 0
-
-    def workspace(self, products: Products) -> Tensor:
-        """Memory for these products, aligned to 64 bytes, entered into them."""
-        floats = int(self._handle.sculpt_cpu_workspace(ctypes.byref(products)))
-        if floats < 0:
-            raise ValueError(self._handle.sculpt_cpu_error().decode())
-        memory = torch.empty(floats + 16, dtype=torch.float32)
-        products.workspace = memory.data_ptr() + -memory.data_ptr() % 64
-        products.workspace_floats = floats
-        return memory
-
-    def expand_add(self, job: ExpandAdd) -> None:
-        self._call(self._handle.sculpt_cpu_expand_add, ctypes.byref(job))
-
-    def project_adamw(self, job: AdamW) -> None:
-        self._call(self._handle.sculpt_cpu_project_adamw, ctypes.byref(job))
-
     def round(self, out: Matrix, x: Matrix, m: int, n: int, rounding: Rounding) -> None:
+        """`out <- x`, `m x n`, converted and rounded."""
         by = ctypes.byref
-        self._call(
-            self._handle.sculpt_cpu_round, by(out), by(x), _i64(m), _i64(n), by(rounding),
-            _i32(torch.get_num_threads()),
-        )  # fmt: skip
+        threads = _i32(torch.get_num_threads())
+        function = self._handle.sculpt_cpu_round
+        self._call(function, by(out), by(x), _i64(m), _i64(n), by(rounding), threads)
 
     def _call(self, function: Any, *arguments: Any) -> None:
         if function(*arguments):
             raise ValueError(self._handle.sculpt_cpu_error().decode())
 
 
-def describe(X: Tensor | None) -> Matrix:
-    """A two-dimensional tensor as the library takes it; null for `None`."""
-    if X is None:
-        return Matrix()
-    return Matrix(X.data_ptr(), X.stride(0), X.stride(1), DTYPES[X.dtype])
+def round_(out: Tensor, x: Tensor, seed: int | Tensor, row0: int) -> None:
+    """`out <- x`, rounded stochastically; row 0 of both is row `row0` of what is being rounded."""
+    rounding = Rounding(row0, int(seed) % 2**64, 1)
+    library().round(Matrix.of(out), Matrix.of(x), out.shape[0], out.shape[1], rounding)
 
 
 def missing() -> str | None:
@@ -211,27 +135,3 @@ def _find() -> Library | str:
         return Library(path)
     except OSError as error:
         return f"the native library cannot be used: {error}"
-
-
-@lru_cache(maxsize=2)
-def _has_row_gemm(dtype: torch.dtype) -> bool:
-    """Whether the CPU has the instructions that make it the fastest."""
-    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    if dtype == torch.bfloat16:
-        # Whoever uses AMX has to release its tiles, which only oneDNN's owner can.
-        return bool(has.get("avx512_bf16")) and not has.get("amx_bf16")
-    return bool(has.get("avx512_f"))
-
-
-def _torch_symbols() -> ctypes.CDLL:
-    """The libraries that torch has loaded: a symbol is looked up in what they depend on too."""
-    folder = Path(torch.__file__).parent / "lib"
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        if (folder / name).exists():
-            return ctypes.CDLL(str(folder / name))
-    raise OSError(f"there is no library of torch in {folder}")
-
-
-def _address(symbols: ctypes.CDLL, name: str) -> int:
-    function = getattr(symbols, name, None)
-    return 0 if function is None else ctypes.cast(function, _pointer).value or 0

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks
+from sculpt_kernels import checks, native
 
 _MASK = 0xFFFFFFFF
 _ROUND = (0xD2511F53, 0xCD9E8D57)
@@ -45,69 +45,50 @@ def random_bits(
     rows: int,
     columns: int,
     seed: int | Tensor,
-    *,
-    at: tuple[int, int] = (0, 0),
-    width: int | None = None,
+    row0: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """16 random bits for each element of a `rows x columns` block, int32.
-
-    The block starts at row and column `at` of a matrix that is `width` columns wide (default: the
-    columns of the block).
-    """
-    groups = -(-(columns if width is None else width) // LANES)
-    first, last = at[1] // LANES, -(-(at[1] + columns) // LANES)
-    row = torch.arange(at[0], at[0] + rows, device=device)
-    index = row[:, None] * groups + torch.arange(first, last, device=device)
+    """16 random bits for each element of `rows` rows from `row0` on, int32."""
+    groups = -(-columns // LANES)
+    row = torch.arange(row0, row0 + rows, device=device)
+    index = row[:, None] * groups + torch.arange(groups, device=device)
     zero = torch.zeros_like(index)
     words = philox4x32(
         (index & _MASK, (index >> 32) & _MASK, zero, zero), (seed & _MASK, (seed >> 32) & _MASK)
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    bits = torch.stack(halves, dim=-1).to(torch.int32).view(rows, -1)
-    skip = at[1] - first * LANES
-    return bits[:, skip : skip + columns]
+    return torch.stack(halves, dim=-1).to(torch.int32).view(rows, -1)[:, :columns]
 
 
 def store(
-    out: Tensor,
-    x: Tensor,
-    seed: int | Tensor | None,
-    *,
-    at: tuple[int, int] = (0, 0),
-    width: int | None = None,
+    out: Tensor, x: Tensor, seed: int | Tensor | None, row0: int = 0, backend: str = "torch"
 ) -> None:
     """Write `x` into `out`, rounded to nearest, or stochastically where there is a seed.
 
-    `at` and `width` are those of `random_bits`.
+    Row 0 of both is row `row0` of the matrix, or the batch, that they are part of. `backend` is
+    `"native"` or `"torch"`, which give the same bits.
     """
     if seed is None:
         out.copy_(x)
+    elif backend == "native":
+        native.round_(out, x, seed, row0)
     else:
-        out.copy_(stochastic_round(x, out.dtype, seed, at=at, width=width))
+        out.copy_(stochastic_round(x, out.dtype, seed, row0))
 
 
-def stochastic_round(
-    x: Tensor,
-    dtype: torch.dtype,
-    seed: int | Tensor,
-    *,
-    at: tuple[int, int] = (0, 0),
-    width: int | None = None,
-) -> Tensor:
+def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int | Tensor, row0: int = 0) -> Tensor:
     """Round float32 `x` `(rows, n)` to bfloat16 or float16, up or down at random, unbiased.
 
     The probability of rounding away from zero is the distance to the neighbour towards zero in
     units of the spacing, to 16 bits (13 bits for float16 normals). NaN and infinities stay.
-    `at` is the place of `x` in a matrix of `width` columns, so that panels give the bits of the
-    whole.
+    `row0` is the row of the matrix that `x` starts at, so that panels give the bits of the whole.
     """
     if dtype not in checks.LOW_PRECISION:
         raise TypeError(
             "rounding='stochastic' is for bfloat16 and float16; "
             f"got {checks.dtype_name(dtype)}, which needs none"
         )
-    bits = random_bits(x.shape[0], x.shape[1], seed, at=at, width=width, device=x.device)
+    bits = random_bits(x.shape[0], x.shape[1], seed, row0, x.device)
     x = x.float()
     raw = x.contiguous().view(torch.int32)
     if dtype == torch.bfloat16:

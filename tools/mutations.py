@@ -169,7 +169,7 @@ MUTATIONS = [
     Mutation(
         "rounding: every panel starts at row 0, on the CPU",
         "sculpt_kernels/rounding.py",
-        "torch.arange(at[0], at[0] + rows, device=device)",
+        "torch.arange(row0, row0 + rows, device=device)",
         "torch.arange(0, rows, device=device)",
         TESTS + "test_rounding.py::test_same_seed_same_bits_whatever_the_panels",
     ),

@@ -3,7 +3,6 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "operations.h"
 #include "rows.h"
 
 namespace sculpt {

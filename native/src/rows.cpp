@@ -116,12 +116,12 @@ void store(void *out, int64_t stride, int32_t dtype, const float *x, int64_t n) 
     store_as<float>(at, stride, x, n, [](float v) { return v; });
 }
 
-void stochastic(float *out, const float *x, const uint16_t *bits, int32_t dtype, int64_t n) {
+void stochastic(float *x, const uint16_t *bits, int32_t dtype, int64_t n) {
   if (dtype == SCULPT_BFLOAT16) {
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t raw = bits_of(x[i]);
       const uint32_t rounded = (raw + bits[i]) & 0xFFFF0000u;
-      out[i] = float_of((raw & 0x7F800000u) != 0x7F800000u ? rounded : raw);
+      x[i] = float_of((raw & 0x7F800000u) != 0x7F800000u ? rounded : raw);
     }
     return;
   }
@@ -136,7 +136,7 @@ void stochastic(float *out, const float *x, const uint16_t *bits, int32_t dtype,
     const uint32_t small = bits_of(static_cast<float>(down + up) * 0x1p-24f);
     const uint32_t signed_small = small | (raw & 0x80000000u);
     const uint32_t finite = size < 0x1p-14f ? signed_small : rounded;
-    out[i] = float_of((raw & 0x7F800000u) != 0x7F800000u ? finite : raw);
+    x[i] = float_of((raw & 0x7F800000u) != 0x7F800000u ? finite : raw);
   }
 }
 
@@ -179,69 +179,11 @@ void random_bits(uint16_t *out, uint64_t first, int64_t groups, uint64_t seed) {
   }
 }
 
-void add(float *out, const float *x, const float *t, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i] + t[i];
-}
-
-// The moments, and lift m / (sqrt(v) root + eps) + weight_decay w from them.
-template <bool TAKE, Out OUT, bool PRODUCT, bool DECAY>
-inline void step_at(const Step &a, int64_t i) {
-  const AdamW &s = a.scalars;
-  float m = a.m[i], v = a.v[i];
-  if (TAKE) {
-    float g = a.g[i];
-    if (PRODUCT) g = g - a.product[i];
-    m += s.rest1 * (g - m);
-    v += s.rest2 * (g * g - v);
-    a.m[i] = m;
-    a.v[i] = v;
-  }
-  if (OUT == Out::NONE) return;
-  float d = s.lift * m / (__builtin_sqrtf(v) * s.root + s.eps);
-  if (DECAY) d += s.weight_decay * a.w[i];
-  if (PRODUCT && !TAKE) d = d - a.product[i];
-  a.out[i] = OUT == Out::WEIGHTS ? a.w[i] - s.lr * d : d;
-}
-
-template <bool TAKE, Out OUT, bool PRODUCT, bool DECAY>
-void steps(const Step &given, int64_t n) {
-  constexpr int64_t LINE = 16;  // floats
-  const Step a = given;         // so that no store can change it
-  int64_t i = 0;
-  for (; i + LINE <= n; i += LINE) {
-    // All at once before the row they would wait for each other.
-    for (const Ahead &next : a.ahead) __builtin_prefetch(next.at + i * next.element, 0, 2);
-#pragma omp simd
-    for (int64_t j = i; j < i + LINE; ++j) step_at<TAKE, OUT, PRODUCT, DECAY>(a, j);
-  }
-#pragma omp simd
-  for (int64_t j = i; j < n; ++j) step_at<TAKE, OUT, PRODUCT, DECAY>(a, j);
-}
-
-template <bool TAKE, Out OUT>
-void step_kind(const Step &a, int64_t n) {
-  const bool decay = OUT != Out::NONE && a.scalars.weight_decay != 0;
-  if (a.product == nullptr)
-    (decay ? steps<TAKE, OUT, false, true> : steps<TAKE, OUT, false, false>)(a, n);
-  else
-    (decay ? steps<TAKE, OUT, true, true> : steps<TAKE, OUT, true, false>)(a, n);
-}
-
-void step(const Step &a, int64_t n) {
-  if (a.kind == Out::NONE)
-    step_kind<true, Out::NONE>(a, n);
-  else if (a.kind == Out::DIRECTION)
-    (a.take ? step_kind<true, Out::DIRECTION> : step_kind<false, Out::DIRECTION>)(a, n);
-  else
-    (a.take ? step_kind<true, Out::WEIGHTS> : step_kind<false, Out::WEIGHTS>)(a, n);
-}
-
 }  // namespace
 
 extern const Rows SCULPT_NAME(SCULPT_ISA);
 const Rows SCULPT_NAME(SCULPT_ISA) = {
-    SCULPT_TEXT(SCULPT_ISA), load, store, stochastic, random_bits, add, step,
+    SCULPT_TEXT(SCULPT_ISA), load, store, stochastic, random_bits,
 };
 
 }  // namespace sculpt

@@ -51,17 +51,16 @@ def test_bits_are_laid_out_as_documented():
         assert int(bits[row, column]) == (word >> 16 if lane % 2 else word & 0xFFFF)
 
 
-def test_bits_of_a_block_are_those_of_the_whole():
+def test_bits_of_rows_are_those_of_the_whole():
     whole = random_bits(9, 21, 7)
-    for top, left, rows, columns in ((0, 0, 9, 21), (3, 0, 4, 21), (2, 5, 6, 3), (8, 20, 1, 1)):
-        block = random_bits(rows, columns, 7, at=(top, left), width=21)
-        assert torch.equal(block, whole[top : top + rows, left : left + columns])
+    for top, rows in ((0, 9), (3, 4), (8, 1)):
+        assert torch.equal(random_bits(rows, 21, 7, top), whole[top : top + rows])
 
 
 def test_rows_beyond_32_bits_have_their_own_bits():
-    far = random_bits(1, 8, 3, at=(2**33, 0))
-    assert not torch.equal(far, random_bits(1, 8, 3, at=(0, 0)))
-    assert not torch.equal(far, random_bits(1, 8, 3, at=(2**32, 0)))
+    far = random_bits(1, 8, 3, row0=2**33)
+    assert not torch.equal(far, random_bits(1, 8, 3, row0=0))
+    assert not torch.equal(far, random_bits(1, 8, 3, row0=2**32))
 
 
 def test_negative_and_tensor_seeds():
