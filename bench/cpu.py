@@ -29,7 +29,7 @@ from bench.cases import DTYPES, MODELS, RATIOS, Case, Inputs, cases, floor, vari
 from bench.correct import incorrect
 from bench.timing import ceilings, interleaved
 from sculpt_kernels import project_
-from sculpt_kernels.panels import has_fast_products
+from sculpt_kernels.products import has_fast_products
 
 Row = dict[str, Any]
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     if options.convert:
-        import_module("sculpt_kernels.project").has_fast_products = lambda *_: False
+        import_module("sculpt_kernels.projection.project").has_fast_products = lambda *_: False
     device = torch.device("cpu")
     began = time.monotonic()
     rates = ceilings(device, size=1024, elements=2**25)

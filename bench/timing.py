@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sculpt_kernels.panels import has_fast_products
+from sculpt_kernels.products import has_fast_products
 
 Call = Callable[[], object]
 

@@ -7,21 +7,21 @@ Autocast is off inside all of them but the `compact_` layers, which follow it. T
 
 from sculpt_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from sculpt_kernels import reference
-from sculpt_kernels.adamw import project_adamw_
-from sculpt_kernels.backend import backends
-from sculpt_kernels.basis import orthonormalize
-from sculpt_kernels.cache import SubspaceCache
-from sculpt_kernels.coordinates import compress, expand_add_
-from sculpt_kernels.expand_many import expand_add_many_
-from sculpt_kernels.leakage import Leak, leak
-from sculpt_kernels.linear import compact_linear
-from sculpt_kernels.plan import Plan, plan
-from sculpt_kernels.project import project, project_, project_many_
-from sculpt_kernels.randomized import range_finder, rsvd
-from sculpt_kernels.sharded import is_divided
-from sculpt_kernels.split_plan import SplitPlan, plan_split
-from sculpt_kernels.subspace import Subspace, split
-from sculpt_kernels.weight import compact_embedding, compact_weight
+from sculpt_kernels.adamw.adamw import project_adamw_
+from sculpt_kernels.coordinates.coordinates import compress, expand_add_
+from sculpt_kernels.coordinates.expand_many import expand_add_many_
+from sculpt_kernels.coordinates.linear import compact_linear
+from sculpt_kernels.coordinates.weight import compact_embedding, compact_weight
+from sculpt_kernels.dispatch import backends
+from sculpt_kernels.leak import Leak, leak
+from sculpt_kernels.plan.projections import Plan, plan
+from sculpt_kernels.plan.splits import SplitPlan, plan_split
+from sculpt_kernels.projection.project import project, project_, project_many_
+from sculpt_kernels.shards import is_divided
+from sculpt_kernels.subspaces.basis import orthonormalize
+from sculpt_kernels.subspaces.cache import SubspaceCache
+from sculpt_kernels.subspaces.randomized import range_finder, rsvd
+from sculpt_kernels.subspaces.split import Subspace, split
 
 __all__ = [
     "Leak",

@@ -13,10 +13,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from sculpt_kernels.adamw import project_adamw_
-from sculpt_kernels.coordinates import compress, expand_add_
-from sculpt_kernels.expand_many import expand_add_many_
-from sculpt_kernels.project import project, project_, project_many_
+from sculpt_kernels.adamw.adamw import project_adamw_
+from sculpt_kernels.coordinates.coordinates import compress, expand_add_
+from sculpt_kernels.coordinates.expand_many import expand_add_many_
+from sculpt_kernels.projection.project import project, project_, project_many_
 
 Maybe = Optional[Tensor]  # noqa: UP045  (schema inference does not know `Tensor | None`)
 MaybeInt = Optional[int]  # noqa: UP045

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sculpt_kernels import backend as backends
-from sculpt_kernels.plan import SMALL_RANK
+from sculpt_kernels import dispatch as backends
+from sculpt_kernels.plan.projections import SMALL_RANK
 
 # The kernels' word for what the public functions call "standard".
 _PRECISION = {"standard": "fast", "exact": "exact"}
@@ -27,7 +27,8 @@ def project_reason(
 ) -> str | None:
     if complement != "none":
         return f"the Triton kernels take no complement={complement!r}; the library's products do"
-    from sculpt_kernels.kernels import project, update
+    from sculpt_kernels.projection import triton as project
+    from sculpt_kernels.triton import update
 
     if _small(U, V):
         return project.supports(G, U, V, precision=_PRECISION[precision])
@@ -41,7 +42,8 @@ def project_reason(
 
 
 def project_(G: Tensor, U: Tensor | None, V: Tensor | None, form: str, precision: str) -> None:
-    from sculpt_kernels.kernels import project, update
+    from sculpt_kernels.projection import triton as project
+    from sculpt_kernels.triton import update
 
     if _small(U, V):
         project.project_(G, U, V, form, precision=_PRECISION[precision])
@@ -68,7 +70,7 @@ def project_many_(
         else:
             rest.append(i)
     if groups:
-        from sculpt_kernels.kernels import project
+        from sculpt_kernels.projection import triton as project
     for group in groups.values():
         project.project_many_(
             [Gs[i] for i in group], [Us[i] for i in group], [Vs[i] for i in group],
@@ -89,13 +91,13 @@ def _small(U: Tensor | None, V: Tensor | None) -> bool:
 
 
 def compress_reason(G: Tensor, U: Tensor, V: Tensor) -> str | None:
-    from sculpt_kernels.kernels import compress
+    from sculpt_kernels.coordinates import triton_compress as compress
 
     return compress.supports(G, U, V)
 
 
 def compress(G: Tensor, U: Tensor, V: Tensor, out: Tensor) -> None:
-    from sculpt_kernels.kernels import compress as kernels
+    from sculpt_kernels.coordinates import triton_compress as kernels
 
     kernels.compress(G, U, V, out)
 
@@ -103,7 +105,7 @@ def compress(G: Tensor, U: Tensor, V: Tensor, out: Tensor) -> None:
 def expand_add_reason(
     W: Tensor, C: Tensor, U: Tensor | None, V: Tensor | None, base: Tensor | None
 ) -> str | None:
-    from sculpt_kernels.kernels import expand_add
+    from sculpt_kernels.coordinates import triton_expand as expand_add
 
     return expand_add.supports(W, C, U, V, base)
 
@@ -118,7 +120,7 @@ def expand_add_(
     seed: int | Tensor | None,
     base: Tensor | None,
 ) -> None:
-    from sculpt_kernels.kernels import expand_add
+    from sculpt_kernels.coordinates import triton_expand as expand_add
 
     expand_add.expand_add_(W, C, U, V, alpha, rounding, seed, base)
 
@@ -133,7 +135,7 @@ def expand_add_many_(
     seeds: Tensor | None,
     bases: Sequence[Tensor] | None,
 ) -> None:
-    from sculpt_kernels.kernels import expand_add
+    from sculpt_kernels.coordinates import triton_expand as expand_add
 
     expand_add.expand_add_many_(Ws, Cs, Us, Vs, alpha, rounding, seeds, bases)
 
@@ -141,19 +143,19 @@ def expand_add_many_(
 def adamw_reason(*tensors: Any, complement: str) -> str | None:
     if complement != "none":
         return f"the Triton kernels take no complement={complement!r}"
-    from sculpt_kernels.kernels import adamw
+    from sculpt_kernels.adamw import triton as adamw
 
     return adamw.supports(*tensors)
 
 
 def project_adamw_(*tensors: Any, **options: Any) -> None:
-    from sculpt_kernels.kernels import adamw
+    from sculpt_kernels.adamw import triton as adamw
 
     adamw.project_adamw_(*tensors, **options)
 
 
 def sketch(out: Tensor, seed: int, row0: int) -> Tensor:
-    from sculpt_kernels.kernels import sketch as kernels
+    from sculpt_kernels.subspaces import triton_sketch as kernels
 
     return kernels.sketch(out, seed, row0)
 

@@ -61,7 +61,7 @@ def test_cpu_comparison_in_pieces(tmp_path, monkeypatch):
 
 
 def test_cpu_comparison_as_without_bfloat16_instructions(tmp_path, monkeypatch):
-    module = importlib.import_module("sculpt_kernels.project")
+    module = importlib.import_module("sculpt_kernels.projection.project")
     monkeypatch.setattr(module, "has_fast_products", module.has_fast_products)
     monkeypatch.setitem(cpu.MODELS, "SmolLM2-135M", [(24, 40)])
     monkeypatch.setattr(cpu, "ceilings", lambda *_, **__: {"float32": 1e11, "copy": 1e10})

@@ -21,7 +21,9 @@ import triton
 from triton.runtime.driver import driver as active
 
 from bench.gpu_parts import compile as ahead
-from sculpt_kernels.kernels import expand_add, project, sketch
+from sculpt_kernels.coordinates import triton_expand as expand_add
+from sculpt_kernels.projection import triton as project
+from sculpt_kernels.subspaces import triton_sketch as sketch
 
 ARCH = 90
 
@@ -94,7 +96,7 @@ def test_every_launch_finds_its_kernel(fresh: list[tuple[str, bool]]) -> None:
 
 
 def test_what_cannot_be_compiled_is_reported() -> None:
-    job = ahead.Job("sculpt_kernels.kernels.sketch", "no_kernel", (), (), ARCH, False)
+    job = ahead.Job("sculpt_kernels.subspaces.triton_sketch", "no_kernel", (), (), ARCH, False)
     name, seconds, error = ahead.compile_job(job)
     assert name == "no_kernel"
     assert seconds >= 0

@@ -40,7 +40,7 @@ NATIVE = [
     ),
     (
         "native: auto leaves it aside",
-        "sculpt_kernels/backend.py",
+        "sculpt_kernels/dispatch.py",
         'if rounding == "stochastic" and _native(device) is None else',
         "if False else",
         TESTS + "test_native_kernels.py::test_auto_takes_it_where_it_is_faster",

@@ -11,16 +11,9 @@ from torch import Tensor
 
 from bench import cases as C
 from bench.gpu_parts.run import Run, off, random
-from sculpt_kernels import (
-    compress,
-    expand_add_,
-    project,
-    project_adamw_,
-    project_many_,
-    reference,
-)
+from sculpt_kernels import compress, expand_add_, project, project_adamw_, project_many_, reference
 from sculpt_kernels.rounding import stochastic_round
-from sculpt_kernels.sketch import sketch
+from sculpt_kernels.subspaces.sketch import sketch
 
 FORMS = ("core", "strict", "left", "right")
 # Rows, columns, left and right rank: ragged, small, padded, wide, tall, and beyond small ranks.

@@ -90,9 +90,9 @@ def part_compile(run: Run) -> None:
 
 def jobs_of(calls: Iterator[Callable[[], object]], arch: int, on_device: bool) -> Iterator[Job]:
     """What the calls would launch; nothing is launched."""
-    from sculpt_kernels.kernels import host
+    from sculpt_kernels.triton import launcher
 
-    with host.record() as launches:
+    with launcher.record() as launches:
         for call in calls:
             call()
             yield from (Job.of(launch, arch, on_device) for launch in launches)

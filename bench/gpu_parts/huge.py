@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.gpu_parts.run import Run, off, random
 from sculpt_kernels import compress, expand_add_, project_, project_adamw_, reference
-from sculpt_kernels.sketch import sketch
+from sculpt_kernels.subspaces.sketch import sketch
 
 COLUMNS, ROWS, RANK = 32768, 2**16 + 2**10, 32
 TAIL = 256

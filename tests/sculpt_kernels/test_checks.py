@@ -8,14 +8,7 @@ import pytest
 import torch
 from matrices import basis, gaussian
 
-from sculpt_kernels import (
-    compress,
-    expand_add_,
-    project,
-    project_,
-    project_adamw_,
-    project_many_,
-)
+from sculpt_kernels import compress, expand_add_, project, project_, project_adamw_, project_many_
 
 M, N, R, S = 12, 20, 3, 4
 

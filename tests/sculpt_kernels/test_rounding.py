@@ -8,7 +8,7 @@ import pytest
 import torch
 from matrices import basis, gaussian
 
-from sculpt_kernels import expand_add_, panels
+from sculpt_kernels import expand_add_, products
 from sculpt_kernels.rounding import philox4x32, random_bits, stochastic_round
 
 LOW = (torch.bfloat16, torch.float16)
@@ -113,12 +113,12 @@ def test_same_seed_same_bits_whatever_the_panels(dtype, monkeypatch):
     W = gaussian(m, n, dtype=dtype)
     U, V = basis(m, r, dtype=dtype), basis(n, r, dtype=dtype)
     C = gaussian(r, r, dtype=torch.float32) * 1e-2
-    monkeypatch.setattr(panels, "PANEL_ELEMENTS", 1)
+    monkeypatch.setattr(products, "PANEL_ELEMENTS", 1)
     # Without coordinates the sum is `base` itself, so only the random bits can differ.
     base = gaussian(m, n, dtype=torch.float32)
     sums, copies = [], []
     for rows in (1, 7, 30, 1000):
-        monkeypatch.setattr(panels, "PANEL_ROWS", rows)
+        monkeypatch.setattr(products, "PANEL_ROWS", rows)
         options = {"rounding": "stochastic", "seed": 11}
         copies.append(expand_add_(W.clone(), 0 * C, U, V, base=base, **options))
         sums.append(expand_add_(W.clone(), C, U, V, **options))

@@ -1,0 +1,1 @@
+"""AdamW steps whose gradient or whose applied update is projected."""

@@ -1,0 +1,188 @@
+"""`W <- round(base + alpha U C Vᵀ)`: the weight brought up to date with its coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculpt_kernels.triton import launcher
+from sculpt_kernels.triton.tiles import TileConfig
+from sculpt_kernels.triton.update import update_
+from sculpt_kernels.triton.update_many import update_many_
+
+
+def supports(
+    W: Tensor, C: Tensor, U: Tensor | None, V: Tensor | None, base: Tensor | None = None
+) -> str | None:
+    """`None` if `expand_add_` can run on these, else the reason."""
+    return launcher.unsupported(W, C, U, V, base)
+
+
+def expand_add_(
+    W: Tensor,
+    C: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    alpha: float | Tensor = 1.0,
+    rounding: str = "nearest",
+    seed: int | Tensor | None = None,
+    base: Tensor | None = None,
+    *,
+    precision: str = "exact",
+    config: TileConfig | None = None,
+) -> Tensor:
+    """`W <- round(base + alpha U C Vᵀ)`, with `base = W` by default; in place, returns `W`.
+
+    Args:
+        W: `(..., m, n)`, float32, bfloat16 or float16, any strides.
+        C: `(..., r, s)`, float32, bfloat16 or float16.
+        U: `(..., m, r)`; V: `(..., n, s)`: one dtype, that of `W` or float32; two-dimensional
+            to share over the batch. One of them may be `None`, the identity.
+        alpha: a number or a 0-d tensor.
+        rounding: `"nearest"`, or `"stochastic"` for 16-bit `W`, with `seed`, an int or a 0-d int64
+            tensor. The random bits depend on seed and position only.
+        base: `(..., m, n)`, dtype of `W` or float32: start from these values, not from `W`.
+        precision: with 16-bit bases, `"exact"` keeps `C` and the small product as two 16-bit
+            parts each, so that the sum is formed in float32 accuracy; `"fast"` rounds both to 16
+            bits and does half the FLOPs.
+
+    The small product goes on the shorter side of `W`. Bytes: one read and one write of `W`, the
+    factors. FLOPs: `2 min(m, n) r s + 2 m n max`, `max` the rank that stays, twice for `"exact"`.
+    """
+    if W.numel() == 0:
+        return W
+    if C.numel() == 0:
+        basis = V if U is None else U
+        assert basis is not None
+        return update_(
+            W, basis.new_empty(W.shape[-2], 0), basis.new_empty(W.shape[-1], 0), alpha=alpha,
+            base=base, rounding=rounding, seed=seed, config=config,
+        )  # fmt: skip
+    if _product_goes_left(W, U, V):
+        assert V is not None
+        A, A2 = _small_product(U, C, V.dtype, precision)
+        B, B2 = V, V
+    else:
+        assert U is not None
+        A, A2 = U, U
+        B, B2 = _small_product(V, C.mT, U.dtype, precision)
+    once = A is A2 and B is B2
+    return update_(
+        W, A, B, A2=None if once else A2, B2=None if once else B2, alpha=alpha, base=base,
+        rounding=rounding, seed=seed, config=config,
+    )  # fmt: skip
+
+
+# Small products of one launch together take no more than this.
+WORKSPACE = 2**26
+
+
+def expand_add_many_(
+    Ws: Sequence[Tensor],
+    Cs: Sequence[Tensor],
+    Us: Sequence[Tensor | None],
+    Vs: Sequence[Tensor | None],
+    alpha: float | Tensor = 1.0,
+    rounding: str = "nearest",
+    seeds: Tensor | None = None,
+    bases: Sequence[Tensor] | None = None,
+    *,
+    config: TileConfig | None = None,
+) -> None:
+    """`expand_add_` of many matrices, those of one layout in common launches.
+
+    `Ws[i]` `(m, n)`, `Cs[i]` `(r, s)`, `Us[i]` `(m, r)` or `None`, `Vs[i]` `(n, s)` or `None`.
+    Addresses of weights, bases and originals are tables that are kept for the next call with the
+    same tensors; the small products are stacked, as many as fit into `WORKSPACE` bytes.
+    """
+    starts = Ws if bases is None else bases
+    groups: dict[Any, list[int]] = {}
+    for i, (W, C, U, V) in enumerate(zip(Ws, Cs, Us, Vs, strict=True)):
+        lying = [X for X in (W, starts[i], U, V) if X is not None]
+        aligned = all(X.data_ptr() % 16 == 0 for X in lying)
+        alone = -1 if aligned and C.numel() and W.ndim == 2 and W.numel() else i
+        layout = tuple((X.shape, X.stride(), X.dtype) for X in lying)
+        groups.setdefault((layout, C.shape, U is None, V is None, W.device, alone), []).append(i)
+    for members in groups.values():
+        W, C = Ws[members[0]], Cs[members[0]]
+        bytes_each = max(1, 8 * min(W.shape[-2:]) * max(C.shape[-2:]))
+        size = max(1, WORKSPACE // bytes_each)
+        for start in range(0, len(members), size):
+            chosen = members[start : start + size]
+            weights, cores, origins = ([X[i] for i in chosen] for X in (Ws, Cs, starts))
+            left, right = ([B[i] for i in chosen] for B in (Us, Vs))
+            draws = None if seeds is None else [seeds[i] for i in chosen]
+            if len(chosen) > 1:
+                _together(weights, cores, left, right, origins, alpha, rounding, draws, config)
+            else:
+                seed = None if draws is None else draws[0]
+                expand_add_(
+                    weights[0], cores[0], left[0], right[0], alpha, rounding, seed, origins[0],
+                    config=config,
+                )  # fmt: skip
+
+
+def _together(
+    Ws: list[Tensor],
+    Cs: list[Tensor],
+    Us: list[Tensor | None],
+    Vs: list[Tensor | None],
+    bases: list[Tensor],
+    alpha: float | Tensor,
+    rounding: str,
+    seeds: list[Tensor] | None,
+    config: TileConfig | None,
+) -> None:
+    """Matrices of one layout, one launch after their small products."""
+    left = _product_goes_left(Ws[0], Us[0], Vs[0])
+    long = [B for B in (Vs if left else Us) if B is not None]
+    short = Us if left else Vs
+    cores = Cs if left else [C.mT for C in Cs]
+    products = [
+        _small_product(B, C, long[0].dtype, "exact") for B, C in zip(short, cores, strict=True)
+    ]
+    once = products[0][0] is products[0][1]
+    small = torch.stack([product[0] for product in products])
+    rest = None if once else torch.stack([product[1] for product in products])
+    again = None if once else long
+    update_many_(
+        Ws, small if left else long, long if left else small, alpha=alpha,
+        A2=rest if left else again, B2=again if left else rest, bases=bases, rounding=rounding,
+        seeds=None if seeds is None else torch.stack(seeds), config=config,
+    )  # fmt: skip
+
+
+def _product_goes_left(W: Tensor, U: Tensor | None, V: Tensor | None) -> bool:
+    """Whether `U C` is formed, on the shorter side; an identity is no factor to keep."""
+    return U is None or (V is not None and W.shape[-2] <= W.shape[-1])
+
+
+def _small_product(
+    U: Tensor | None, C: Tensor, dtype: torch.dtype, precision: str
+) -> tuple[Tensor, Tensor]:
+    """`U C` in `dtype`, that of the bases, as two parts that add up to it; one twice for one.
+
+    `U = None` is the identity.
+    """
+    if dtype == torch.float32:
+        product = C.float() if U is None else U @ C.float()
+        return product, product
+    if precision == "fast":
+        product = C.to(dtype) if U is None else U @ C.to(dtype)
+        return product, product
+    high, low = split(C, dtype)
+    if U is None:
+        return high, low
+    batch = C.shape[:-2] if C.ndim > 2 else U.shape[:-2]
+    product = U.new_empty(*batch, U.shape[-2], C.shape[-1], dtype=torch.float32)
+    update_(product, U, high.mT, A2=U, B2=low.mT, keep=False)
+    return split(product, dtype)
+
+
+def split(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`high + low = X` to twice the precision of `dtype`."""
+    high = X.to(dtype)
+    return high, (X - high).to(dtype)

@@ -1,0 +1,1 @@
+"""Projections of a matrix away from a left and a right subspace."""

@@ -1,0 +1,1 @@
+"""Leading and trailing singular subspaces of a matrix."""

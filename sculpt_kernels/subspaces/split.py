@@ -1,0 +1,125 @@
+"""Splitting a weight matrix into its leading and its trailing singular subspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sculpt_kernels import checks
+from sculpt_kernels.doors import door
+from sculpt_kernels.plan.splits import choose_method
+from sculpt_kernels.products import compute_dtype
+from sculpt_kernels.subspaces import methods
+from sculpt_kernels.subspaces.sketch import seed_from
+
+METHODS = ("auto", *methods.ALGORITHMS)
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Singular subspaces of a matrix `W` `(..., m, n)` with `k = min(m, n)`.
+
+    Attributes:
+        U: `(..., m, t)` left basis, V: `(..., n, t)` right basis; orthonormal columns, row-major;
+            the dtype of `W`, float32 for bfloat16 and float16. `t = rank` for `part="high"`,
+            `t = k - rank` for `part="low"`.
+        rank: preserved rank `h`.
+        part: `"high"` (leading, preserved) or `"low"` (trailing, trainable).
+        energy: share of `‖W‖²_F` in the leading `h` directions that were found, measured; the
+            smallest one of a batch. 1 for a zero matrix, which has none to lose.
+        method: algorithm that was used; `"spectral and gram"` where a batch needed both.
+        converged: `"range"` only: whether the captured energy settled and, for a rank by energy,
+            reached what was asked. Always true otherwise.
+        rank_error: standard error of a `rank` that was chosen by energy from a quadrature; the rank
+            is twice that on the safe side. 0 where it comes from singular values.
+    """
+
+    U: Tensor
+    V: Tensor
+    rank: int
+    part: str
+    energy: float
+    method: str
+    converged: bool = True
+    rank_error: float = 0.0
+
+
+@door()
+def split(
+    W: Tensor,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    part: str = "low",
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+) -> Subspace:
+    """Leading or trailing singular subspace of `W`.
+
+    | method       | how                                                        | deterministic |
+    |--------------|------------------------------------------------------------|---------------|
+    | `"svd"`      | `torch.linalg.svd`                                         | yes           |
+    | `"gram"`     | eigenvectors of the smaller Gram matrix, then one product  | yes           |
+    | `"spectral"` | spectral projectors, matrix products only                  | by seed       |
+    | `"range"`    | randomized range finder, for few leading directions        | by seed       |
+    | `"auto"`     | chooses by shape and device; the result says what it was   | by seed       |
+
+    `"spectral"` computes in float64, and its span is exact to 1e-5 or better: it falls back to
+    `"gram"`, for those matrices of a batch, where the cut divides (almost) equal singular values.
+    The others compute in the dtype of `W`, float32 for bfloat16 and float16. Pass `W.double()`
+    where the span itself must be exact: neighbouring directions across the cut mix by about
+    `eps σ₁² / (σ_h² - σ_{h+1}²)`, at no loss of energy.
+
+    Args:
+        W: `(..., m, n)`, finite.
+        rank: preserved rank `h`, `0 <= h <= min(m, n)`. Exactly one of `rank` and `energy`.
+        energy: in (0, 1): the smallest `h` that keeps that share of `‖W‖²_F` (for a batch: of
+            every matrix). From eigenvalues for `svd` and `gram`; from the singular values found for
+            `range`; for `spectral` from a quadrature, two of its standard errors on the safe side.
+        part: `"low"` for the trailing `min(m, n) - h` directions, `"high"` for the leading `h`.
+        method: see above.
+        generator: source of the seed of random methods; without it the seed is fixed.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or `W` is not finite.
+    """
+    checks.matrix("W", W)
+    if 0 in W.shape:
+        raise ValueError(f"W must not be empty; got {checks.describe(W)}")
+    checks.choice("part", part, checks.PARTS)
+    checks.choice("method", method, METHODS)
+    if (rank is None) == (energy is None):
+        raise ValueError(
+            f"exactly one of rank and energy must be given; got rank={rank!r}, energy={energy!r}"
+        )
+    if rank is not None:
+        checks.rank_in("rank", rank, min(W.shape[-2:]))
+    if energy is not None:
+        checks.fraction("energy", energy)
+    checks.finite("W", W)
+
+    A = W.detach().to(compute_dtype(W.dtype))
+    # Squares must neither overflow nor vanish; a scale changes no subspace.
+    largest = torch.maximum(A.amax((-2, -1), keepdim=True), -A.amin((-2, -1), keepdim=True))
+    scale = torch.where(largest > 0, largest, 1)
+    if bool(((scale < 1e-6) | (scale > 1e6)).any()):
+        A = A / scale
+    tall = A.shape[-2] > A.shape[-1]
+    used = method
+    if method == "auto":
+        used = choose_method(tuple(A.shape), rank, part, A.dtype, A.device)
+    request = methods.Request(rank, energy, part, seed_from(generator), A.dtype)
+    found = methods.ALGORITHMS[used](A.mT if tall else A, request)
+    U, V = (found.V, found.U) if tall else (found.U, found.V)
+    return Subspace(
+        U=U.contiguous(),
+        V=V.contiguous(),
+        rank=found.rank,
+        part=part,
+        energy=found.energy if bool((largest > 0).any()) else 1.0,
+        method=found.method,
+        converged=found.converged,
+        rank_error=found.rank_error,
+    )
