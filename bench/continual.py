@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.baselines import BASELINES
 from bench.continual_table import draw, table
 from sculpt.data.folders import folder_tasks
 from sculpt.metrics import summary
@@ -34,16 +35,17 @@ from sculpt.runs.config import RunConfig
 from sculpt.runs.state import MethodResult
 from sculpt.storage.files import write_json
 
+MATCHED = {"options.budget": "match"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"method": "frozen"},
     "plain": {"method": "plain"},
     "sculpt": {"method": "sculpt"},
     "sculpt core": {"method": "sculpt", "sculpt.constraint": "core"},
-    "sculpt adaptive": {"method": "sculpt", "sculpt.task.ranks": {"mrr": 0.1, "trr": 0.8}},
+    "sculpt adaptive": {"method": "sculpt", "sculpt.ranks": {"mrr": 0.1, "trr": 0.8}},
     "sculpt accumulate": {"method": "sculpt", "sculpt.protect": "accumulate"},
-    "lora": {"method": "lora"},
-    "osf": {"method": "osf"},
-    "olora": {"method": "olora"},
+    "lora": {"method": "lora", **MATCHED},
+    "osf": {"method": "osf", **MATCHED},
+    "olora": {"method": "olora", **MATCHED},
     "replay": {"method": "replay"},
     "ewc": {"method": "ewc"},
     "l2sp": {"method": "l2sp"},
@@ -87,6 +89,7 @@ def run_config(plan: Plan, base: dict[str, Any], data: Path, out: Path) -> RunCo
     """The run; `base` holds dotted fields for all."""
     values = {**base, **plan.changes, "seed": plan.seed, "out": str(out), "data.folder": str(data)}
     values["data.order"] = plan.order
+    values["method"] = BASELINES.get(values["method"], values["method"])
     if plan.search:
         for key in ("data.folder", "data.order"):
             del values[key]
@@ -146,7 +149,6 @@ def describe(config: RunConfig, results: Results, about: dict[str, Any]) -> dict
         "optimizer_state_bytes": result.optimizer_state_bytes,
         "held_bytes": result.held_bytes,
         "trainable_elements": result.trainable_elements,
-        "budget": result.budget,
         "leak": None if worst is None else {"leak": worst.leak, "limit": worst.limit},
         "versions": results.versions,
     }
@@ -314,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     failed: list[str] = []
     if not options.table:
-        base = {"budget": "match", "checkpoint.models": "none", **fields(options.fields)}
+        base = {"checkpoint.models": "none", **fields(options.fields)}
         variants = {name: VARIANTS[name] for name in options.variants}
         for name, *changes in options.variant:
             variants[name] = {"method": "sculpt", **fields(changes)}

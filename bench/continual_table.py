@@ -116,7 +116,7 @@ def _of_model(runs: list[Run]) -> str:
     parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     notes = defaultdict(list)
     for variant, mine in by_variant(done).items():
-        notes[mine[0]["budget"]].append(variant)
+        notes[mine[0].get("budget", "")].append(variant)
     notes.pop("", None)
     parts += [f"- {', '.join(names)}: {note}" for note, names in notes.items()]
     parts += _searches([run for run in runs if run["search"]])

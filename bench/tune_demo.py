@@ -20,8 +20,8 @@ import torch
 from sculpt.demo.models import minilm, smollm2
 from sculpt.demo.settings import QUICK, DemoSettings
 from sculpt.metrics import summary
+from sculpt.runs.methods import METHODS
 from sculpt.runs.start import run
-from sculpt.runs.strategies import STRATEGIES
 
 
 def measure(method: str, settings: DemoSettings, way: dict[str, str]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def measure(method: str, settings: DemoSettings, way: dict[str, str]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--method", choices=list(STRATEGIES), nargs="+", default=["sculpt"])
+    parser.add_argument("--method", choices=list(METHODS), nargs="+", default=["sculpt"])
     parser.add_argument("--engine", nargs="+", default=["compact"])
     parser.add_argument("--coordinates", nargs="+", default=["thin"])
     parser.add_argument("--ratio", type=float, nargs="+")

@@ -57,7 +57,6 @@ def test_runs_leave_a_file_each_and_are_not_done_twice(
     found = json.loads(before["run-tiny-order-3-half-seed-0.json"])
     assert [task["name"] for task in found["tasks"]] == ["yahoo", "amazon", "agnews", "dbpedia"]
     assert found["config"]["sculpt"]["unfreeze_rank_ratio"] == 0.5
-    assert found["config"]["budget"] == "match"
     assert len(found["generated"]) == 4
     assert found["seconds"]["train"] > 0
     assert found["peak_memory_bytes"] > 0
@@ -74,9 +73,7 @@ def test_runs_leave_a_file_each_and_are_not_done_twice(
 def test_an_interrupted_run_is_taken_up(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Plan("plain", "1", 0, VARIANTS["plain"])
     work = here / "work" / plan.name(here / "tiny")
-    config = run_config(
-        plan, {**BASE, "model": str(here / "tiny"), "budget": "match"}, here / "data", work
-    )
+    config = run_config(plan, {**BASE, "model": str(here / "tiny")}, here / "data", work)
 
     class Stopped(BaseException):
         pass

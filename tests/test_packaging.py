@@ -153,7 +153,7 @@ def test_what_users_are_told_to_install_exists() -> None:
             assert not ANOTHERS.search(text), f"{path.name}: another project on PyPI"
             for names in OURS.findall(text):
                 told |= set(names.split(","))
-    assert {"demo", "peft", "trainer", "triton", "trl"} <= told <= extras
+    assert {"demo", "trainer", "triton", "trl"} <= told <= extras
     assert ANOTHERS.search("pip install\n'sculpt[demo]'")
     assert not ANOTHERS.search("pip install 'sculpt-kernels[demo]'")
 

@@ -48,7 +48,6 @@ def _measure(
     tiny, cuda = run.options.tiny, run.device.type == "cuda"
     base: dict[str, Any] = {
         "model": str(model),
-        "budget": "match",
         "checkpoint.models": "none",
         "checkpoint.keep": 0,
         "device": run.device.type,
@@ -63,8 +62,8 @@ def _measure(
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    result = train(run_config(Plan(variant, "1", 0, changes), base, data, out))
-    found = result.methods[changes["method"]]
+    config = run_config(Plan(variant, "1", 0, changes), base, data, out)
+    found = train(config).methods[config.method]
     scores = summary(found.generated)
     row = {
         "variant": variant,
@@ -77,7 +76,6 @@ def _measure(
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "trainable": found.trainable_elements,
         "held_bytes": found.held_bytes + found.optimizer_state_bytes,
-        "budget": found.budget,
     }
     run.results["continual"].append(row)
     print(line(row), flush=True)

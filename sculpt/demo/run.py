@@ -23,12 +23,11 @@ from sculpt.demo.worker import Failure, work
 from sculpt.report import charts
 from sculpt.report.results import Results
 from sculpt.runs.directory import RunDirectory, RunError, check_out, versions
-from sculpt.runs.methods import Method
 from sculpt.runs.state import MethodResult, Progress
 from sculpt.runs.termination import EXIT_CODE, Terminated
 from sculpt.storage.files import write_json
 
-METHODS: tuple[Method, ...] = ("plain", "sculpt")
+METHODS = ("plain", "sculpt")
 
 
 def run_demo(settings: DemoSettings, console: Console) -> Results:
@@ -86,7 +85,7 @@ def run_demo(settings: DemoSettings, console: Console) -> Results:
 
 
 def _run_method(
-    method: Method, settings: DemoSettings, model: Path, report: Callable[[Progress], None]
+    method: str, settings: DemoSettings, model: Path, report: Callable[[Progress], None]
 ) -> MethodResult:
     """Run `method` in a fresh process and pass on what it reports."""
     config = settings.run_config(method, model)

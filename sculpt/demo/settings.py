@@ -12,7 +12,6 @@ from sculpt.config import SculptConfig
 from sculpt.data.config import DataConfig
 from sculpt.models.directory import check_directory
 from sculpt.runs.config import CheckpointConfig, RunConfig, TrainingConfig, describe
-from sculpt.runs.methods import Method
 from sculpt.runs.space import free_bytes
 
 
@@ -67,7 +66,7 @@ class DemoSettings:
         except (TypeError, ValueError) as error:
             raise DemoError(str(error)) from error
 
-    def run_config(self, method: Method, model: Path) -> RunConfig:
+    def run_config(self, method: str, model: Path) -> RunConfig:
         """The run of one method on the directory `model`."""
         return RunConfig(
             model=model,

@@ -10,7 +10,16 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, Strict, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializeAsAny,
+    Strict,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from sculpt.config import SculptConfig
@@ -24,15 +33,7 @@ from sculpt.data.config import (
     Section,
 )
 from sculpt.logs import check_names
-from sculpt.runs.methods import (
-    SECTIONS,
-    EwcConfig,
-    L2SpConfig,
-    LoraConfig,
-    Method,
-    OLoraConfig,
-    ReplayConfig,
-)
+from sculpt.runs.methods import method_class
 
 
 class TrainingConfig(Section):
@@ -130,11 +131,10 @@ class RunConfig(Section):
 
     model: a Hugging Face directory. model_kind: how it answers; "auto" is told by its architecture.
     out: the run directory, new or empty.
-    method: a name in `sculpt.runs.strategies.STRATEGIES`.
+    method: "sculpt", "plain", "multitask", or the import path of a class, see
+        `sculpt.runs.method`.
+    options: what that class can be told.
     sculpt: fields of `SculptConfig`; the methods take their matrices from it too.
-    lora, olora, replay, ewc, l2sp: what these methods are told; for the method that runs only.
-    budget: "match": adapters train as many values as sculpt would, and the results say how near
-        that came, or why it cannot be; "own": each method as it is configured.
     calibration_rows: of the task before (the first task: its own), for ranks that adapt to data.
     dtype: of the weights. device: "auto" is a GPU where there is one. seed: of everything random.
     certificate: "complement" is cheap; "independent" decomposes every weight afresh in float64.
@@ -145,16 +145,11 @@ class RunConfig(Section):
     out: FilePath
     data: DataConfig
     model_kind: Literal["auto", "causal", "seq2seq", "classification", "nearest"] = "auto"
-    method: Method = "sculpt"
+    method: str = "sculpt"
+    options: SerializeAsAny[Section] = Field(default_factory=dict, validate_default=True)
     training: TrainingConfig = TrainingConfig()
     sculpt: SculptConfig = Field(SculptConfig(), validate_default=False)
     calibration_rows: Count = 64
-    lora: LoraConfig | None = None
-    olora: OLoraConfig | None = None
-    replay: ReplayConfig | None = None
-    ewc: EwcConfig | None = None
-    l2sp: L2SpConfig | None = None
-    budget: Literal["own", "match"] = "own"
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -162,6 +157,19 @@ class RunConfig(Section):
     certificate: Literal["complement", "independent"] = "complement"
     seed: Annotated[int, Field(ge=0)] = 0
     loggers: Names = ()
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        method_class(value)
+        return value
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _of_the_method(cls, value: Any, info: ValidationInfo) -> Any:
+        if "method" not in info.data:  # wrong, which is said
+            return Section()
+        return method_class(info.data["method"]).Options.model_validate(value)
 
     @field_validator("sculpt", mode="before")
     @classmethod
@@ -179,22 +187,6 @@ class RunConfig(Section):
     def _known_loggers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         check_names(value)
         return value
-
-    @model_validator(mode="after")
-    def _one_method(self) -> Self:
-        others = [name for name in SECTIONS if name != self.method and getattr(self, name)]
-        if others:
-            raise ValueError(
-                f"{others[0]} is for method={others[0]!r}, and method={self.method!r} runs: they "
-                "exclude each other"
-            )
-        rank = getattr(getattr(self, self.method, None), "rank", None)
-        if self.budget == "match" and rank is not None:
-            raise ValueError(
-                f"{self.method}.rank={rank} and budget='match', which chooses the rank, "
-                "exclude each other"
-            )
-        return self
 
     @model_validator(mode="after")
     def _provable(self) -> Self:

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from sculpt.installation import DISTRIBUTION
-from sculpt.runs.config import RunConfig
+from sculpt.runs.config import RunConfig, describe
 from sculpt.runs.state import Progress
 from sculpt.storage.checkpoint import Checkpoints
 from sculpt.storage.files import flush, replacing_directory, write_json
@@ -68,6 +69,9 @@ class RunDirectory:
             if not isinstance(values, dict) or values.get("format") != FORMAT:
                 raise RunError(f"{file} is not of a run, or of another version's")
             return RunConfig.model_validate(values["config"]), values
+        except ValidationError as error:
+            wrong = "; ".join(describe(item) for item in error.errors())
+            raise RunError(f"{file}: {wrong}") from error
         except (ValueError, KeyError) as error:
             raise RunError(f"{file} is damaged: {error}") from error
 

@@ -25,9 +25,9 @@ from sculpt.runs.directory import RunDirectory, RunError, versions
 from sculpt.runs.layer_files import file_of, write_ranks, write_room
 from sculpt.runs.lm_eval import general_ability
 from sculpt.runs.logged import RunLog
+from sculpt.runs.method import Advance
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.state import NAN, MethodResult, Progress, Report, RunState
-from sculpt.runs.strategies import Advance, Begun
 from sculpt.runs.termination import Terminated, deferred
 from sculpt.storage.checkpoint import CheckpointError, Checkpoints, Part, tensors_part
 from sculpt.storage.files import flush
@@ -41,7 +41,7 @@ class TrainingError(RunError):
 
 
 class Run:
-    """A run under way. What changes is `state`, the model, the method, and `begun`."""
+    """A run under way. What changes is `state`, the model, the method, and the task's optimizer."""
 
     def __init__(self, prepared: Prepared, directory: RunDirectory, report: Report) -> None:
         self.config = prepared.config
@@ -52,11 +52,10 @@ class Run:
         self.checkpoints = Checkpoints(directory.path / "checkpoints", kept)
         self.strategy = prepared.strategy
         self.state = RunState(MethodResult(self.config.method))
-        self.state.result.budget = self.strategy.budget
         self.state.result.held_bytes = sum(
             self.strategy.cost(target).held for target in self.strategy.targets
         )
-        self.begun: Begun | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
         self._report = report
         self._where: Progress | None = None
         torch.manual_seed(self.config.seed)
@@ -102,20 +101,21 @@ class Run:
         if state.task == 0:
             self._general("before")
         with self._clock("subspaces"):
-            self.begun = self.strategy.begin_task(state.task, self._advance("subspaces"))
-            for group in self.begun.optimizer.param_groups:
+            self.optimizer = self.strategy.begin_task(state.task, self._advance("subspaces"))
+            for group in self.optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         state.result.losses.append([])
-        state.result.subspaces.append([asdict(row) for row in self.begun.subspaces])
-        write_ranks(self.directory.path, self._file(), self.begun.subspaces)
+        chosen = self.strategy.chosen()
+        state.result.subspaces.append([asdict(row) for row in chosen])
+        write_ranks(self.directory.path, self._file(), chosen)
         state.phase, state.step = "train", 0
-        self._log.begun(state, self.begun.subspaces)
+        self._log.begun(state, chosen)
         self._save()
 
     def _train(self) -> None:
         state, training = self.state, self.config.training
-        assert self.begun is not None
-        optimizer = self.begun.optimizer
+        assert self.optimizer is not None
+        optimizer = self.optimizer
         steps = self.strategy.steps(state.task)
         losses = state.result.losses[-1]
         self.learner.model.train(training.dropout)
@@ -147,7 +147,8 @@ class Run:
                 self._termination.obey()
         self.learner.model.eval()
         result = state.result
-        result.trainable_elements = max(result.trainable_elements, self.begun.trainable_elements)
+        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        result.trainable_elements = max(result.trainable_elements, trained)
         held = optimizer_state_bytes(optimizer)
         result.optimizer_state_bytes = max(result.optimizer_state_bytes, held)
         state.phase = "certify"
@@ -170,8 +171,8 @@ class Run:
             tokens += read
         self.strategy.add_gradients()
         if training.max_grad_norm is not None:
-            assert self.begun is not None
-            groups = self.begun.optimizer.param_groups
+            assert self.optimizer is not None
+            groups = self.optimizer.param_groups
             torch.nn.utils.clip_grad_norm_(
                 [p for group in groups for p in group["params"]], training.max_grad_norm
             )
@@ -180,7 +181,7 @@ class Run:
     def _certify(self) -> None:
         state = self.state
         # The moments of this task must not be alive beside those of the next.
-        self.begun = None
+        self.optimizer = None
         with self._clock("certify"):
             certificate = self.strategy.certify(self._advance("certify"))
             self.strategy.end_task(state.task)
@@ -277,8 +278,8 @@ class Run:
             if memory:
                 parts[MEMORY] = tensors_part(lambda: memory, self._task_version())
             optimizer: Any = None
-            if self.begun is not None:
-                optimizer, tensors = flatten(self.begun.optimizer.state_dict(), "optimizer")
+            if self.optimizer is not None:
+                optimizer, tensors = flatten(self.optimizer.state_dict(), "optimizer")
                 parts["optimizer.safetensors"] = tensors_part(lambda: tensors)
                 parts["method"] = Part(self.strategy.save)
             self.checkpoints.write({"state": state.to_dict(), "optimizer": optimizer}, parts)
@@ -288,7 +289,7 @@ class Run:
         """The weights are the same from the end of a task to the first step of the next one, and
         need not be written again where those in between follow from other parts."""
         state = self.state
-        if self.begun is not None and state.step and not self.strategy.weights_follow():
+        if self.optimizer is not None and state.step and not self.strategy.weights_follow():
             return None
         return self._task_version()
 
@@ -307,9 +308,9 @@ class Run:
         if (loaded.path / MEMORY).is_file():
             self.strategy.remember(loaded.tensors(MEMORY))
         if state.phase in ("train", "certify"):
-            self.begun = self.strategy.resume_task(state.task, loaded.path / "method")
+            self.optimizer = self.strategy.resume_task(state.task, loaded.path / "method")
             tensors = loaded.tensors("optimizer.safetensors")
-            self.begun.optimizer.load_state_dict(unflatten(loaded.state["optimizer"], tensors))
+            self.optimizer.load_state_dict(unflatten(loaded.state["optimizer"], tensors))
         # Last: what came before may have drawn random numbers.
         set_random_states(loaded.tensors("random.safetensors"))
 

@@ -1,23 +1,57 @@
-"""What every method of a run is: it begins and ends tasks, and an optimizer trains in between."""
+"""What every method of a run is, and how to write one.
+
+`method:` names a class by its import path, and `options:` holds what that class can be told:
+
+    method: last:LastMatrices
+    options: {count: 2}
+
+Of a method two things are asked. `begin_task` makes the model trainable and returns an optimizer,
+with which the loop of the run trains; `end_task` leaves a plain model. This is a whole method, as
+`last.py` in the current folder:
+
+    from sculpt.runs.method import Section, Strategy
+
+    class LastMatrices(Strategy):
+        '''Full fine-tuning of the last few matrices that the configuration selects.'''
+
+        class Options(Section):
+            count: int = 1
+
+        def begin_task(self, task, advance):
+            self.model.requires_grad_(False)
+            last = self.targets[-self.options.count :]
+            return self.adamw([target.parameter for target in last])
+
+        def end_task(self, task):
+            self.model.requires_grad_(False)
+
+Everything else has a default that fits it: data, steps, what a checkpoint holds and how a run goes
+on from it, tests, reports. A method that adds to the loss overrides `add_gradients`; one that keeps
+something from task to task `memory` and `remember`; one with tensors of its own inside of a task
+`save` and `resume_task`. `sculpt.runs.plain` is the one to inherit from for whole matrices.
+"""
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sculpt.certificate.leak import Certificate
 from sculpt.data.batching import batches, bucketed_batches
+from sculpt.data.config import Section
 from sculpt.models.encoding import Encoded
 from sculpt.models.learner import Learner
 from sculpt.runs.config import RunConfig, TrainingConfig
 from sculpt.task.table import TaskRow
 from sculpt.task.targets import Target, find_targets
+
+__all__ = ["Advance", "Cost", "Section", "Setting", "Strategy", "batches_of", "freeze"]
 
 Advance = Callable[[int, int], None]
 """Told how many of how many matrices are done."""
@@ -72,49 +106,39 @@ class Cost:
         return cls(min(target.shape[-2:]) - rank, rank, trained, size, held)
 
 
-@dataclass(frozen=True)
-class Begun:
-    """What a task starts with: its optimizer, the number of values it trains, and what was chosen
-    for each matrix."""
-
-    optimizer: torch.optim.Optimizer
-    trainable_elements: int
-    subspaces: list[TaskRow] = field(default_factory=list)
-
-
 class Strategy(ABC):
     """A method on one model.
 
-    budget: how its trained values compare with those of sculpt; "" where nobody asked.
+    Options: fields of `options:` with their defaults; none here.
     shares_fixed: checkpoints of a task share what stays in it.
+    options: as the run gives them.
+    free: parameters that train beside the matrices, such as a new classification head.
+    targets: the matrices that the configuration selects.
     """
 
-    budget = ""
+    Options: ClassVar[type[Section]] = Section
     shares_fixed = True
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.config = setting.config
+        self.options: Any = setting.config.options
         self.model: nn.Module = setting.learner.model
         self.free = setting.learner.free_parameters()
         self.targets = find_targets(self.model, self.config.sculpt).chosen
 
     @abstractmethod
-    def cost(self, target: Target) -> Cost:
-        """What one matrix costs."""
+    def begin_task(self, task: int, advance: Advance) -> torch.optim.Optimizer:
+        """Make the model trainable for the task of this number; the optimizer has all that trains.
 
-    @abstractmethod
-    def begin_task(self, task: int, advance: Advance) -> Begun:
-        """Make the model trainable for the task of this number."""
-
-    @abstractmethod
-    def resume_task(self, task: int, folder: Path) -> Begun:
-        """Take up a task on a model that has the weights of the moment of `save`, or, where the
-        weights follow, those before the task."""
+        Its learning rate is the one before warm-up and schedule.
+        """
 
     @abstractmethod
     def end_task(self, task: int) -> None:
         """Leave a plain model behind."""
+
+    # How it trains.
 
     def steps(self, task: int) -> int:
         """Optimizer steps of a task."""
@@ -127,6 +151,27 @@ class Strategy(ABC):
 
     def add_gradients(self) -> None:  # noqa: B027 - most methods need none
         """Add those of the method's own loss to those of a batch."""
+
+    def adamw(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW as the run asks for it, on these and what is free, all made trainable."""
+        training, trained = self.config.training, [*parameters, *self.free]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        return torch.optim.AdamW(
+            trained,
+            lr=training.lr,
+            betas=training.betas,
+            eps=training.eps,
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+
+    # What a checkpoint holds of it, beside the optimizer.
+
+    def resume_task(self, task: int, folder: Path) -> torch.optim.Optimizer:
+        """Take up a task on a model that has the weights of the moment of `save`, or, where the
+        weights follow, those before the task. The state of the optimizer is loaded afterwards."""
+        return self.begin_task(task, lambda done, total: None)
 
     def save(self, folder: Path, previous: Path | None) -> None:  # noqa: B027 - most methods need none
         """Write to the new folder what `resume_task` needs beside the weights as they are now.
@@ -149,40 +194,23 @@ class Strategy(ABC):
     def remember(self, memory: Mapping[str, Tensor]) -> None:  # noqa: B027 - most methods need none
         """Take what `memory` gave."""
 
-    def room(self) -> str:
-        """What each layer has left for later tasks, after one ended; "" where nothing runs out."""
-        return ""
+    # What is said of it.
+
+    def cost(self, target: Target) -> Cost:
+        """What one matrix costs."""
+        return Cost.dense(target)
+
+    def chosen(self) -> list[TaskRow]:
+        """What the task that just began chose for each matrix."""
+        return []
 
     def certify(self, advance: Advance) -> Certificate | None:
         """Measure what moved since `begin_task`; None where nothing was promised."""
         return None
 
-
-def adamw(parameters: Sequence[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW as the run asks for it."""
-    training = config.training
-    return torch.optim.AdamW(
-        parameters,
-        lr=training.lr,
-        betas=training.betas,
-        eps=training.eps,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
-
-
-def begun(
-    parameters: Sequence[nn.Parameter],
-    free: Sequence[nn.Parameter],
-    config: RunConfig,
-    subspaces: Sequence[TaskRow] = (),
-) -> Begun:
-    """All of them made trainable, at the rate of the run."""
-    trained = [*parameters, *free]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    count = sum(parameter.numel() for parameter in trained)
-    return Begun(adamw(trained, config), count, list(subspaces))
+    def room(self) -> str:
+        """What each layer has left for later tasks, after one ended; "" where nothing runs out."""
+        return ""
 
 
 def freeze(parameters: Sequence[nn.Parameter]) -> None:
@@ -209,9 +237,3 @@ def batches_of(
     else:
         order = bucketed_batches([len(row.ids) for row in rows], size, seed, skip=skip)
     return ([rows[index] for index in batch] for batch in order)
-
-
-def drawn(rows: Sequence[Encoded], count: int, seed: str) -> list[Encoded]:
-    """So many of them, or all where there are fewer, by the seed."""
-    places = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
-    return [rows[place] for place in places]

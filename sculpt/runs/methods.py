@@ -1,61 +1,58 @@
-"""Which methods there are, and what each of them can be told."""
+"""The classes that `method:` can name."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import inspect
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydantic import Field
+from sculpt.messages import did_you_mean
 
-from sculpt.data.config import Count, NotNegative, Positive, Section
+if TYPE_CHECKING:
+    from sculpt.runs.method import Strategy
 
-Method = Literal[
-    "plain",
-    "sculpt",
-    "lora",
-    "osf",
-    "olora",
-    "replay",
-    "ewc",
-    "l2sp",
-    "frozen",
-    "multitask",
-]
-
-
-class LoraConfig(Section):
-    """LoRA. rank: of every matrix, 16 where nothing is said. scaling: PEFT's lora_alpha / r."""
-
-    rank: Count | None = None
-    scaling: Positive = 2.0
+METHODS = {
+    "sculpt": "sculpt.runs.sculpting:Sculpt",
+    "plain": "sculpt.runs.plain:Plain",
+    "multitask": "sculpt.runs.plain:MultiTask",
+}
+"""Short names of the methods that come with this package."""
 
 
-class OLoraConfig(LoraConfig):
-    """O-LoRA. orthogonality: weight of its loss, 0.5 as in the paper."""
+def method_class(name: str) -> type[Strategy]:
+    """The class with this short name or import path, `package.module:Class`.
 
-    orthogonality: NotNegative = 0.5
+    Modules are found as by a script in the current folder. Raises `ValueError`, in one line, for
+    what cannot be imported or is no method.
+    """
+    module, _, attribute = METHODS.get(name, name).partition(":")
+    if not (module and attribute):
+        raise ValueError(
+            f"expected one of {', '.join(METHODS)}, or the import path of a class, such as "
+            f"package.module:Class{did_you_mean(name, METHODS)}"
+        )
+    here = str(Path.cwd())
+    if not {"", here} & set(sys.path):
+        sys.path.append(here)
+    try:
+        found = import_module(module)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"{module} cannot be imported: {type(error).__name__}: {reason}"
+        ) from error
+    from sculpt.runs.method import Strategy
 
-
-class ReplayConfig(Section):
-    """Replay. rows: that are kept of each earlier task; share: of each batch that is drawn from
-    them."""
-
-    rows: Count = 32
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
-
-
-class EwcConfig(Section):
-    """EWC. strength: the paper's lambda; rows: of each task, for the mean that is its Fisher."""
-
-    strength: NotNegative = 1e5
-    rows: Count = 64
-
-
-class L2SpConfig(Section):
-    """L2-SP. strength: alpha, on trained matrices; head_strength: beta, on a new head."""
-
-    strength: NotNegative = 0.1
-    head_strength: NotNegative = 0.01
-
-
-SECTIONS = ("lora", "olora", "replay", "ewc", "l2sp")
-"""Methods with a section of their own in the run's configuration."""
+    classes = {n: v for n, v in vars(found).items() if inspect.isclass(v)}
+    if attribute not in classes:
+        methods = [n for n, v in classes.items() if issubclass(v, Strategy)]
+        raise ValueError(f"{module} has no class {attribute}{did_you_mean(attribute, methods)}")
+    method = classes[attribute]
+    if not issubclass(method, Strategy):
+        raise ValueError(f"{attribute} is no subclass of sculpt.runs.method.Strategy")
+    if inspect.isabstract(method):
+        missing = ", ".join(sorted(method.__abstractmethods__))
+        raise ValueError(f"{attribute} does not define {missing}")
+    return method

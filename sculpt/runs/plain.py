@@ -1,29 +1,15 @@
-"""Methods that train whole matrices, or none: plain, frozen, and all tasks at once."""
+"""Methods that train whole matrices: plain fine-tuning, and all tasks at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
 import torch
-from torch import nn
 
 from sculpt.models.encoding import Encoded
 from sculpt.models.packed_rows import PackedRows
-from sculpt.runs.method import (
-    Advance,
-    Begun,
-    Cost,
-    Setting,
-    Strategy,
-    adamw,
-    batches_of,
-    begun,
-    freeze,
-)
-from sculpt.runs.strategies.budget import describe
-from sculpt.task.targets import Target
+from sculpt.runs.method import Advance, Setting, Strategy, batches_of, freeze
 
 
 class Plain(Strategy):
@@ -33,45 +19,12 @@ class Plain(Strategy):
         super().__init__(setting)
         self.weights = [target.parameter for target in self.targets]
         self.model.requires_grad_(False)
-        self.budget = describe(self)
 
-    def cost(self, target: Target) -> Cost:
-        return Cost.dense(target)
-
-    def begin_task(self, task: int, advance: Advance) -> Begun:
-        return begun(self.weights, self.free, self.config)
-
-    def resume_task(self, task: int, folder: Path) -> Begun:
-        return begun(self.weights, self.free, self.config)
+    def begin_task(self, task: int, advance: Advance) -> torch.optim.Optimizer:
+        return self.adamw(self.weights)
 
     def end_task(self, task: int) -> None:
         freeze([*self.weights, *self.free])
-
-
-class Frozen(Strategy):
-    """Nothing is trained: what the model knew before the first task."""
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.model.requires_grad_(False)
-        self.budget = describe(self)
-
-    def cost(self, target: Target) -> Cost:
-        return Cost(min(target.shape[-2:]), 0, 0, 0)
-
-    def steps(self, task: int) -> int:
-        return 0
-
-    def begin_task(self, task: int, advance: Advance) -> Begun:
-        # An optimizer without parameters is refused by torch.
-        nothing = nn.Parameter(torch.empty(0))
-        return Begun(adamw([nothing], self.config), 0)
-
-    def resume_task(self, task: int, folder: Path) -> Begun:
-        return self.begin_task(task, lambda done, total: None)
-
-    def end_task(self, task: int) -> None:
-        """Nothing has changed."""
 
 
 class MultiTask(Plain):

@@ -19,7 +19,8 @@ from sculpt.models.load import load_learner
 from sculpt.models.packed_rows import PackedRows
 from sculpt.runs.config import RunConfig
 from sculpt.runs.lm_eval import check_lm_eval
-from sculpt.runs.strategies import STRATEGIES, Setting
+from sculpt.runs.method import Setting
+from sculpt.runs.methods import method_class
 
 
 class Prepared:
@@ -63,7 +64,8 @@ class Prepared:
             self.rows.append(rows)
             self.cut.append(rows.cut + test_rows.cut)
         names = [task.name for task in self.tasks]
-        self.strategy = STRATEGIES[config.method](Setting(self.learner, config, names, self.rows))
+        setting = Setting(self.learner, config, names, self.rows)
+        self.strategy = method_class(config.method)(setting)
 
     def _fitting(self, examples: Sequence[Example]) -> tuple[list[Example], PackedRows]:
         fitting: list[Example] = []

@@ -13,9 +13,9 @@ from sculpt.data.examples import Example
 from sculpt.messages import text_table
 from sculpt.runs.config import RunConfig
 from sculpt.runs.duration import Duration, duration_of
+from sculpt.runs.method import Strategy
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.space import Disk, Memory, free_bytes, space_of
-from sculpt.runs.strategies import Strategy
 
 
 def preview(prepared: Prepared) -> str:
@@ -89,7 +89,7 @@ def _ranks(strategy: Strategy) -> str:
     title = f"Ranks, method {strategy.config.method}\n"
     if strategy.config.method == "sculpt" and strategy.config.sculpt.ranks is not None:
         title = "Ranks, method sculpt, of layers of mean importance: others adapt\n"
-    return title + text_table(header, rows, note=strategy.budget)
+    return title + text_table(header, rows)
 
 
 def _space(memory: Memory, disk: Disk, free: int) -> str:

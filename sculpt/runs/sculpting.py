@@ -8,23 +8,15 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sculpt.adaptive.batches import Function
 from sculpt.certificate.leak import Certificate
 from sculpt.messages import SculptWarning
-from sculpt.runs.method import (
-    Advance,
-    Begun,
-    Cost,
-    Setting,
-    Strategy,
-    batches_of,
-    begun,
-    freeze,
-)
+from sculpt.runs.method import Advance, Cost, Setting, Strategy, batches_of, freeze
 from sculpt.sculptor import Sculptor
-from sculpt.task.engines import trained_elements
+from sculpt.task.cost import trained_elements
 from sculpt.task.originals import recomputes
 from sculpt.task.table import TaskRow
 from sculpt.task.targets import Target
@@ -36,6 +28,7 @@ class Sculpt(Strategy):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._sculptor = Sculptor(self.model, self.config.sculpt)
+        self._chosen: list[TaskRow] = []
 
     def cost(self, target: Target) -> Cost:
         sides = math.prod(target.shape[:-2]) * sum(target.shape[-2:])
@@ -43,13 +36,17 @@ class Sculpt(Strategy):
         trained = trained_elements(target, self.config.sculpt)
         return Cost.factored(target, target.trainable_rank, trained, held, itemsize=4)
 
-    def begin_task(self, task: int, advance: Advance) -> Begun:
+    def begin_task(self, task: int, advance: Advance) -> torch.optim.Optimizer:
         table = self._sculptor.begin_task(
             self._calibration(task),
             self.setting.names[task],
             progress=lambda done, total, _: advance(done, total),
         )
-        return self._begun(table.rows)
+        self._chosen = table.rows
+        return self._optimizer()
+
+    def chosen(self) -> list[TaskRow]:
+        return self._chosen
 
     def _calibration(self, task: int) -> list[Function] | None:
         """Rows of the task before, or of the first one for itself, one by one: no padding."""
@@ -84,9 +81,9 @@ class Sculpt(Strategy):
             and all(recomputes(config, target) for target in self.targets)
         )
 
-    def resume_task(self, task: int, folder: Path) -> Begun:
+    def resume_task(self, task: int, folder: Path) -> torch.optim.Optimizer:
         self._sculptor = Sculptor.load(self.model, folder)
-        return self._begun([])
+        return self._optimizer()
 
     def certify(self, advance: Advance) -> Certificate | None:
         return self._sculptor.verify(
@@ -108,7 +105,7 @@ class Sculpt(Strategy):
         learned = self._sculptor.learned
         return "" if learned is None else str(learned.capacity())
 
-    def _begun(self, subspaces: list[TaskRow]) -> Begun:
-        begun_task = begun(self._sculptor.parameters(), self.free, self.config, subspaces)
-        self._sculptor.attach(begun_task.optimizer)
-        return begun_task
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self.adamw(self._sculptor.parameters())
+        self._sculptor.attach(optimizer)
+        return optimizer

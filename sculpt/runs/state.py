@@ -49,7 +49,6 @@ class MethodResult:
     optimizer_state_bytes, trainable_elements: the largest over the tasks.
     held_bytes: what the method keeps for the trained matrices beside weights, trained values, their
         gradients and the optimizer's state: bases, originals, Fisher, earlier adapters.
-    budget: trained values beside those of sculpt, where `budget: match` asked for them.
     """
 
     method: str
@@ -65,7 +64,6 @@ class MethodResult:
     optimizer_state_bytes: int = 0
     trainable_elements: int = 0
     held_bytes: int = 0
-    budget: str = ""
     certificates: list[Certificate] = field(default_factory=list)
     lm_eval: dict[str, dict[str, float]] = field(default_factory=dict)
 

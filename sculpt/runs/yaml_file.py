@@ -18,6 +18,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from sculpt.messages import did_you_mean
 from sculpt.runs.config import RunConfig, describe
+from sculpt.runs.methods import method_class
 
 Place = tuple[str | int, ...]
 T = TypeVar("T")
@@ -57,6 +58,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     places: dict[Place, str] = {place: f"{path}:{line}" for place, line in lines.items()}
     for argument in overrides:
         _override(values, argument, places)
+    values.setdefault("options", {})  # there may be some that a method cannot do without
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -160,7 +162,7 @@ def _start_paths_at(folder: Path, values: Any, lines: dict[Place, int]) -> None:
         for part in above:
             inner = inner[part]
         text = inner[last]
-        if isinstance(text, str) and not text.startswith("~") and _is_path((*above, last)):
+        if isinstance(text, str) and not text.startswith("~") and _is_path((*above, last), values):
             inner[last] = str(folder / text)
 
 
@@ -197,7 +199,7 @@ def _problem(item: ErrorDetails, values: Any, places: dict[Place, str], source: 
     )
     kind, given = item["type"], item.get("input")
     if kind == "extra_forbidden":
-        section = _section(place[:-1])
+        section = _section(place[:-1], values)
         names = [] if section is None else list(section.model_fields)
         return f"{where}: unknown field {field!r}{_nearest(str(place[-1]), names)}"
     if kind == "missing":
@@ -234,9 +236,11 @@ def _options(item: ErrorDetails) -> list[str]:
     return [part for part in expected.replace(" or ", ", ").split(", ") if part]
 
 
-def _section(place: Place) -> type[BaseModel] | None:
-    """What has its fields at `place`; None where that is no section of its own."""
+def _section(place: Place, values: Any) -> type[BaseModel] | None:
+    """What has its fields at `place` of `values`; None where that is no section of its own."""
     section: type[BaseModel] | None = RunConfig
+    if place[:1] == ("options",):
+        section, place = _options_of(values.get("method", "sculpt")), place[1:]
     for part in place:
         if isinstance(part, int):
             continue
@@ -246,8 +250,16 @@ def _section(place: Place) -> type[BaseModel] | None:
     return section
 
 
-def _is_path(place: Place) -> bool:
-    section, name = _section(place[:-1]), place[-1]
+def _options_of(method: Any) -> type[BaseModel] | None:
+    """The fields of `options:` for this method; None where there is no such method."""
+    try:
+        return method_class(str(method)).Options
+    except ValueError:
+        return None
+
+
+def _is_path(place: Place, values: Any) -> bool:
+    section, name = _section(place[:-1], values), place[-1]
     if section is None or name not in section.model_fields:
         return False
     return any(_types(section.model_fields[name].annotation, Path))

@@ -121,8 +121,6 @@ def test_a_dry_run_shows_everything_and_writes_nothing(run_file: Path) -> None:
         "certificates, all tasks",
     ):
         assert words in done.output, words
-    matched = invoke("train", str(run_file), "--dry-run", "method=lora", "budget=match")
-    assert "trained values, sculpt's are" in matched.output
     out = run_file.parent / "run"
     assert not out.exists()
     out.mkdir()

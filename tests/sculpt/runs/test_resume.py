@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny_runs import run_config, run_values
 
+from bench.baselines import BASELINES
 from bench.kills import fingerprint, left_alone, processes, until_finished
 from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunDirectory, RunError
@@ -50,13 +51,13 @@ def stopped_and_resumed(config: RunConfig, event: int) -> dict[str, str]:
     [
         {},
         {"method": "plain"},
-        {"method": "lora", "budget": "match"},
-        {"method": "osf"},
-        {"method": "olora", "olora": {"rank": 3}},
-        {"method": "replay", "replay": {"rows": 2, "share": 0.5}},
-        {"method": "ewc"},
-        {"method": "l2sp"},
-        {"method": "frozen"},
+        {"method": BASELINES["lora"], "options": {"budget": "match"}},
+        {"method": BASELINES["osf"]},
+        {"method": BASELINES["olora"], "options": {"rank": 3}},
+        {"method": BASELINES["replay"], "options": {"rows": 2, "share": 0.5}},
+        {"method": BASELINES["ewc"]},
+        {"method": BASELINES["l2sp"]},
+        {"method": BASELINES["frozen"]},
         {"method": "multitask"},
         {"dtype": "bfloat16"},
         {"dtype": "bfloat16", "sculpt": {"weight_update": "recompute"}},

@@ -7,21 +7,21 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from sculpt.runs.strategies import STRATEGIES
 from tiny_language import VERY
 from tiny_runs import run_config, write_lines
 
+from bench.baselines import BASELINES
 from sculpt.models.causal import CausalLearner
 from sculpt.models.encoding import Encoded
 from sculpt.report.page import report
-from sculpt.runs.config import RunConfig, TrainingConfig
+from sculpt.runs.config import TrainingConfig
 from sculpt.runs.directory import RunDirectory, RunError, locked
 from sculpt.runs.loop import TrainingError
+from sculpt.runs.methods import METHODS
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.start import run
 from sculpt.runs.state import MethodResult, Progress
@@ -51,12 +51,12 @@ def test_methods_see_the_same_rows_and_train_the_same_matrices(
     tmp_path: Path, seen: list[tuple[tuple[int, ...], ...]]
 ) -> None:
     before, batches = None, {}
-    for method in STRATEGIES:
-        more = {"replay": {"share": 0.5}} if method == "replay" else {}
-        config = run_config(tmp_path, method=method, out=str(tmp_path / method), seed=5, **more)
+    for method, path in (METHODS | BASELINES).items():
+        more = {"options": {"share": 0.5}} if method == "replay" else {}
+        config = run_config(tmp_path, method=path, out=str(tmp_path / method), seed=5, **more)
         results = run(config)
         steps = 0 if method == "frozen" else 3
-        assert [len(row) for row in results.methods[method].losses] == [steps, steps]
+        assert [len(row) for row in results.methods[path].losses] == [steps, steps]
         before = load_file(config.model / "model.safetensors")
         after = load_file(config.out / "model" / "model.safetensors")
         assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
@@ -192,11 +192,6 @@ def test_rates_rise_and_fall() -> None:
     cosine = TrainingConfig(steps=4, schedule="cosine")
     expected = [1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
     assert [cosine.factor(step, 4) for step in range(1, 5)] == pytest.approx(expected)
-
-
-def test_every_method_can_be_named() -> None:
-    annotation = RunConfig.model_fields["method"].annotation
-    assert set(get_args(annotation)) == set(STRATEGIES)
 
 
 def test_epochs_count_rows() -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from tiny_runs import run_config
 
+from bench.baselines import BASELINES
 from bench.kills import fingerprint
 from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunError
@@ -44,8 +45,8 @@ def bytes_of(folder: Path) -> int:
     [
         {},
         {"method": "plain"},
-        {"method": "osf"},
-        {"method": "ewc"},
+        {"method": BASELINES["osf"]},
+        {"method": BASELINES["ewc"]},
         {"dtype": "bfloat16"},
         {"sculpt": {"engine": "update"}},
         {"sculpt": {"unfreeze_rank_ratio": 0.75, "coordinates": "full"}},

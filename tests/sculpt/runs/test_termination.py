@@ -18,6 +18,7 @@ import torch
 from ruamel.yaml import YAML
 from tiny_runs import run_config, run_values
 
+from bench.baselines import BASELINES
 from bench.kills import fingerprint
 from sculpt.messages import SculptWarning
 from sculpt.runs import termination
@@ -54,7 +55,9 @@ def checkpoints(config: RunConfig) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"method": "ewc"}, {"dtype": "bfloat16"}], ids=["sculpt", "ewc", "bfloat16"]
+    "changes",
+    [{}, {"method": BASELINES["ewc"]}, {"dtype": "bfloat16"}],
+    ids=["sculpt", "ewc", "bfloat16"],
 )
 def test_a_run_stops_in_every_phase_and_ends_with_the_same_bits(
     tmp_path: Path, changes: dict[str, Any]

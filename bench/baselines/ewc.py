@@ -1,4 +1,4 @@
-"""Full fine-tuning with a quadratic pull towards earlier weights: EWC and L2-SP."""
+"""EWC (Kirkpatrick et al. 2017): what earlier tasks are sensitive to is pulled back."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sculpt.runs.method import Cost, Setting, drawn
-from sculpt.runs.methods import EwcConfig, L2SpConfig
+from bench.baselines.rows import drawn
+from sculpt.data.config import Count, NotNegative
+from sculpt.runs.method import Cost, Section, Setting
 from sculpt.runs.plain import Plain
 from sculpt.task.targets import Target
 
 
-class Ewc(Plain):
-    """Elastic weight consolidation (Kirkpatrick et al. 2017): `λ/2 Σ_t F_t (w - w_t)²`.
+class EWC(Plain):
+    """The loss gains `λ/2 Σ_t F_t (w - w_t)²`.
 
     `F_t` is the diagonal of the empirical Fisher matrix of task `t` at its end `w_t`: the mean over
     rows of the squared gradient of the log-likelihood of the row's answer. The sum over tasks is a
@@ -22,9 +23,17 @@ class Ewc(Plain):
     tensors for each matrix hold any number of tasks.
     """
 
+    class Options(Section):
+        """strength: `λ`; the default was the best of six on a small encoder, see bench/README.md.
+
+        rows: of each task, for the mean that is its Fisher.
+        """
+
+        strength: NotNegative = 1e5
+        rows: Count = 64
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.options = self.config.ewc or EwcConfig()
         self.trained = [*self.weights, *self.free]
         self._fisher: list[Tensor] = []
         self._center: list[Tensor] = []
@@ -84,26 +93,3 @@ class Ewc(Plain):
             device, places = self.weights[0].device, range(len(self.trained))
             self._fisher = [memory[f"fisher.{place}"].to(device) for place in places]
             self._center = [memory[f"center.{place}"].to(device) for place in places]
-
-
-class L2Sp(Plain):
-    """L2-SP (Li et al. 2018): `α/2 ‖w - w⁰‖²` around the weights before the first task, and
-    `β/2 ‖w‖²` on what is new: a classification head."""
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.options = self.config.l2sp or L2SpConfig()
-        # A run that is taken up begins with the model before the first task, too.
-        self._start = [weight.detach().clone() for weight in self.weights]
-
-    def cost(self, target: Target) -> Cost:
-        return Cost.dense(target, held=target.parameter.nbytes)
-
-    @torch.no_grad()
-    def add_gradients(self) -> None:
-        for weight, start in zip(self.weights, self._start, strict=True):
-            if weight.grad is not None:
-                weight.grad.add_(weight - start, alpha=self.options.strength)
-        for parameter in self.free:
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter, alpha=self.options.head_strength)

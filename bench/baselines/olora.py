@@ -8,26 +8,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sculpt.runs.method import Advance, Begun, Cost, Setting
-from sculpt.runs.methods import OLoraConfig
-from sculpt.runs.strategies.adapters import Lora
+from bench.baselines.lora import LoRA
+from sculpt.data.config import NotNegative
+from sculpt.runs.method import Advance, Cost, Setting
 from sculpt.task.targets import Target
 
 
-class OLora(Lora):
+class OLoRA(LoRA):
     """The loss of task `t` gains `λ Σ_{i<t} Σ |A_i A_tᵀ|` for every matrix, `A` being `(r, n)`.
 
     Absolute values are summed, as in the authors' code; their paper's text squares them. Earlier
     adapters are merged, which is the same model, and their `A_i` kept.
     """
 
+    class Options(LoRA.Options):
+        """orthogonality: `λ`, 0.5 as in the paper."""
+
+        orthogonality: NotNegative = 0.5
+
     def __init__(self, setting: Setting) -> None:
         self._earlier: list[Tensor] = []
         super().__init__(setting)
-
-    @property
-    def options(self) -> OLoraConfig:
-        return self.config.olora or OLoraConfig()
 
     def cost(self, target: Target) -> Cost:
         cost = super().cost(target)
@@ -35,10 +36,10 @@ class OLora(Lora):
         kept = tasks * cost.rank * target.shape[-1] * target.parameter.element_size()
         return replace(cost, held=cost.held + kept)
 
-    def begin_task(self, task: int, advance: Advance) -> Begun:
-        found = super().begin_task(task, advance)
+    def begin_task(self, task: int, advance: Advance) -> torch.optim.Optimizer:
+        optimizer = super().begin_task(task, advance)
         self._current = [factor_a(layer) for layer in self.layers().values()]
-        return found
+        return optimizer
 
     def add_gradients(self) -> None:
         if self._earlier:

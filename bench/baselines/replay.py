@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated
 
+from pydantic import Field
+
+from bench.baselines.rows import drawn
+from sculpt.data.config import Count
 from sculpt.models.encoding import Encoded
-from sculpt.runs.method import Setting, batches_of, drawn
-from sculpt.runs.methods import ReplayConfig
+from sculpt.runs.method import Section, Setting, batches_of
 from sculpt.runs.plain import Plain
 
 
@@ -18,15 +22,20 @@ class Replay(Plain):
     Raises `ValueError` for a share that leaves no row of one kind in a batch.
     """
 
+    class Options(Section):
+        """rows: kept of each earlier task. share: of each batch that is drawn from them."""
+
+        rows: Count = 32
+        share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.options = self.config.replay or ReplayConfig()
         size = self.config.training.batch_size
         self.old = round(self.options.share * size)
         if not 0 < self.old < size:
             raise ValueError(
-                f"replay.share={self.options.share:g} of training.batch_size={size} is {self.old} "
-                f"rows, expected 1 to {size - 1}"
+                f"options.share={self.options.share:g} of training.batch_size={size} is "
+                f"{self.old} rows, expected 1 to {size - 1}"
             )
 
     def batches(self, task: int, *, skip: int) -> Iterator[list[Encoded]]:
