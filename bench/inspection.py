@@ -36,7 +36,6 @@ from sculpt.storage.files import write_json
 from sculpt.task.targets import find_targets
 
 MODELS: dict[str, Callable[[], Path]] = {MINILM: minilm, SMOLLM2: smollm2}
-LORA_RANK = 32
 NAME = "inspection.json"
 
 
@@ -72,9 +71,6 @@ WAYS = {
     "plain": Way("plain", {}),
     "plain, others too": Way("plain", {"others": "train"}),
     "plain, bfloat16": Way("plain", {}, "bfloat16"),
-    "LoRA": Way("lora", {}),
-    "LoRA, bfloat16": Way("lora", {}, "bfloat16"),
-    "PEFT OSF 1/4": Way("osf", {}),
     "sculpt 1/2": Way("sculpt", {"unfreeze_rank_ratio": 0.5}),
     "sculpt 1/4": Way("sculpt", {}),
     "sculpt 1/8": Way("sculpt", {"unfreeze_rank_ratio": 0.125}),
@@ -120,13 +116,9 @@ class Trained:
                 warnings.simplefilter("ignore")
                 self._sculptor.begin_task()
             return self._sculptor.parameters()
-        targets = find_targets(self.model, way.config)
-        if way.method == "plain":
-            self.model.requires_grad_(way.config.others == "train")
-            for target in targets.chosen:
-                target.parameter.requires_grad_(True)
-        else:
-            self.model = adapted(self.model, way, [target.name for target in targets.chosen])
+        self.model.requires_grad_(way.config.others == "train")
+        for target in find_targets(self.model, way.config).chosen:
+            target.parameter.requires_grad_(True)
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def loss(self, layout: Layout) -> Callable[[], Tensor]:
@@ -151,18 +143,6 @@ class Trained:
             self.model.activation_checkpointing_enable()  # type: ignore[operator]
         else:
             self.model.activation_checkpointing_disable()  # type: ignore[operator]
-
-
-def adapted(model: nn.Module, way: Way, targets: list[str]) -> nn.Module:
-    import peft
-
-    if way.method == "lora":
-        config: Any = peft.LoraConfig(r=LORA_RANK, target_modules=targets, lora_dropout=0.0)
-    else:
-        preserved = 1 - way.config.unfreeze_rank_ratio  # type: ignore[operator]
-        config = peft.OSFConfig(effective_rank=preserved, target_modules=targets)
-    found: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
-    return found
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -217,7 +197,6 @@ def predicted(folder: Path, way: Way, layout: Layout) -> Inspection:
         dtype=way.dtype,
         checkpointing=layout.checkpointing,
         state_dtype="trained",
-        lora_rank=LORA_RANK,
         read_spectra=False,
     )
 
@@ -248,8 +227,6 @@ def compare(
 
 def one(name: str, way: Way) -> dict[str, Any]:
     """All that is measured of one way, in this process."""
-    import peft  # noqa: F401  (what it takes is no method's own)
-
     folder = MODELS[name]()
     give_back_freed_memory()
     reset_peak_memory()

@@ -11,12 +11,10 @@ from bench import inspection
 from bench.inspection import COLUMNS, WAYS, Layout, Trained
 from sculpt.demo.models import minilm
 
-pytest.importorskip("peft")
 LAYOUTS = (Layout(2, 64), Layout(1, 64, True))
 SLOW = pytest.mark.slow
 CHECKED = (
     pytest.param("plain", marks=SLOW),
-    pytest.param("LoRA", marks=SLOW),
     "sculpt 1/4",
     pytest.param("sculpt, update, core", marks=SLOW),
 )

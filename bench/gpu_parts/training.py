@@ -83,8 +83,8 @@ def _measure(run: Run, method: str, ratio: float, shape: Shape, tokens: int) -> 
 def _contender(device: torch.device, method: str, ratio: float, shape: Shape) -> Contender:
     # Here, so that the script runs where these need what is not installed.
     from bench.contenders import Contender
+    from bench.peers import LoraLayer, OsfLayer
     from sculpt import SculptConfig, Sculptor
-    from sculpt.inspection.peers import LoraLayer, OsfLayer
 
     torch.manual_seed(0)
     before = torch.get_default_dtype()

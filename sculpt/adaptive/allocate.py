@@ -14,16 +14,13 @@ from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.adaptive.importance import Importance, importance_of, squared_values
 from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes
-from sculpt.task.engines import trained_elements
+from sculpt.task.cost import cost_of, trained_elements
 from sculpt.task.ranks import floor_inside, pattern_rank
 from sculpt.task.targets import Target
 from sculpt_kernels import is_divided
 
 TOLERANCE = 0.01
 """To which a budget is met."""
-
-COPIES = 5
-"""Of the coordinates: they, those in the weight, gradients and two moments."""
 
 
 def adapt(
@@ -169,14 +166,9 @@ def _spending(
 
 
 def _bytes(target: Target, config: SculptConfig) -> int:
-    (m, n), t = target.shape[-2:], target.trainable_rank
-    wide = torch.promote_types(target.parameter.dtype, torch.float32).itemsize
-    basis = target.parameter.element_size() if config.basis_dtype == "weight" else wide
-    columns = (m + n) * t
-    if config.coordinates == "full" and m != n:
-        columns = min(m, n) * t + max(m, n) * target.preserved
-    count = math.prod(target.shape[:-2])
-    return COPIES * trained_elements(target, config) * wide + count * columns * basis
+    """Bases, coordinates, those in the weight, gradients and two moments; not the original."""
+    cost = cost_of(target, replace(config, originals="cpu"))
+    return cost.held - cost.weights
 
 
 def _energy(targets: list[Target]) -> Callable[[list[Target]], float]:

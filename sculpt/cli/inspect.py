@@ -38,11 +38,9 @@ def inspect(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Layers are recomputed in the backward.")
     ] = False,
-    states: Annotated[int, typer.Option(help="Optimizer states for each trained element.")] = 2,
     state_dtype: Annotated[
-        str, typer.Option(help="Their dtype: float32, int8, or that of what is trained.")
+        str, typer.Option(help="Of AdamW's states: float32, int8, or trained, that of what trains.")
     ] = "float32",
-    lora_rank: Annotated[int, typer.Option(help="Of the LoRA that stands beside.")] = 32,
     spectra: Annotated[
         bool, typer.Option("--spectra/--no-spectra", help="Read weights for singular values.")
     ] = True,
@@ -60,7 +58,6 @@ def inspect(
 
     from sculpt.config import SculptConfig
     from sculpt.inspection import inspect_model
-    from sculpt.inspection.view import views
 
     config = SculptConfig(
         unfreeze_rank_ratio=ratio,
@@ -88,9 +85,7 @@ def inspect(
             micro_batches=micro_batches,
             dtype=dtype,
             checkpointing=checkpointing,
-            states=states,
             state_dtype=state_dtype,
-            lora_rank=lora_rank,
             read_spectra=spectra,
             progress=show,
         )
@@ -100,5 +95,5 @@ def inspect(
     console = Console(markup=False)
     if not console.is_terminal:
         console.width = 120
-    for view in views(found, every_matrix=every_matrix):
-        console.print(view, highlight=False)
+    for table in found.tables(every_matrix=every_matrix):
+        console.print(table, highlight=False)

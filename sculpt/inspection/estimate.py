@@ -1,23 +1,17 @@
-"""From the path of a model to the cost of training it, without its weights."""
+"""What training a model costs, from its path alone: formulas, and a pass without values."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sculpt.config import SculptConfig
-from sculpt.inspection import cost as costs
-from sculpt.inspection.cost import Cost, Matrix, Storage
-from sculpt.inspection.peers import LoraLayer, OsfLayer
-from sculpt.inspection.result import Inspection, Method, Row, Setting
+from sculpt.inspection.result import LORA_RANK, Inspection, Method, Row, Setting
 from sculpt.inspection.skeleton import (
     Source,
     build,
@@ -26,17 +20,22 @@ from sculpt.inspection.skeleton import (
     training_batch,
     without_values,
 )
-from sculpt.inspection.spectra import Spectrum, find_weights, spectra, stored_values
+from sculpt.inspection.spectra import Progress, Spectrum, find_weights, spectra, stored_values
 from sculpt.inspection.trace import Pass, trace_pass
-from sculpt.storage.weights import StoredWeights
 from sculpt.task.bases import Bases
+from sculpt.task.cost import Cost, Matrix, Storage, lora, osf, plain, sculpt
 from sculpt.task.engines import make_matrix
-from sculpt.task.originals import Original, place_of_original
-from sculpt.task.targets import Target, find_targets
+from sculpt.task.originals import Original
+from sculpt.task.targets import Target, Targets, find_targets
 
-Progress = Callable[[int, int, str], None]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 STATE_DTYPES = ("float32", "trained", "int8")
+LABELS = {
+    "plain": "plain full fine-tuning",
+    "sculpt": "sculpt",
+    "lora": f"LoRA r{LORA_RANK}",
+    "osf": "PEFT OSF",
+}
 
 
 def inspect_model(
@@ -48,17 +47,16 @@ def inspect_model(
     micro_batches: int = 1,
     dtype: str | None = None,
     checkpointing: bool = False,
-    states: int = 2,
     state_dtype: str = "float32",
-    lora_rank: int = 32,
     read_spectra: bool = True,
     progress: Progress | None = None,
 ) -> Inspection:
     """What one training step of `model` costs: plain, with sculpt, with LoRA, with PEFT's OSF.
 
-    The model is built without values and run once for each method, so that nothing is loaded and
-    every architecture that transformers can build is covered. With weights beside the configuration
-    their singular values are summarised, one matrix in memory at a time.
+    The model is built without values and run once plain and once with sculpt, so that nothing is
+    loaded and every architecture that transformers can build is covered; LoRA and OSF are known by
+    their formulas. With weights beside the configuration their singular values are summarised, one
+    matrix in memory at a time.
 
     Args:
         model: a Hugging Face model directory, a `config.json`, or a configuration object.
@@ -68,9 +66,8 @@ def inspect_model(
         micro_batches: passes that a step accumulates.
         dtype: of the weights: a name such as `"bfloat16"`; that of the configuration if None.
         checkpointing: layers are recomputed in the backward instead of kept.
-        states: optimizer states per trained element: 2 for AdamW, 1 for Lion, 0 for bare SGD.
-        state_dtype: `"float32"`, `"int8"`, or `"trained"` for the dtype of what trains, as in
-            `torch.optim`.
+        state_dtype: of AdamW's two states: `"float32"`, `"int8"`, or `"trained"` for the dtype of
+            what trains, as in `torch.optim`.
         read_spectra: summarise singular values where weights are there.
         progress: called as `progress(done, total, name)` after each spectrum.
 
@@ -80,157 +77,106 @@ def inspect_model(
     config = config or SculptConfig()
     source = find_source(model)
     weight_dtype = _dtype(dtype) or stored_dtype(source)
-    setting = _setting(source, tokens, sequence, micro_batches, states, state_dtype)
-    setting = replace(
-        setting,
-        checkpointing=checkpointing,
-        dtype=str(weight_dtype).removeprefix("torch."),
-        lora_rank=lora_rank,
-    )
+    sequence = _sequence(source, tokens, sequence, micro_batches, state_dtype)
+    name = str(weight_dtype).removeprefix("torch.")
+    setting = Setting(tokens, sequence, micro_batches, checkpointing, name, state_dtype)
     notes: list[str] = []
     with _quiet(), without_values():
         skeleton = build(source, weight_dtype, checkpointing=checkpointing)
         targets = find_targets(skeleton, config)
-        storage = _storage(config, targets.chosen[0], setting)
+        state = None if state_dtype == "trained" else getattr(torch, state_dtype)
+        storage = Storage.of(targets.chosen[0], config, state, micro_batches)
         sizes = {name: p.numel() for name, p in skeleton.named_parameters()}
-        others = [p for name, p in skeleton.named_parameters() if name in targets.left_out]
-        others = [p for p in others if p.requires_grad]
+        others = _free(skeleton, targets) if config.others == "train" else []
         prefix = str(getattr(skeleton, "base_model_prefix", ""))
-        passes = _trace_all(
-            skeleton, source, targets.chosen, others, setting, storage, config, notes
-        )
+        try:
+            passes = _trace(skeleton, source, targets.chosen, others, setting, storage, config)
+        except Exception as error:
+            passes = {}
+            first = str(error).partition("\n")[0]
+            notes.append(
+                f"no activations and no FLOPs: {source.kind} cannot be run without values "
+                f"({type(error).__name__}: {first})"
+            )
     found: dict[str, Spectrum] = {}
     if read_spectra:
         weights = find_weights(source.directory)
         if isinstance(weights, str):
             notes.append(f"no spectra: {weights}")
         else:
-            found = _spectra(weights, targets.chosen, prefix, progress)
-    rows = _rows(targets.chosen, passes.get("plain"), storage, setting, config, found)
+            shapes = {_stored(t): tuple(t.parameter.shape) for t in targets.chosen}
+            preserved = {_stored(t): t.preserved for t in targets.chosen}
+            found = spectra(stored_values(weights, shapes, prefix), preserved, progress)
+    seen = passes["plain"].rows if passes else {}
+    rows = [_row(target, seen, storage, found) for target in targets.chosen]
+    outside = sum(sizes.values()) - sum(row.matrix.elements for row in rows)
+    free = sum(parameter.numel() for parameter in others)
     return Inspection(
         model=source.name,
         kind=source.kind,
         parameters=sum(sizes.values()),
         trained=_described(config),
         setting=setting,
-        methods=_methods(rows, passes, storage, setting, config, sizes, others),
+        methods={
+            name: _method(name, rows, outside, free, storage, passes.get(name)) for name in LABELS
+        },
         rows=rows,
         left_out=targets.left_out,
         notes=notes,
     )
 
 
-def _storage(config: SculptConfig, target: Target, setting: Setting) -> Storage:
-    """In which dtypes and where everything is; all targets are alike in that."""
-    weight = target.parameter.dtype
-    in_weight = config.basis_dtype == "weight"
-    return Storage(
-        weight=weight,
-        basis=weight if in_weight else torch.promote_types(weight, torch.float32),
-        state=None if setting.state_dtype == "trained" else getattr(torch, setting.state_dtype),
-        states=setting.states,
-        full_coordinates=config.coordinates == "full",
-        original=place_of_original(config, target),
-        micro_batches=setting.micro_batches,
-    )
+def _free(model: nn.Module, targets: Targets) -> list[nn.Parameter]:
+    """What trains beside the matrices where that is asked for."""
+    named = model.named_parameters()
+    return [p for name, p in named if name in targets.left_out and p.requires_grad]
 
 
-def _spectra(
-    weights: StoredWeights, targets: list[Target], prefix: str, progress: Progress | None
-) -> dict[str, Spectrum]:
-    wanted = {_stored_name(target): tuple(target.parameter.shape) for target in targets}
-    preserved = {_stored_name(target): target.preserved for target in targets}
-    return spectra(stored_values(weights, wanted, prefix), preserved, progress)
-
-
-def _stored_name(target: Target) -> str:
+def _stored(target: Target) -> str:
     place = target.places[0]
     return f"{place.path}.{place.parameter}"
 
 
-LABELS = {
-    "plain": "plain full fine-tuning",
-    "sculpt": "sculpt",
-    "lora": "LoRA r{rank}",
-    "osf": "PEFT OSF",
-}
-
-
-def _methods(
-    rows: list[Row],
-    passes: dict[str, Pass],
+def _row(
+    target: Target,
+    seen: dict[str, tuple[int, bool]],
     storage: Storage,
-    setting: Setting,
-    config: SculptConfig,
-    sizes: dict[str, int],
-    others: list[nn.Parameter],
-) -> dict[str, Method]:
-    """`others`: what trains beside the matrices where that is asked for."""
-    other = sum(sizes.values()) - sum(row.matrix.elements for row in rows)
-    free = sum(parameter.numel() for parameter in others)
-    frozen = Cost(weights=other * storage.weight.itemsize)
-    found = {}
-    for name, label in LABELS.items():
-        beside = frozen
-        if config.others == "train" and name in ("plain", "sculpt"):
-            beside = frozen + Cost(
-                trainable=free,
-                gradients=free * storage.weight.itemsize,
-                optimizer=storage.of_states(free, storage.weight),
-            )
-        total = sum((row.costs[name] for row in rows), beside)
-        run = passes.get(name)
-        found[name] = Method(
-            label=label.format(rank=setting.lora_rank),
-            cost=total,
-            activations=None if run is None else run.kept,
-            peak=None if run is None else total.held - total.gradients + run.peak,
-            flops=None if run is None else run.flops * setting.micro_batches + total.update,
-        )
-    return found
-
-
-def _rows(
-    targets: list[Target],
-    plain: Pass | None,
-    storage: Storage,
-    setting: Setting,
-    config: SculptConfig,
     found: dict[str, Spectrum],
-) -> list[Row]:
-    rows = []
-    for target in targets:
-        seen, needs_dx = (0, True)
-        if plain is not None:
-            seen, needs_dx = plain.rows.get(target.places[0].path, (0, True))
-        m, n = target.shape[-2:]
-        matrix = Matrix(
-            target.name,
-            (m, n),
-            target.trainable_rank,
-            count=math.prod(target.shape[:-2]),
-            rows=seen * setting.micro_batches,
-            needs_dx=needs_dx,
+) -> Row:
+    rows, needs_dx = seen.get(target.places[0].path, (0, True))
+    matrix = Matrix.of(target, rows * storage.micro_batches, needs_dx)
+    costs = {
+        "plain": plain(matrix, storage),
+        "sculpt": sculpt(matrix, storage),
+        "lora": lora(matrix, storage, LORA_RANK),
+        "osf": osf(matrix, storage),
+    }
+    return Row(matrix, costs, found.get(_stored(target)))
+
+
+def _method(
+    name: str, rows: list[Row], outside: int, free: int, storage: Storage, run: Pass | None
+) -> Method:
+    """`outside`: elements that are in no matrix; `free`: how many of them train."""
+    total = sum((row.costs[name] for row in rows), Cost(weights=outside * storage.weight.itemsize))
+    if name in ("plain", "sculpt"):
+        total += Cost(
+            trainable=free,
+            gradients=free * storage.weight.itemsize,
+            optimizer=storage.of_states(free, storage.weight),
         )
-        by_method = {
-            "plain": costs.plain(matrix, storage),
-            "sculpt": _sculpted(matrix, storage, config),
-            "lora": costs.lora(matrix, storage, setting.lora_rank),
-            "osf": costs.osf(matrix, storage),
-        }
-        rows.append(Row(matrix, by_method, found.get(_stored_name(target))))
-    return rows
-
-
-def _sculpted(matrix: Matrix, storage: Storage, config: SculptConfig) -> Cost:
-    if config.chosen_engine == "compact":
-        return costs.compact(matrix, storage)
-    return costs.dense_engine(
-        matrix, storage, update=config.chosen_engine == "update", form=config.constraint
+    if run is None:
+        return Method(LABELS[name], total)
+    return Method(
+        LABELS[name],
+        total,
+        activations=run.kept,
+        peak=total.held - total.gradients + run.peak,
+        flops=run.flops * storage.micro_batches + total.update,
     )
 
 
-def _trace_all(
+def _trace(
     model: nn.Module,
     source: Source,
     chosen: list[Target],
@@ -238,69 +184,44 @@ def _trace_all(
     setting: Setting,
     storage: Storage,
     config: SculptConfig,
-    notes: list[str],
 ) -> dict[str, Pass]:
-    """One pass by each method, the same skeleton in turn; empty where it cannot run."""
+    """A pass that trains the matrices themselves, and one with the layers of sculpt."""
     batch = setting.tokens // (setting.micro_batches * setting.sequence)
     inputs, loss = training_batch(model, source, batch, setting.sequence)
-    modules = {t.places[0].path: t.places[0].module for t in chosen}
-    adapted = {t.places[0].path: t for t in chosen if len(t.shape) == 2}
-    trace = partial(trace_pass, model, loss, list(inputs.values()), list(modules))
-    passes = {}
+    names = [target.places[0].path for target in chosen]
 
-    def trains(matrices: bool, others_too: bool) -> None:
+    def train(matrices: bool) -> None:
         model.requires_grad_(False)
+        for parameter in (*others, *(t.parameter for t in chosen if matrices)):
+            parameter.requires_grad_(True)
+
+    def trace() -> Pass:
+        return trace_pass(model, loss, inputs.values(), names)
+
+    train(matrices=True)
+    passes = {"plain": trace()}
+    compact = config.chosen_engine == "compact"
+    train(matrices=not compact)
+    if compact:
         for target in chosen:
-            target.parameter.requires_grad_(matrices)
-        for parameter in others:
-            parameter.requires_grad_(others_too)
-
-    try:
-        trains(True, config.others == "train")
-        passes["plain"] = trace()
-        trains(False, False)
-        for name, layer in (("lora", LoraLayer), ("osf", OsfLayer)):
-            for path, target in adapted.items():
-                rank = setting.lora_rank if name == "lora" else target.trainable_rank
-                shape = (target.shape[-2], target.shape[-1])
-                _swap(model, path, layer(modules[path], shape, rank))
-            passes[name] = trace()
-            for path in adapted:
-                _swap(model, path, modules[path])
-        trains(config.chosen_engine != "compact", config.others == "train")
-        if config.chosen_engine == "compact":
-            for target in chosen:
-                weight = target.parameter.detach()
-                bases = _bases_without_values(target, storage)
-                make_matrix(target, bases, Original(weight, "device"), config)
-        passes["sculpt"] = trace()
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else ""
-        notes.append(
-            f"no activations and no FLOPs: {source.kind} cannot be run without values "
-            f"({type(error).__name__}: {first})"
-        )
-        passes.clear()
-    return passes
+            original = Original(target.parameter.detach(), "device")
+            make_matrix(target, _bases(target, storage), original, config)
+    return passes | {"sculpt": trace()}
 
 
-def _bases_without_values(target: Target, storage: Storage) -> Bases:
+def _bases(target: Target, storage: Storage) -> Bases:
+    """As the compact engine finds them, without values."""
     *batch, m, n = target.shape
     t, h = target.trainable_rank, target.preserved
 
     def basis(size: int, rank: int) -> Tensor:
         return torch.empty(*batch, size, rank, dtype=storage.basis)
 
-    U, V, removed = basis(m, t), basis(n, t), None
-    if storage.full_coordinates and m != n:
-        removed = basis(max(m, n), h)
-        return Bases(None if m > n else U, V if m > n else None, removed, "none", 1.0, "none")
-    return Bases(U, V, removed, "none", 1.0, "none")
-
-
-def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    U, V = basis(m, t), basis(n, t)
+    if not storage.full or m == n:
+        return Bases(U, V, None, "none", 1.0, "none")
+    removed = basis(max(m, n), h)
+    return Bases(None if m > n else U, V if m > n else None, removed, "none", 1.0, "none")
 
 
 def _described(config: SculptConfig) -> str:
@@ -322,22 +243,15 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return found
 
 
-def _setting(
-    source: Source,
-    tokens: int,
-    sequence: int | None,
-    micro_batches: int,
-    states: int,
-    state_dtype: str,
-) -> Setting:
-    values = {"tokens": tokens, "micro_batches": micro_batches}
-    if sequence is not None:
-        values["sequence"] = sequence
+def _sequence(
+    source: Source, tokens: int, sequence: int | None, micro_batches: int, state_dtype: str
+) -> int:
+    """Tokens of one sequence; raises `ValueError` for a number that does not fit."""
+    values = {"tokens": tokens, "micro_batches": micro_batches, "sequence": sequence}
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        given = name != "sequence" or value is not None
+        if given and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
-    if states not in (0, 1, 2, 3):
-        raise ValueError(f"states must be 0, 1, 2 or 3; got {states!r}")
     if state_dtype not in STATE_DTYPES:
         options = ", ".join(STATE_DTYPES)
         raise ValueError(f"state_dtype must be one of {options}; got {state_dtype!r}")
@@ -351,7 +265,7 @@ def _setting(
             f"tokens={tokens} must be a multiple of sequence x micro_batches = "
             f"{sequence} x {micro_batches}"
         )
-    return Setting(tokens, sequence, micro_batches, False, "", states, state_dtype, 0)
+    return sequence
 
 
 @contextmanager

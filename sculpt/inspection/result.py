@@ -1,12 +1,30 @@
-"""What an inspection found."""
+"""What an inspection found, and how it is shown: as tables and as JSON."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from io import StringIO
+from typing import TYPE_CHECKING, Any
 
-from sculpt.inspection.cost import Cost, Matrix
 from sculpt.inspection.spectra import Spectrum
+from sculpt.task.cost import Cost, Matrix
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+LORA_RANK = 32
+UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+PARTS = (
+    ("weights", "weights"),
+    ("frozen beside them", "bases"),
+    ("trained beside them", "factors"),
+    ("copies", "copies"),
+    ("gradients", "gradients"),
+    ("optimizer states", "optimizer"),
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +35,7 @@ class Setting:
         tokens: in one optimizer step; sequence: tokens of one sequence.
         micro_batches: passes that a step accumulates.
         checkpointing: whether activations are recomputed in the backward.
-        dtype: of the weights; states, state_dtype: what the optimizer keeps per trained element.
+        dtype: of the weights; state_dtype: of AdamW's two states.
     """
 
     tokens: int
@@ -25,9 +43,7 @@ class Setting:
     micro_batches: int
     checkpointing: bool
     dtype: str
-    states: int
     state_dtype: str
-    lora_rank: int
 
 
 @dataclass(frozen=True)
@@ -36,17 +52,19 @@ class Method:
 
     Attributes:
         cost: of all matrices, and the bytes of all other weights.
-        activations: bytes that a forward pass leaves for the backward; None if it cannot be traced.
+        activations: bytes that a forward pass leaves for the backward.
         peak: bytes on the device at the worst moment of a step: what is held all the time, and what
             is alive in the pass.
         flops: of one step, attention, head and all others included.
+
+    The last three are None where no pass was traced, as for LoRA and OSF.
     """
 
     label: str
     cost: Cost
-    activations: int | None
-    peak: int | None
-    flops: int | None
+    activations: int | None = None
+    peak: int | None = None
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +100,23 @@ class Inspection:
     notes: list[str]
 
     def __str__(self) -> str:
-        from sculpt.inspection.view import as_text
+        from rich.console import Console
 
-        return as_text(self)
+        buffer = StringIO()
+        console = Console(file=buffer, width=120, color_system=None, highlight=False, markup=False)
+        for table in self.tables():
+            console.print(table)
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+    def tables(self, *, every_matrix: bool = False) -> Iterator[RenderableType]:
+        """Header, the methods side by side, the matrices, and what was left out."""
+        yield _header(self)
+        yield _methods(self)
+        groups = _groups(self.rows, every_matrix)
+        yield _matrices(self, groups)
+        if any(row.spectrum for row in self.rows):
+            yield _spectra(groups)
+        yield _footer(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON would have it."""
@@ -93,3 +125,164 @@ class Inspection:
             found["methods"][name]["cost"] |= {"held": method.cost.held}
             found["methods"][name]["matrix_flops"] = method.cost.flops
         return found
+
+
+def quantity(value: float, unit: str = "B") -> str:
+    """`22.4 GB`; a dash for nothing."""
+    if value == 0:
+        return "–"
+    for size, name in UNITS:
+        if value >= size:
+            return f"{value / size:,.3g} {name}{unit}".rstrip()
+    return f"{value:.0f} {unit}".rstrip()
+
+
+def _times(value: float | None, base: float | None) -> str:
+    return f"{value / base:.2f}x" if value and base else ""
+
+
+def _table(*titles: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def _header(found: Inspection) -> RenderableType:
+    from rich.text import Text
+
+    setting = found.setting
+    passes = f" in {setting.micro_batches} passes" if setting.micro_batches > 1 else ""
+    activations = "recomputed in the backward" if setting.checkpointing else "kept"
+    states = "the dtype of what trains" if setting.state_dtype == "trained" else setting.state_dtype
+    return Text.assemble(
+        (found.model, "bold"),
+        f"  {found.kind}, {quantity(found.parameters, '')} parameters in {setting.dtype}, "
+        f"{len(found.rows)} matrices, {found.trained}\n",
+        (
+            f"one step: {setting.tokens:,} tokens in sequences of {setting.sequence:,}{passes}, "
+            f"activations {activations}, AdamW's states in {states}",
+            "dim",
+        ),
+    )
+
+
+def _methods(found: Inspection) -> RenderableType:
+    methods, plain = list(found.methods.values()), found.methods["plain"]
+    table = _table("", *(method.label for method in methods))
+    table.columns[1 + list(found.methods).index("sculpt")].style = "bold"
+
+    def add(label: str, value: Callable[[Method], float | None], unit: str = "B") -> None:
+        values = [value(method) for method in methods]
+        table.add_row(label, *("" if v is None else quantity(v, unit) for v in values))
+
+    def compare(value: Callable[[Method], float | None]) -> None:
+        table.add_row("  of plain", *(_times(value(m), value(plain)) for m in methods), style="dim")
+
+    add("trainable elements", lambda method: method.cost.trainable, "")
+    table.add_section()
+    for label, part in PARTS:
+        if any(getattr(method.cost, part) for method in methods):
+            add(label, lambda method, part=part: getattr(method.cost, part))  # type: ignore[misc]
+    add("held", lambda method: method.cost.held)
+    compare(lambda method: method.cost.held)
+    if any(method.cost.host for method in methods):
+        add("host memory", lambda method: method.cost.host)
+    if plain.flops is None:
+        return table
+    add("activations of a pass", lambda method: method.activations)
+    add("peak memory", lambda method: method.peak)
+    compare(lambda method: method.peak)
+    table.add_section()
+    recomputed = ", nothing recomputed" if found.setting.checkpointing else ""
+    add(f"FLOPs of the matrices{recomputed}", lambda method: method.cost.flops, "FLOP")
+    compare(lambda method: method.cost.flops)
+    add("FLOPs of a whole step", lambda method: method.flops, "FLOP")
+    compare(lambda method: method.flops)
+    return table
+
+
+def _groups(rows: list[Row], every: bool) -> dict[str, list[Row]]:
+    """Matrices of one kind together: of one name but for numbers, one shape and one rank."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        matrix = row.matrix
+        name = matrix.name if every else re.sub(r"\.\d+(?=\.|$)", ".*", matrix.name)
+        alike = (matrix.shape, matrix.preserved)
+        clash = groups.get(name)
+        if clash and (clash[0].matrix.shape, clash[0].matrix.preserved) != alike:
+            name = matrix.name
+        groups.setdefault(name, []).append(row)
+    return groups
+
+
+def _common_prefix(names: list[str]) -> str:
+    parts: list[str] = []
+    for level in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(level)) > 1:
+            break
+        parts.append(level[0])
+    return ".".join(parts) + "." if parts else ""
+
+
+def _matrices(found: Inspection, groups: dict[str, list[Row]]) -> RenderableType:
+    prefix = _common_prefix(list(groups))
+    counted = found.methods["plain"].flops is not None
+    titles = ["", "shape", "preserved", "trainable", "elements", "held", "of plain"]
+    table = _table(f"{prefix}…", *titles, *(["FLOPs of plain"] if counted else []))
+
+    def costs(rows: list[Row]) -> list[str]:
+        ours, plain = (sum((r.costs[m] for r in rows), Cost()) for m in ("sculpt", "plain"))
+        shown = [quantity(ours.trainable, ""), quantity(ours.held), _times(ours.held, plain.held)]
+        return [*shown, _times(ours.flops, plain.flops)] if counted else shown
+
+    for name, rows in groups.items():
+        matrix = rows[0].matrix
+        many = len(rows) * matrix.count
+        table.add_row(
+            name.removeprefix(prefix),
+            "" if many == 1 else f"×{many}",
+            " x ".join(map(str, matrix.shape)),
+            str(matrix.preserved),
+            str(matrix.trainable_rank),
+            *costs(rows),
+        )
+    table.add_section()
+    total = str(sum(row.matrix.count for row in found.rows))
+    table.add_row("all", total, "", "", "", *costs(found.rows), style="bold")
+    return table
+
+
+def _spectra(groups: dict[str, list[Row]]) -> RenderableType:
+    prefix = _common_prefix(list(groups))
+    titles = ["energy preserved", "stable rank", "σ₁", "σ at the cut", "last σ", "σ₁ to last"]
+    table = _table(f"{prefix}…", *titles)
+    for name, rows in groups.items():
+        spectra = sorted((r.spectrum for r in rows if r.spectrum), key=lambda s: s.energy)
+        if spectra:
+            low, middle, high = spectra[0], spectra[len(spectra) // 2], spectra[-1]
+            table.add_row(
+                name.removeprefix(prefix),
+                f"{low.energy:.1%}" + (f" to {high.energy:.1%}" if len(spectra) > 1 else ""),
+                f"{middle.stable_rank:.1f}",
+                f"{middle.largest:.3g}",
+                f"{middle.at_cut:.3g}",
+                f"{middle.smallest:.3g}",
+                middle.bars(),
+            )
+    return table
+
+
+def _footer(found: Inspection) -> RenderableType:
+    from rich.text import Text
+
+    reasons: dict[str, int] = {}
+    for reason in found.left_out.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    parts = [f"{count} {reason}" for reason, count in reasons.items()]
+    lines = [f"left out: {'; '.join(parts)}"] if parts else []
+    lines += [f"note: {note}" for note in found.notes]
+    return Text("\n".join(lines), style="dim")

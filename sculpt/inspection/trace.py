@@ -1,4 +1,4 @@
-"""One forward and backward pass on tensors without values: FLOPs, and the bytes alive on the way.
+"""One forward and backward pass on tensors without values: its FLOPs, and the bytes alive in it.
 
 Whatever the architecture does, attention, norms, the head and the loss included, is seen and
 counted; nothing is computed and nothing but shapes is stored.
@@ -44,34 +44,21 @@ class _AnyModule(nullcontext[None]):
     parents = frozenset({"Global"})
 
 
-class Flops(FlopCounterMode):
-    """Counts the FLOPs of all that runs inside."""
-
-    def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=ATTENTION)
-        self.mod_tracker = _AnyModule()  # type: ignore[assignment]
-
-
 @dataclass(frozen=True)
 class Pass:
     """What one forward and backward pass takes.
 
     Attributes:
-        forward, backward: FLOPs of matrix products and attention, the latter counted in full.
+        flops: of matrix products and attention, the latter counted in full.
         kept: bytes that the forward leaves for the backward, parameters and inputs not counted.
         peak: largest number of bytes alive at one time, gradients of parameters included.
         rows: for each named module its rows of input, and whether that input carries a gradient.
     """
 
-    forward: int
-    backward: int
+    flops: int
     kept: int
     peak: int
     rows: dict[str, tuple[int, bool]]
-
-    @property
-    def flops(self) -> int:
-        return self.forward + self.backward
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -117,24 +104,19 @@ def trace_pass(
         loss: runs the model on `inputs`.
         named: modules whose rows of input are wanted.
     """
-    outside = [*model.parameters(), *model.buffers(), *inputs]
-    outside += [extra for module in model.modules() for extra in _hidden_tensors(module)]
-    live = LiveBytes(outside)
-    counter = Flops()
+    # Modules may hold tensors as plain attributes, too.
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    hidden = [value for value in attributes if isinstance(value, Tensor)]
+    live = LiveBytes([*model.parameters(), *model.buffers(), *inputs, *hidden])
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    counter.mod_tracker = _AnyModule()  # type: ignore[assignment]
     with _watched(model, named) as rows, counter, live:
         value = loss()
-        forward, kept = counter.get_total_flops(), live.live
+        kept = live.live
         value.backward()  # type: ignore[no-untyped-call]
-        total, peak = counter.get_total_flops(), live.peak
+        flops, peak = counter.get_total_flops(), live.peak
     model.zero_grad(set_to_none=True)
-    return Pass(forward, total - forward, kept, peak, rows)
-
-
-def _hidden_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Tensors that a module holds as plain attributes."""
-    for value in vars(module).values():
-        if isinstance(value, Tensor):
-            yield value
+    return Pass(flops, kept, peak, rows)
 
 
 @contextmanager

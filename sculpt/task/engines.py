@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -44,19 +43,6 @@ def freeze(
         elif id(parameter) not in chosen:
             others[name] = parameter
     return others
-
-
-def trained_elements(target: Target, config: SculptConfig) -> int:
-    """How many numbers the optimizer moves for this target."""
-    m, n = target.shape[-2:]
-    t = target.trainable_rank
-    if config.chosen_engine != "compact":
-        return target.parameter.numel()
-    return math.prod(target.shape[:-2]) * t * (max(m, n) if _is_full(config, m, n) else t)
-
-
-def _is_full(config: SculptConfig, m: int, n: int) -> bool:
-    return config.coordinates == "full" and m != n
 
 
 def groups(matrices: list[Matrix], together: bool) -> list[list[int]]:

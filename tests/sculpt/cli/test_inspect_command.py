@@ -113,13 +113,13 @@ def test_other_architectures(config, kind):
     config.intermediate_size = 48
     found = inspect_model(config, tokens=64, sequence=32)
     assert found.notes == ["no spectra: there is only a configuration"]
-    assert all(method.flops > 0 for method in found.methods.values())
+    assert all(found.methods[name].flops > 0 for name in ("plain", "sculpt"))
 
 
 def test_what_cannot_be_run_without_values_is_said_and_the_rest_is_given(monkeypatch):
     from sculpt.inspection import estimate
 
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("depends on data")
 
     monkeypatch.setattr(estimate, "trace_pass", fails)
@@ -222,7 +222,6 @@ def test_adapters_broken_files_and_unknown_models(directory, tmp_path):
         (["--sequence", 10**6], "longer than"),
         (["--dtype", "float31"], "dtype must be one of"),
         (["--state-dtype", "float8"], "state_dtype must be one of"),
-        (["--states", 9], "states must be 0, 1, 2 or 3; got 9"),
         (["--target-modules", "nothing"], "matches nothing"),
         (["--exclude-modules", "qproj"], "'qproj' matches nothing; did you mean 'q_proj'"),
     ],
@@ -252,4 +251,4 @@ def test_others_may_train():
         assert trained[name].cost.trainable - frozen[name].cost.trainable == others
         assert trained[name].cost.gradients - frozen[name].cost.gradients == 4 * others
         assert trained[name].flops > frozen[name].flops
-    assert trained["lora"].activations == frozen["lora"].activations
+    assert trained["lora"].cost.held == frozen["lora"].cost.held
