@@ -15,7 +15,7 @@ SCULPT_CACHE ?= $(CURDIR)/.cache
 export SCULPT_CACHE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo native eight-bit test lint format clean distclean
+.PHONY: help setup demo native eight-bit docs test lint format clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile | \
@@ -47,6 +47,19 @@ $(EIGHT_BIT): | setup
 
 eight-bit: $(EIGHT_BIT) ## tests with torchao and bitsandbytes: 8-bit optimizers, quantised layers
 	@PYTHONPATH=$(EIGHT_BIT) $(RUN)/python -m pytest tests/sculpt/task/test_eight_bit.py
+
+# The site is made of text: its tools need neither torch nor the tests.
+DOCS_TOOLS := .cache/docs-tools
+
+$(DOCS_TOOLS): docs/requirements.txt | setup
+	@rm -rf $@ $@.part
+	@$(RUN)/python -m pip install --quiet --no-deps --target $@.part -r $<
+	@mv $@.part $@
+	@touch $@
+
+docs: $(DOCS_TOOLS) ## the documentation site in build/site; links that lead nowhere are errors
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR)/$(DOCS_TOOLS) $(RUN)/python -m mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 test: lint native $(if $(ARGS),,$(if $(filter Linux,$(shell uname -s)),eight-bit)) ## lint, types and the whole test suite
 	@$(RUN)/python -m sculpt.demo.assets --quick
