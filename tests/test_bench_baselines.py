@@ -248,7 +248,7 @@ def test_osf_projects_gradients_off_the_leading_directions(tmp_path: Path) -> No
 def test_a_matched_budget_trains_as_many_values_as_sculpt(tmp_path: Path, method: str) -> None:
     sculpt = {"unfreeze_rank_ratio": 0.5}
     strategy = prepared(tmp_path, method, options={"budget": "match"}, sculpt=sculpt)
-    own = sum(strategy.cost(target).trained for target in strategy.targets)
+    own = sum(strategy.cost(target).trainable for target in strategy.targets)
     wanted = sum(target.trainable_rank**2 for target in strategy.targets)
     (group,) = strategy.begin_task(0, nobody).param_groups
     assert sum(parameter.numel() for parameter in group["params"]) == own

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bench.baselines.rows import drawn
 from sculpt.data.config import Count, NotNegative
-from sculpt.runs.method import Cost, Section, Setting
+from sculpt.runs.method import Section, Setting
 from sculpt.runs.plain import Plain
+from sculpt.task.cost import Cost
 from sculpt.task.targets import Target
 
 
@@ -39,7 +40,7 @@ class EWC(Plain):
         self._center: list[Tensor] = []
 
     def cost(self, target: Target) -> Cost:
-        return Cost.dense(target, held=2 * 4 * target.parameter.numel())
+        return super().cost(target) + Cost(copies=2 * 4 * target.parameter.numel())
 
     @torch.no_grad()
     def add_gradients(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sculpt.runs.method import Advance, Cost, Setting, Strategy
+from sculpt.runs.method import Advance, Setting, Strategy
+from sculpt.task.cost import Cost
 from sculpt.task.targets import Target
 
 
@@ -15,7 +16,7 @@ class Frozen(Strategy):
         self.model.requires_grad_(False)
 
     def cost(self, target: Target) -> Cost:
-        return Cost(min(target.shape[-2:]), 0, 0, 0)
+        return Cost(weights=target.parameter.nbytes)
 
     def steps(self, task: int) -> int:
         return 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from sculpt.data.config import NotNegative
-from sculpt.runs.method import Cost, Section, Setting
+from sculpt.runs.method import Section, Setting
 from sculpt.runs.plain import Plain
+from sculpt.task.cost import Cost
 from sculpt.task.targets import Target
 
 
@@ -25,7 +26,7 @@ class L2SP(Plain):
         self._start = [weight.detach().clone() for weight in self.weights]
 
     def cost(self, target: Target) -> Cost:
-        return Cost.dense(target, held=target.parameter.nbytes)
+        return super().cost(target) + Cost(copies=target.parameter.nbytes)
 
     @torch.no_grad()
     def add_gradients(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal, Self
 
 from pydantic import model_validator
@@ -10,7 +9,9 @@ from pydantic import model_validator
 from bench.baselines import budget
 from bench.baselines.adapter import Adapter
 from sculpt.data.config import Count, Positive
-from sculpt.runs.method import Cost, Section
+from sculpt.runs.method import Section
+from sculpt.task import cost
+from sculpt.task.cost import Cost, Matrix, Storage
 from sculpt.task.targets import Target
 
 RANK = 16
@@ -47,8 +48,8 @@ class LoRA(Adapter):
         return min(self.options.rank or RANK, *target.shape)
 
     def cost(self, target: Target) -> Cost:
-        rank = self.rank(target)
-        return replace(Cost.factored(target, rank, rank * sum(target.shape)), preserved=0)
+        storage = Storage.of(target, self.config.sculpt)
+        return cost.lora(Matrix.of(target), storage, self.rank(target))
 
     def peft_config(self) -> Any:
         import peft

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from bench.baselines.lora import LoRA
 from sculpt.data.config import NotNegative
-from sculpt.runs.method import Advance, Cost, Setting
+from sculpt.runs.method import Advance, Setting
+from sculpt.task.cost import Cost
 from sculpt.task.targets import Target
 
 
@@ -31,10 +31,9 @@ class OLoRA(LoRA):
         super().__init__(setting)
 
     def cost(self, target: Target) -> Cost:
-        cost = super().cost(target)
         tasks = len(self.setting.names) - 1
-        kept = tasks * cost.rank * target.shape[-1] * target.parameter.element_size()
-        return replace(cost, held=cost.held + kept)
+        kept = tasks * self.rank(target) * target.shape[-1] * target.parameter.element_size()
+        return super().cost(target) + Cost(copies=kept)
 
     def begin_task(self, task: int, advance: Advance) -> torch.optim.Optimizer:
         optimizer = super().begin_task(task, advance)

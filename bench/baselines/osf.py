@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from bench.baselines import budget
 from bench.baselines.adapter import Adapter
-from sculpt.runs.method import Cost, Section
+from sculpt.runs.method import Section
+from sculpt.task import cost
+from sculpt.task.cost import Cost, Matrix, Storage
 from sculpt.task.targets import Target
 
 
@@ -27,12 +30,8 @@ class OSF(Adapter):
         return target.trainable_rank
 
     def cost(self, target: Target) -> Cost:
-        m, n = target.shape
-        rank = self.rank(target)
-        trained = rank * (m + n + 1)
-        # The values before the task, and leading vectors of the longer side.
-        held = trained + (max(m, n) * (min(m, n) - rank) if m != n else 0)
-        return Cost.factored(target, rank, trained, held * target.parameter.element_size())
+        matrix = replace(Matrix.of(target), trainable_rank=self.rank(target))
+        return cost.osf(matrix, Storage.of(target, self.config.sculpt))
 
     def peft_config(self) -> Any:
         import peft

@@ -53,7 +53,7 @@ class Run:
         self.strategy = prepared.strategy
         self.state = RunState(MethodResult(self.config.method))
         self.state.result.held_bytes = sum(
-            self.strategy.cost(target).held for target in self.strategy.targets
+            self.strategy.cost(target).fixed for target in self.strategy.targets
         )
         self.optimizer: torch.optim.Optimizer | None = None
         self._report = report

@@ -48,10 +48,11 @@ from sculpt.data.config import Section
 from sculpt.models.encoding import Encoded
 from sculpt.models.learner import Learner
 from sculpt.runs.config import RunConfig, TrainingConfig
+from sculpt.task.cost import Cost, Matrix, Storage, plain
 from sculpt.task.table import TaskRow
 from sculpt.task.targets import Target, find_targets
 
-__all__ = ["Advance", "Cost", "Section", "Setting", "Strategy", "batches_of", "freeze"]
+__all__ = ["Advance", "Section", "Setting", "Strategy", "batches_of", "freeze"]
 
 Advance = Callable[[int, int], None]
 """Told how many of how many matrices are done."""
@@ -68,42 +69,6 @@ class Setting:
     config: RunConfig
     names: Sequence[str]
     rows: Sequence[Sequence[Encoded]]
-
-
-MOMENTS = 2
-"""That AdamW holds for each trained value."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one matrix costs a method, known from its shape.
-
-    preserved, rank: singular directions that stay and that train; 0 and min(m, n) where all may.
-    trained: numbers that the optimizer moves.
-    moving: bytes of these beside the weight, of their gradients and moments.
-    held: bytes of everything else beside the weight, at the most.
-    """
-
-    preserved: int
-    rank: int
-    trained: int
-    moving: int
-    held: int = 0
-
-    @classmethod
-    def dense(cls, target: Target, held: int = 0) -> Cost:
-        """Of a matrix that trains as a whole."""
-        weight = target.parameter
-        size = (1 + MOMENTS) * weight.nbytes
-        return cls(0, min(target.shape[-2:]), weight.numel(), size, held)
-
-    @classmethod
-    def factored(
-        cls, target: Target, rank: int, trained: int, held: int = 0, itemsize: int | None = None
-    ) -> Cost:
-        """Of values that train beside the matrix, in its dtype where no other size is given."""
-        size = (2 + MOMENTS) * trained * (itemsize or target.parameter.element_size())
-        return cls(min(target.shape[-2:]) - rank, rank, trained, size, held)
 
 
 class Strategy(ABC):
@@ -197,8 +162,8 @@ class Strategy(ABC):
     # What is said of it.
 
     def cost(self, target: Target) -> Cost:
-        """What one matrix costs."""
-        return Cost.dense(target)
+        """What one matrix takes between steps; as full fine-tuning where nothing else is said."""
+        return plain(Matrix.of(target), Storage.of(target, self.config.sculpt))
 
     def chosen(self) -> list[TaskRow]:
         """What the task that just began chose for each matrix."""

@@ -70,24 +70,24 @@ def _kind(example: Example) -> str:
 
 
 def _ranks(strategy: Strategy) -> str:
+    ours = strategy.config.method == "sculpt"
     kinds = Counter(
-        (target.name.rpartition(".")[2], target.shape, cost.preserved, cost.rank, cost.trained)
-        for target, cost in ((t, strategy.cost(t)) for t in strategy.targets)
+        (
+            target.name.rpartition(".")[2],
+            target.shape,
+            *((target.preserved, target.trainable_rank) if ours else ()),
+            strategy.cost(target).trainable,
+        )
+        for target in strategy.targets
     )
     rows = [
-        (
-            name,
-            str(count),
-            " x ".join(map(str, shape)),
-            str(preserved),
-            str(trainable),
-            f"{count * elements:,}",
-        )
-        for (name, shape, preserved, trainable, elements), count in kinds.items()
+        (name, str(count), " x ".join(map(str, shape)), *map(str, ranks), f"{count * elements:,}")
+        for (name, shape, *ranks, elements), count in kinds.items()
     ]
-    header = ("matrices", "count", "shape", "preserved", "trainable", "values that train")
+    ranks = ("preserved", "trainable") if ours else ()
+    header = ("matrices", "count", "shape", *ranks, "values that train")
     title = f"Ranks, method {strategy.config.method}\n"
-    if strategy.config.method == "sculpt" and strategy.config.sculpt.ranks is not None:
+    if ours and strategy.config.sculpt.ranks is not None:
         title = "Ranks, method sculpt, of layers of mean importance: others adapt\n"
     return title + text_table(header, rows)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from itertools import islice
@@ -14,9 +13,9 @@ from torch import Tensor
 from sculpt.adaptive.batches import Function
 from sculpt.certificate.leak import Certificate
 from sculpt.messages import SculptWarning
-from sculpt.runs.method import Advance, Cost, Setting, Strategy, batches_of, freeze
+from sculpt.runs.method import Advance, Setting, Strategy, batches_of, freeze
 from sculpt.sculptor import Sculptor
-from sculpt.task.cost import trained_elements
+from sculpt.task.cost import Cost, cost_of
 from sculpt.task.originals import recomputes
 from sculpt.task.table import TaskRow
 from sculpt.task.targets import Target
@@ -31,10 +30,7 @@ class Sculpt(Strategy):
         self._chosen: list[TaskRow] = []
 
     def cost(self, target: Target) -> Cost:
-        sides = math.prod(target.shape[:-2]) * sum(target.shape[-2:])
-        held = target.parameter.nbytes + 4 * sides * target.trainable_rank
-        trained = trained_elements(target, self.config.sculpt)
-        return Cost.factored(target, target.trainable_rank, trained, held, itemsize=4)
+        return cost_of(target, self.config.sculpt)
 
     def begin_task(self, task: int, advance: Advance) -> torch.optim.Optimizer:
         table = self._sculptor.begin_task(

@@ -47,7 +47,7 @@ def memory_of(strategy: Strategy) -> Memory:
     """An estimate from shapes and ranks alone."""
     weights = sum(p.numel() * p.element_size() for p in strategy.model.parameters())
     costs = [strategy.cost(target) for target in strategy.targets]
-    return Memory(weights, sum(cost.held for cost in costs), sum(cost.moving for cost in costs))
+    return Memory(weights, sum(cost.fixed for cost in costs), sum(cost.moving for cost in costs))
 
 
 def disk_of(strategy: Strategy, memory: Memory) -> Disk:
