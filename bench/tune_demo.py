@@ -2,7 +2,7 @@
 
     python bench/tune_demo.py --quick --method sculpt --ratio 0.1 0.25 --lr 5e-5 1e-4 --seed 3 4 5
 
-`docs/demo.md` says which of them became the defaults, and why.
+`docs/reference/demo.md` says which of them became the defaults, and why.
 """
 
 from __future__ import annotations

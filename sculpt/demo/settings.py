@@ -21,7 +21,7 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """One run of the demo. How the presets were found is told in `docs/demo.md`.
+    """One run of the demo. How the presets were found is told in `docs/reference/demo.md`.
 
     quick: the small sentence encoder instead of the language model.
     model: a plain Hugging Face directory of a causal language model instead of the built-in one.
