@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from bench.verify_memory import measure, write_checkpoints
 from sculpt.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 
 
@@ -33,15 +36,48 @@ def test_both_moments_are_counted() -> None:
     assert optimizer_state_bytes(optimizer) == 2 * 70 * 4 + 4
 
 
-def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+MEASURE = """
+import sys
+from pathlib import Path
+from sculpt.certificate.disk import verify_checkpoints
+from sculpt.config import SculptConfig
+from sculpt.memory import peak_memory_bytes, reset_peak_memory
+reset_peak_memory()
+before, after = map(Path, sys.argv[1:])
+found = verify_checkpoints(before, after, SculptConfig(unfreeze_rank_ratio=0.25))
+print(len(found.certificate.rows), peak_memory_bytes())
+"""
+
+
+def write_checkpoints(folder: Path, layers: int) -> int:
+    """Two of `layers` matrices each, tall and wide in turn, all of them changed; bytes of both."""
+    for name in ("before", "after"):
+        (folder / name).mkdir(parents=True)
+    files, total = {}, 0
+    for layer in range(layers):
+        shape = (16384, 128) if layer % 2 else (128, 16384)
+        name, file = f"layers.{layer}.weight", f"model-{layer:05d}.safetensors"
+        generator = torch.Generator().manual_seed(layer)
+        for where in ("before", "after"):
+            W = torch.randn(shape, generator=generator)
+            save_file({name: W}, folder / where / file)
+            total += W.nbytes
+        files[name] = file
+    index = json.dumps({"metadata": {"total_size": total // 2}, "weight_map": files})
+    for where in ("before", "after"):
+        (folder / where / "model.safetensors.index.json").write_text(index)
+    return total
+
+
+def test_memory_of_verify_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     peaks, sizes = [], []
     for layers in (4, 24):
-        before, after, total = write_checkpoints(
-            tmp_path / str(layers), layers, 128, 16384, torch.float32
-        )
-        rows, _, peak, _ = measure(before, after)
+        folder = tmp_path / str(layers)
+        sizes.append(write_checkpoints(folder, layers))
+        command = [sys.executable, "-c", MEASURE, str(folder / "before"), str(folder / "after")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows, peak = map(int, done.stdout.split())
         assert rows == layers
         peaks.append(peak)
-        sizes.append(2 * total)
     # An allocator keeps some of what was freed, but not what the files grew by, 320 MiB.
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 4

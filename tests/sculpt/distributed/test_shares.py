@@ -11,10 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch import launch
 from tasks import network
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from bench.decomposition import beside
+from bench.memory import peak
 from sculpt import SculptConfig, Sculptor
-from sculpt.distributed.processes import rounds
+from sculpt.distributed.processes import Processes, rounds
+from sculpt.distributed.sharding import local
+from sculpt.task.choose import find_all
+from sculpt.task.targets import find_targets
 
 SHAPES = st.lists(st.tuples(st.integers(2, 99), st.integers(2, 99)), max_size=12)
 
@@ -54,15 +59,31 @@ def test_the_same_bits_from_any_number_of_processes(size, tmp_path):
             assert same(ours, theirs)
 
 
-def held_beside():
-    few, many = beside(96, 4), beside(96, 16)
-    assert many["stays"] == 4 * few["stays"]
-    return [(found["peak"] - found["stays"]) / found["matrix"] for found in (few, many)]
+def held_beside(layers):
+    """Bytes at the peak of all decompositions, bases that stay left out, over those of one matrix;
+    and bytes of these bases."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(96, 96, bias=False) for _ in range(layers)))
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    config = SculptConfig(unfreeze_rank_ratio=0.25)
+    targets, found = find_targets(model, config).chosen, []
+    processes = Processes(None, torch.device("cpu"))
+    held = peak(lambda: found.extend(find_all(targets, config, {}, processes, None)))
+    stays = sum(local(part).nbytes for bases in found for part in (bases.U, bases.V))
+    return (held.total - stays) / (4 * 96**2), stays
+
+
+def held_by_few_and_many():
+    (few, small), (many, large) = held_beside(4), held_beside(16)
+    assert large == 4 * small
+    return few, many
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_memory_beside_the_share_does_not_grow_with_the_number_of_matrices(size, tmp_path):
-    for few, many in launch(size, held_beside, tmp_path):
+    for few, many in launch(size, held_by_few_and_many, tmp_path):
         # Nothing is freed later than a round after its own: one result, one whole matrix.
         assert many <= few + 2
         assert few < 20

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kills import fingerprint, left_alone, processes, until_finished
 from tiny_runs import run_config, run_values
 
 from bench.baselines import BASELINES
-from bench.kills import fingerprint, left_alone, processes, until_finished
 from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunDirectory, RunError
 from sculpt.runs.start import resume, run

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from kills import fingerprint
 from tiny_runs import run_config
 
 from bench.baselines import BASELINES
-from bench.kills import fingerprint
 from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunError
 from sculpt.runs.prepare import Prepared

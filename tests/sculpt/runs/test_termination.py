@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from kills import fingerprint
 from ruamel.yaml import YAML
 from tiny_runs import run_config, run_values
 
 from bench.baselines import BASELINES
-from bench.kills import fingerprint
 from sculpt.messages import SculptWarning
 from sculpt.runs import termination
 from sculpt.runs.config import RunConfig

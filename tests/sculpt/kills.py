@@ -1,16 +1,12 @@
-"""Kill a run again and again, at any instant, and see whether it ends with the same bits.
-
-    python -m bench.kills --rounds 40
+"""Runs that are killed again and again, at any instant, and resumed until they are finished.
 
 Half of the kills strike at a random event of the run itself, of each kind as often: a matrix
 decomposed, a step done, a file about to be written, flushed, renamed or removed. The others come
-from outside after a random time. Every run is resumed until it is finished, and then compared, byte
-by byte, with one that was left alone. Prints one JSON line for each round and a summary.
+from outside after a random time.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -18,15 +14,12 @@ import os
 import random
 import shutil
 import signal
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 # What the run reports, by phase.
 EVENTS = {
     "subspaces": "subspaces: matrix done",
@@ -161,48 +154,3 @@ def left_alone(server: Any, config: dict[str, Any]) -> tuple[dict[str, int], flo
         raise RuntimeError(f"the run failed with {process.exitcode}")
     counts: dict[str, int] = json.loads(where.value)
     return counts, time.perf_counter() - start
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--method", default="sculpt", choices=("sculpt", "plain"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--adaptive", action="store_true", help="ranks that adapt to data")
-    choices = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "tests" / "sculpt"))
-    from tiny_runs import run_values
-
-    server, rng = processes(), random.Random(choices.seed)
-    kills: Counter[str] = Counter()
-    different = 0
-    sculpt = {"ranks": {"mrr": 0.1, "trr": 0.7}} if choices.adaptive else {}
-    with tempfile.TemporaryDirectory() as folder:
-        config = run_values(
-            Path(folder),
-            method=choices.method,
-            dtype=choices.dtype,
-            sculpt=sculpt,
-            calibration_rows=3,
-            training={"steps": 6, "batch_size": 2, "lr": 1e-2, "order": "bucketed"},
-            checkpoint={"every_steps": 2, "models": "each"},
-        )
-        left_alone(server, config | {"out": str(Path(folder) / "first")})  # imports everything
-        counts, seconds = left_alone(server, config)
-        expected = fingerprint(Path(config["out"]))
-        for number in range(choices.rounds):
-            out = Path(folder) / f"round-{number}"
-            struck = until_finished(server, config | {"out": str(out)}, rng, counts, seconds)
-            same = fingerprint(out) == expected
-            different += not same
-            kills.update(struck)
-            print(json.dumps({"round": number, "kills": struck, "same": same}), flush=True)
-            shutil.rmtree(out)
-    total = sum(kills.values())
-    print(json.dumps({"kills": total, "different": different, "where": dict(kills.most_common())}))
-    return 1 if different else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
