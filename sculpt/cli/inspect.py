@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sculpt.cli.common import orderly_exit, print_json, suffixes_or_regex
+from sculpt.cli.common import orderly_exit, print_json, progress_bar, suffixes_or_regex
 
 
 @orderly_exit()
@@ -53,9 +53,7 @@ def inspect(
 
     No weight is loaded onto a device, and none at all with --no-spectra: a config.json is enough.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from sculpt.cli.console import new_console
     from sculpt.config import SculptConfig
     from sculpt.inspection import inspect_model
 
@@ -70,13 +68,7 @@ def inspect(
         weight_update=weight_update,
         basis_dtype=basis_dtype,
     )
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task("building the skeleton", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"spectrum of {name}")
-
+    with progress_bar("building the skeleton") as progress:
         found = inspect_model(
             model,
             config,
@@ -87,13 +79,11 @@ def inspect(
             checkpointing=checkpointing,
             state_dtype=state_dtype,
             read_spectra=spectra,
-            progress=show,
+            progress=progress,
         )
     if as_json:
         print_json(found.to_dict())
         return
-    console = Console(markup=False)
-    if not console.is_terminal:
-        console.width = 120
+    console = new_console()
     for table in found.tables(every_matrix=every_matrix):
-        console.print(table, highlight=False)
+        console.print(table)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sculpt.cli.common import orderly_exit
+from sculpt.cli.common import orderly_exit, progress_bar
 
 
 @orderly_exit()
@@ -25,20 +25,11 @@ def report(
     ] = None,
 ) -> None:
     """One self-contained HTML file: matrix, curves, forgetting, spectra, leaks, cost."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from sculpt.report import page
     from sculpt.storage.files import replacing_file
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("spectra")
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name)
-
-        text = page.report(run_dirs, with_spectra=spectra, progress=show)
+    with progress_bar("spectra") as progress:
+        text = page.report(run_dirs, with_spectra=spectra, progress=progress)
     file = out or run_dirs[0] / "report.html"
     with replacing_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ from sculpt.cli.common import (
     TROUBLE,
     orderly_exit,
     print_json,
+    progress_bar,
     sculpt_config,
 )
 
@@ -53,9 +54,6 @@ def verify(
     A negative verdict: the constraint is broken. Where the rounding of the weights hides it, it is
     not told.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from sculpt.certificate.disk import verify_checkpoints
 
     config = sculpt_config(
@@ -68,14 +66,8 @@ def verify(
         constraint=constraint,
         others=others,
     )
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading")
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name)
-
-        found = verify_checkpoints(before, after, config, progress=show)
+    with progress_bar("reading") as progress:
+        found = verify_checkpoints(before, after, config, progress=progress)
     if as_json:
         print_json({"before": str(before), "after": str(after), **found.to_dict()})
     else:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import sculpt_kernels
 from sculpt.cli.app import app
-from sculpt.cli.diagnosis import CHOOSING, OPERATIONS, Check, diagnose
+from sculpt.cli.doctor import CHOOSING, OPERATIONS, Check, diagnose
 
 
 def test_what_is_available_is_tested_and_right():

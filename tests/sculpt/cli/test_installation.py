@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sculpt.cli import diagnosis as doctor
+from sculpt.cli import doctor
 from sculpt.cli.app import app
 from sculpt.cli.common import TROUBLE
 

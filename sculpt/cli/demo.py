@@ -1,0 +1,46 @@
+"""`sculpt demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sculpt.cli.common import end_by_certificates, orderly_exit
+
+
+@orderly_exit()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small sentence encoder: under 2 minutes.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the examples drawn and their order.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory, new or empty; by default runs/demo-TIME.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Another causal model: a Hugging Face directory.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Trainable fraction of the singular directions.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps for each task.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="AdamW learning rate, in terms of dense weights.")
+    ] = None,
+) -> None:
+    """Three real tasks in a row, by plain full fine-tuning and by sculpt, side by side."""
+    from sculpt.cli.console import new_console, show
+    from sculpt.demo.run import run_demo
+    from sculpt.demo.settings import QUICK, DemoSettings
+
+    choices: dict[str, Any] = QUICK if quick else {}
+    given = {"model": model, "ratio": ratio, "steps": steps, "lr": lr}
+    choices = choices | {name: value for name, value in given.items() if value is not None}
+    folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    console = new_console()
+    results = run_demo(DemoSettings(out=folder, seed=seed, **choices), console)
+    show(console, results, folder)
+    end_by_certificates(results)

@@ -1,0 +1,44 @@
+"""`sculpt train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sculpt.cli.common import end_by_certificates, orderly_exit
+
+
+@orderly_exit()
+def train(
+    run_file: Annotated[Path, typer.Argument(help="YAML: model, out, data, training, ...")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. training.lr=1e-5")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show data, ranks, memory and time; train nothing.")
+    ] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Count and list rows that cannot be used.")
+    ] = False,
+) -> None:
+    """A task sequence: a Hugging Face model directory, JSON lines, CSV, CL_Benchmark, TRACE."""
+    from sculpt.cli.console import Lines, new_console, notes, show
+    from sculpt.runs.directory import check_out
+    from sculpt.runs.prepare import Prepared
+    from sculpt.runs.preview import preview
+    from sculpt.runs.start import run
+    from sculpt.runs.yaml_file import read_config
+
+    console = new_console()
+    with notes():
+        more = ("data.skip_bad_rows=true",) if skip_bad_rows else ()
+        config = read_config(run_file, (*(overrides or []), *more))
+        if dry_run:
+            check_out(config.out)
+            console.print(preview(Prepared(config)), soft_wrap=True)
+            return
+        results = run(config, Lines(console))
+    show(console, results, config.out)
+    end_by_certificates(results)
