@@ -1,4 +1,4 @@
-"""What the commands share: how they end, and options that become a configuration."""
+"""What the commands share: how they end, what they print of their progress, patterns as options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,7 +15,6 @@ import typer
 from sculpt.runs import termination
 
 if TYPE_CHECKING:
-    from sculpt.config import SculptConfig
     from sculpt.report.results import Results
 
 FINE, NEGATIVE, TROUBLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, termination.EXIT_CODE
@@ -81,49 +79,6 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n")
 
 
-def sculpt_config(
-    *,
-    ratio: float | None = None,
-    effective_rank: str | None = None,
-    run: Path | None = None,
-    rank_pattern: list[str] | None = None,
-    target_modules: str | None = None,
-    exclude_modules: str | None = None,
-    **fields: Any,
-) -> SculptConfig:
-    """The configuration that command line options describe.
-
-    Raises:
-        ValueError: none or several of the three sources of ranks, or an option that cannot be read.
-    """
-    from sculpt.config import SculptConfig
-
-    given = {"--ratio": ratio, "--effective-rank": effective_rank, "--run": run}
-    named = [option for option, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise ValueError(
-            f"exactly one of {', '.join(given)} says how much is preserved; got "
-            f"{' and '.join(named) or 'none'}"
-        )
-    if run is not None:
-        found = run_fields(run)
-    elif ratio is not None:
-        found = {"unfreeze_rank_ratio": ratio}
-    else:
-        assert effective_rank is not None
-        found = {"effective_rank": _rank("--effective-rank", effective_rank)}
-    for entry in rank_pattern or []:
-        pattern, equals, rank = entry.rpartition("=")
-        if not equals or not pattern:
-            raise ValueError(f"--rank-pattern {entry}: expected REGEX=RANK, e.g. 'q_proj=0.9'")
-        patterns = found.setdefault("rank_pattern", {})
-        patterns[pattern] = _rank("--rank-pattern", rank)
-    for name, text in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
-        if text is not None:
-            found[name] = suffixes_or_regex(text)
-    return SculptConfig(**{**found, **fields})
-
-
 def suffixes_or_regex(text: str) -> str | list[str]:
     """An option that takes suffixes with commas, or a regular expression.
 
@@ -131,40 +86,3 @@ def suffixes_or_regex(text: str) -> str | list[str]:
     """
     single = re.fullmatch(r"[\w.]+", text) is not None
     return text.split(",") if "," in text or single else text
-
-
-def run_fields(run: Path) -> dict[str, Any]:
-    """What the `config.json` of a run directory says about sculpting.
-
-    Raises:
-        ValueError: it is not there, or says nothing.
-    """
-    path = run / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--run {run}: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"--run {run}: {path} is not JSON: {error}") from error
-    # The demo keeps one setting in a flat file, a run all of them in a section.
-    section = config.get("config", config) if isinstance(config, dict) else None
-    if isinstance(section, dict) and isinstance(section.get("sculpt"), dict):
-        if section["sculpt"].get("ranks") is not None:
-            raise ValueError(
-                f"--run {run}: its ranks adapt to each matrix and task; results.json has them "
-                "under 'subspaces': give --ratio and --rank-pattern"
-            )
-        return dict(section["sculpt"])
-    if isinstance(section, dict) and isinstance(section.get("ratio"), float):
-        return {"unfreeze_rank_ratio": section["ratio"]}
-    raise ValueError(f"--run {run}: {path} has neither 'sculpt' settings nor a 'ratio'")
-
-
-def _rank(option: str, text: str) -> int | float:
-    """`"128"` counts directions, `"0.75"` is a fraction."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise ValueError(f"{option} {text}: expected an int (directions) or a fraction such as 0.75")

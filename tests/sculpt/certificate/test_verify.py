@@ -17,7 +17,7 @@ from sculpt import SculptConfig, Sculptor
 from sculpt.certificate.disk import verify_checkpoints
 from sculpt.certificate.streamed import bytes_for
 from sculpt.cli.app import app
-from sculpt.cli.common import sculpt_config
+from sculpt.cli.verify import sculpt_config
 from sculpt.runs.start import run
 from sculpt.storage.weights import StoredWeightsError
 
