@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from sculpt.config import SculptConfig
 from sculpt.data.config import DataConfig
-from sculpt.models.directory import check_directory
+from sculpt.models.load import check_directory
 from sculpt.runs.config import CheckpointConfig, RunConfig, TrainingConfig, describe
 from sculpt.runs.space import free_bytes
 

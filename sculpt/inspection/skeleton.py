@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from sculpt.models.directory import check_directory
+from sculpt.models.load import check_directory
 
 ATTENTION = "sculpt_maskless_sdpa"
 

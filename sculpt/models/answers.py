@@ -9,25 +9,24 @@ from typing import Any
 import torch
 
 from sculpt.data.examples import EXACT_MATCH, Example, Task
-from sculpt.models.encoding import Encoded
-from sculpt.models.learner import Saved, Score
+from sculpt.models.learner import Learner, Score
 from sculpt.models.scoring import measures
 
 
-class Answering(Saved):
+class Answering(Learner):
     """What causal and encoder-decoder models share: labels ranked, answers written.
 
-    score_batch: rows scored at once; max_new_tokens: where a free answer is cut.
+    max_new_tokens: where a free answer is cut.
+
+    Raises `ValueError` for a tokenizer without an end-of-sequence token.
     """
 
-    end: int
-
-    def __init__(self, *, score_batch: int = 24, max_new_tokens: int = 64) -> None:
-        self.score_batch = score_batch
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_new_tokens: int = 64, **options: Any
+    ) -> None:
+        super().__init__(model, tokenizer, **options)
         self.max_new_tokens = max_new_tokens
-
-    @abstractmethod
-    def encode(self, example: Example) -> Encoded: ...
+        self.end = self.encoder.end_token
 
     @abstractmethod
     def _question(self, example: Example) -> tuple[int, ...]:
@@ -51,21 +50,12 @@ class Answering(Saved):
     def _documents(self, task: Task) -> Score:
         """Scores on a task of documents, which ask nothing."""
 
-    @torch.no_grad()
-    def score(self, task: Task) -> Score:
+    def _score(self, task: Task) -> Score:
         """`generated`: greedy decoding writes the answer and then stops, or another measure of what
         it writes. `among_labels`: the right label has the largest total log-probability of all
         label tokens and the terminator."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            if task.test[0].is_document:
-                return self._documents(task)
-            return self._score_answers(task)
-        finally:
-            self.model.train(was_training)
-
-    def _score_answers(self, task: Task) -> Score:
+        if task.test[0].is_document:
+            return self._documents(task)
         # Rows of similar length share a batch: less padding.
         asked = sorted(
             ((self._question(example), example) for example in task.test),

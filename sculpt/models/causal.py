@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ import torch.nn.functional as F
 
 from sculpt.data.examples import NEXT_TOKEN, Example, Task
 from sculpt.models.answers import Answering
-from sculpt.models.encoding import IGNORED, Encoded, Encoder
-from sculpt.models.learner import Score, load_pretrained
+from sculpt.models.encoding import IGNORED, Encoded
+from sculpt.models.learner import Score
 
 
 class CausalLearner(Answering):
@@ -27,35 +26,18 @@ class CausalLearner(Answering):
     packing: lay the rows of a batch end to end in one sequence, without padding, each in its own
         attention. Otherwise they are padded to the longest.
 
-    Raises `ValueError` for a tokenizer without an end-of-sequence token, a limit below 1, or a
-    model in which packed rows would see each other.
+    Raises `ValueError` also for a model in which packed rows would see each other.
     """
 
+    auto_class = "AutoModelForCausalLM"
+
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        max_tokens: int | None = None,
-        max_text_tokens: int | None = None,
-        packing: bool = False,
-        **answering: int,
+        self, model: Any, tokenizer: Any, *, packing: bool = False, **options: Any
     ) -> None:
-        super().__init__(**answering)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.encoder = Encoder(tokenizer, max_tokens=max_tokens, max_text_tokens=max_text_tokens)
+        super().__init__(model, tokenizer, **options)
         self.packing = packing
-        self.end = self.encoder.end_token
         if packing:
             self._check_packing()
-
-    @classmethod
-    def from_directory(
-        cls, path: Path, *, dtype: torch.dtype = torch.float32, **options: Any
-    ) -> CausalLearner:
-        """Load a plain directory. Raises `ValueError` when it is not one."""
-        return cls(*load_pretrained("AutoModelForCausalLM", path, dtype), **options)
 
     def encode(self, example: Example) -> Encoded:
         return self.encoder.causal(example)
@@ -81,20 +63,19 @@ class CausalLearner(Answering):
         return loss, tokens
 
     def _packed_loss(self, rows: Sequence[Encoded]) -> torch.Tensor:
-        device = next(self.model.parameters()).device
         ids = [token for row in rows for token in row.ids[:-1]]
         targets = torch.tensor([label for row in rows for label in row.labels[1:]])
         learned = (targets != IGNORED).nonzero()[:, 0]
         logits = self.model(
-            input_ids=torch.tensor([ids], device=device),
+            input_ids=torch.tensor([ids], device=self.device),
             # Positions that start again mark where one row ends and the next begins.
             position_ids=torch.tensor(
-                [[place for row in rows for place in range(len(row.ids) - 1)]], device=device
+                [[place for row in rows for place in range(len(row.ids) - 1)]], device=self.device
             ),
-            logits_to_keep=learned.to(device),
+            logits_to_keep=learned.to(self.device),
             use_cache=False,
         ).logits[0]  # [learned, V]
-        return F.cross_entropy(logits, targets[learned].to(device))
+        return F.cross_entropy(logits, targets[learned].to(self.device))
 
     @torch.no_grad()
     def _check_packing(self) -> None:
@@ -166,16 +147,6 @@ class CausalLearner(Answering):
         return both
 
     def _left_padded(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), self.end)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids[index, width - len(row) :] = torch.tensor(row)
-            mask[index, width - len(row) :] = 1
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        device = next(self.model.parameters()).device
-        return {
-            "input_ids": ids.to(device),
-            "attention_mask": mask.to(device),
-            "position_ids": positions.to(device),
-        }
+        inputs = self.padded(rows, self.end, left=True)
+        positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        return inputs | {"position_ids": positions}

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from sculpt.data.examples import Example, Task
-from sculpt.models.directory import check_directory
-from sculpt.models.encoding import Encoded
+from sculpt.models.encoding import Encoded, Encoder
+from sculpt.models.load import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -31,73 +32,90 @@ class Score:
     more: dict[str, float] = field(default_factory=dict)
 
 
-class Learner(Protocol):
-    """A model together with the way it reads examples and answers."""
+class Learner(ABC):
+    """A Hugging Face model with its tokenizer, and the way it reads examples and answers.
 
-    @property
-    def model(self) -> torch.nn.Module:
-        """The module whose matrices are trained."""
+    max_tokens, max_text_tokens: see `Encoder`. score_batch: rows scored at once.
+    auto_class: name of the `AutoModel` class that loads it.
+    """
 
-    @property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
+    auto_class: str
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_tokens: int | None = None,
+        max_text_tokens: int | None = None,
+        score_batch: int = 24,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, max_tokens=max_tokens, max_text_tokens=max_text_tokens)
+        self.score_batch = score_batch
+
+    @classmethod
+    def from_directory(
+        cls, path: Path, *arguments: Any, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> Self:
+        """Load a plain directory. Raises `ValueError` when it does not hold such a model."""
+        loaded = load_pretrained(cls.auto_class, path, dtype, **cls.load_options(*arguments))
+        return cls(*loaded, *arguments, **options)
+
+    @classmethod
+    def load_options(cls, *arguments: Any) -> dict[str, Any]:
+        """What `from_pretrained` is told beside path and dtype."""
+        return {}
 
     def free_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters that every method trains freely: a new classification head."""
+        return []
 
+    @abstractmethod
     def encode(self, example: Example) -> Encoded:
         """Tokens to learn from. Raises `DataError` for a row that does not fit this model."""
 
     def encode_all(self, example: Example) -> list[Encoded]:
         """The same for an example that may be several rows: a long document."""
+        return [self.encode(example)]
 
-    def loss(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
+    @abstractmethod
+    def loss(self, rows: Sequence[Encoded]) -> tuple[Tensor, int]:
         """Mean loss over all that is learned in the batch, and the number of tokens it read."""
 
+    @torch.no_grad()
     def score(self, task: Task) -> Score:
-        """Scores on `task.test`; no gradients, and the training mode is restored."""
+        """Scores on `task.test`; the training mode is restored."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self._score(task)
+        finally:
+            self.model.train(was_training)
+
+    @abstractmethod
+    def _score(self, task: Task) -> Score: ...
 
     def save(self, path: Path) -> None:
         """Write model and tokenizer as a plain Hugging Face directory."""
-
-
-class Saved(ABC):
-    """A Hugging Face model with its tokenizer, saved as one directory."""
-
-    model: Any
-    tokenizer: Any
-
-    def free_parameters(self) -> list[torch.nn.Parameter]:
-        return []
-
-    @abstractmethod
-    def encode(self, example: Example) -> Encoded:
-        """As `Learner.encode`."""
-
-    def encode_all(self, example: Example) -> list[Encoded]:
-        return [self.encode(example)]
-
-    def save(self, path: Path) -> None:
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
-def load_pretrained(kind: str, path: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
-    """Model and tokenizer of a directory. `kind` is the name of an `AutoModel` class.
-
-    Raises `ValueError` when the directory does not hold such a model.
-    """
-    import transformers
-
-    check_directory(path)
-    try:
-        model = getattr(transformers, kind).from_pretrained(path, dtype=dtype, **options)
-    except Exception as error:  # whatever is wrong with the files, in any of several libraries
-        raise ValueError(f"model={path}: {kind} cannot read it: {error}") from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise ValueError(
-            f"model={path}: no tokenizer can be read there (tokenizer.json, ...): {error}"
-        ) from error
-    return model.eval(), tokenizer
+    def padded(
+        self, rows: Sequence[Sequence[int]], fill: int, *, left: bool = False
+    ) -> dict[str, Tensor]:
+        """Token rows as `input_ids` and `attention_mask`, `(len(rows), longest)`."""
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), fill)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, row in enumerate(rows):
+            here = slice(width - len(row), None) if left else slice(len(row))
+            ids[index, here] = torch.tensor(row)
+            mask[index, here] = 1
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}

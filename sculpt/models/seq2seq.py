@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,30 +11,20 @@ from torch import Tensor
 
 from sculpt.data.examples import DataError, Example, Task
 from sculpt.models.answers import Answering
-from sculpt.models.encoding import IGNORED, Encoded, Encoder
-from sculpt.models.learner import Score, load_pretrained
+from sculpt.models.encoding import IGNORED, Encoded
+from sculpt.models.learner import Score
 
 
 class Seq2SeqLearner(Answering):
     """A Hugging Face encoder-decoder with its tokenizer.
 
-    Raises `ValueError` for a model without a decoder start token, or a limit below 1.
+    Raises `ValueError` for a model without a decoder start token.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        max_tokens: int | None = None,
-        max_text_tokens: int | None = None,
-        **answering: int,
-    ) -> None:
-        super().__init__(**answering)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.encoder = Encoder(tokenizer, max_tokens=max_tokens, max_text_tokens=max_text_tokens)
-        self.end = self.encoder.end_token
+    auto_class = "AutoModelForSeq2SeqLM"
+
+    def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
+        super().__init__(model, tokenizer, **options)
         start = model.generation_config.decoder_start_token_id
         start = model.config.decoder_start_token_id if start is None else start
         if start is None:
@@ -45,20 +34,13 @@ class Seq2SeqLearner(Answering):
         self.start = int(start)
         self._answers: dict[str, tuple[int, ...]] = {}
 
-    @classmethod
-    def from_directory(
-        cls, path: Path, *, dtype: torch.dtype = torch.float32, **options: Any
-    ) -> Seq2SeqLearner:
-        """Load a plain directory. Raises `ValueError` when it is not one."""
-        return cls(*load_pretrained("AutoModelForSeq2SeqLM", path, dtype), **options)
-
     def encode(self, example: Example) -> Encoded:
         asked = self.encoder.prompt(example)
         return Encoded(asked.ids, self._answer(example, example.answer), asked.cut)
 
     def loss(self, rows: Sequence[Encoded]) -> tuple[Tensor, int]:
         """Mean cross-entropy over all tokens of all answers, terminators included."""
-        inputs = self._right_padded([row.ids for row in rows])
+        inputs = self.padded([row.ids for row in rows], self.end)
         decoder, targets = self._decoder([row.labels for row in rows])
         logits = self.model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
@@ -79,7 +61,7 @@ class Seq2SeqLearner(Answering):
 
     def _write(self, questions: Sequence[Sequence[int]]) -> list[list[int]]:
         # The first token is the one that starts the decoder.
-        return [row[1:] for row in self._generate(self._right_padded(questions))]
+        return [row[1:] for row in self._generate(self.padded(questions, self.end))]
 
     def _label_logits(
         self, questions: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
@@ -87,7 +69,7 @@ class Seq2SeqLearner(Answering):
         """The encoder runs once for all labels."""
         from transformers.modeling_outputs import BaseModelOutput
 
-        inputs = self._right_padded(questions)
+        inputs = self.padded(questions, self.end)
         read = self.model.get_encoder()(**inputs).last_hidden_state  # [B, T, d]
         n_labels = len(answers[0])
         decoder, _ = self._decoder([answer for row in answers for answer in row])
@@ -107,15 +89,4 @@ class Seq2SeqLearner(Answering):
         for place, answer in enumerate(answers):
             read[place, : len(answer)] = torch.tensor([self.start, *answer[:-1]])
             targets[place, : len(answer)] = torch.tensor(answer)
-        device = next(self.model.parameters()).device
-        return read.to(device), targets.to(device)
-
-    def _right_padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), self.end)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-            mask[index, : len(row)] = 1
-        device = next(self.model.parameters()).device
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        return read.to(self.device), targets.to(self.device)

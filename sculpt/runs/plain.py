@@ -7,8 +7,7 @@ from itertools import chain
 
 import torch
 
-from sculpt.models.encoding import Encoded
-from sculpt.models.packed_rows import PackedRows
+from sculpt.models.encoding import Encoded, PackedRows
 from sculpt.runs.method import Advance, Setting, Strategy, batches_of, freeze
 
 

@@ -13,10 +13,9 @@ from sculpt.data.examples import DataError, Example, Task
 from sculpt.data.rows import BadRows
 from sculpt.data.tasks import read_tasks
 from sculpt.logs import check_loggers
-from sculpt.models.directory import check_directory
+from sculpt.models.encoding import PackedRows
 from sculpt.models.learner import Learner
-from sculpt.models.load import load_learner
-from sculpt.models.packed_rows import PackedRows
+from sculpt.models.load import check_directory, load_learner
 from sculpt.runs.config import RunConfig
 from sculpt.runs.lm_eval import check_lm_eval
 from sculpt.runs.method import Setting

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sculpt.models.encoding import IGNORED, Encoded
-from sculpt.models.packed_rows import PackedRows
+from sculpt.models.encoding import IGNORED, Encoded, PackedRows
 
 TOKENS = st.lists(st.integers(IGNORED, 2**31 - 1), max_size=5).map(tuple)
 ROWS = st.lists(st.builds(Encoded, TOKENS, TOKENS, st.integers(0, 99)), max_size=5)

@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from sculpt.data.examples import Task
-from sculpt.models.encoder import EncoderLearner
+from sculpt.models.classifying import NearestLabelLearner
 
 TASKS = [VERY, SHORT]
 
 
 @pytest.fixture
-def learner() -> EncoderLearner:
+def learner() -> NearestLabelLearner:
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -42,16 +42,16 @@ def learner() -> EncoderLearner:
         intermediate_size=48,
         initializer_range=0.3,
     )
-    return EncoderLearner(BertModel(config, add_pooling_layer=False).eval(), fast, TASKS)
+    return NearestLabelLearner(BertModel(config, add_pooling_layer=False).eval(), fast, TASKS)
 
 
-def embedding(learner: EncoderLearner, ids: tuple[int, ...]) -> torch.Tensor:
+def embedding(learner: NearestLabelLearner, ids: tuple[int, ...]) -> torch.Tensor:
     """Of one row without padding."""
     hidden = learner.model(torch.tensor([ids])).last_hidden_state[0].mean(dim=0)
     return hidden / hidden.norm()
 
 
-def test_head_holds_the_embeddings_of_all_labels(learner: EncoderLearner) -> None:
+def test_head_holds_the_embeddings_of_all_labels(learner: NearestLabelLearner) -> None:
     assert learner.head.shape == (5, 32)
     assert not learner.head.requires_grad
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_head_holds_the_embeddings_of_all_labels(learner: EncoderLearner) -> Non
         torch.testing.assert_close(learner.head[4], embedding(learner, ids))
 
 
-def test_loss_is_over_the_labels_of_all_tasks(learner: EncoderLearner) -> None:
+def test_loss_is_over_the_labels_of_all_tasks(learner: NearestLabelLearner) -> None:
     encoded = [learner.encode(example) for example in SHORT.train]
     with torch.no_grad():
         loss, tokens = learner.loss(encoded)
@@ -73,7 +73,7 @@ def test_loss_is_over_the_labels_of_all_tasks(learner: EncoderLearner) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_score_tells_all_labels_from_own_labels(learner: EncoderLearner, task: Task) -> None:
+def test_score_tells_all_labels_from_own_labels(learner: NearestLabelLearner, task: Task) -> None:
     all_labels = own_labels = 0
     own = [learner.labels.index(label) for label in task.labels]
     for example in task.test:
@@ -88,19 +88,19 @@ def test_score_tells_all_labels_from_own_labels(learner: EncoderLearner, task: T
 
 
 def test_a_shared_label_is_one_label_and_asked_for_in_the_same_words(
-    learner: EncoderLearner,
+    learner: NearestLabelLearner,
 ) -> None:
-    again = EncoderLearner(learner.model, learner.tokenizer, [VERY, VERY])
+    again = NearestLabelLearner(learner.model, learner.tokenizer, [VERY, VERY])
     assert again.labels == list(VERY.labels)
     assert again.head.shape[0] == len(VERY.labels)
     other = replace(VERY, train=[replace(e, suffix=" Answer :") for e in VERY.train])
     with pytest.raises(ValueError, match=r"asked for by ' Answer : very good', and by ' Verdict :"):
-        EncoderLearner(learner.model, learner.tokenizer, [VERY, other])
+        NearestLabelLearner(learner.model, learner.tokenizer, [VERY, other])
 
 
-def test_saved_directory_is_plain(learner: EncoderLearner, tmp_path: Path) -> None:
+def test_saved_directory_is_plain(learner: NearestLabelLearner, tmp_path: Path) -> None:
     learner.save(tmp_path)
-    again = EncoderLearner.from_directory(tmp_path, TASKS)
+    again = NearestLabelLearner.from_directory(tmp_path, TASKS)
     assert again.score(VERY) == learner.score(VERY)
     assert {k: v.shape for k, v in again.model.state_dict().items()} == {
         k: v.shape for k, v in learner.model.state_dict().items()
