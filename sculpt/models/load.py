@@ -57,6 +57,14 @@ def _nearby(path: Path) -> str:
     return "; expected a Hugging Face model directory on this machine"
 
 
+def quiet_transformers() -> None:
+    """Keep what transformers prints while it loads to itself."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_pretrained(
     auto_class: str, path: Path, dtype: torch.dtype, **options: Any
 ) -> tuple[Any, Any]:

@@ -103,8 +103,10 @@ def test_the_saved_model_is_a_plain_one_with_the_reported_accuracy(
 def test_output_is_readable_without_a_terminal(finished: tuple[Path, str]) -> None:
     _, text = finished
     assert "\x1b" not in text
-    assert re.search(r"plain +BBC topic +step 3/3 +loss \d+\.\d+ +\d+ tokens/s .*ETA", text)
-    assert "sculpt  after movie verdict: BBC topic" in text
+    assert re.search(
+        r"plain +BBC topic: step 3/3 +loss \d+\.\d+ +[\d,]+ tokens/s +ETA \d+:\d\d", text
+    )
+    assert "sculpt  movie verdict: tested: BBC topic" in text
     for words in ("average accuracy", "forgetting", "worst leak", "peak memory", "optimizer state"):
         assert words in text
 
@@ -118,7 +120,7 @@ def test_output_is_readable_without_a_terminal(finished: tuple[Path, str]) -> No
         (["--steps", "0"], "steps=0"),
         (["--lr", "0"], "lr=0.0"),
         (["--seed", "-1"], "--seed -1"),
-        (["--model", "no/such/place"], "--model='no/such/place' does not exist"),
+        (["--model", "no/such/place"], "model='no/such/place' does not exist"),
     ],
 )
 def test_bad_input_is_refused_before_anything(
