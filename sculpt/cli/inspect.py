@@ -53,7 +53,6 @@ def inspect(
 
     No weight is loaded onto a device, and none at all with --no-spectra: a config.json is enough.
     """
-    from sculpt.cli.console import new_console
     from sculpt.config import SculptConfig
     from sculpt.inspection import inspect_model
 
@@ -83,7 +82,5 @@ def inspect(
         )
     if as_json:
         print_json(found.to_dict())
-        return
-    console = new_console()
-    for table in found.tables(every_matrix=every_matrix):
-        console.print(table)
+    else:
+        typer.echo(found.text(every_matrix=every_matrix))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sculpt.inspection.spectra import Spectrum
+from sculpt.messages import text_table
 from sculpt.task.cost import Cost, Matrix
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
 
 LORA_RANK = 32
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -100,23 +96,18 @@ class Inspection:
     notes: list[str]
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return self.text()
 
-        buffer = StringIO()
-        console = Console(file=buffer, width=120, color_system=None, highlight=False, markup=False)
-        for table in self.tables():
-            console.print(table)
-        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+    def text(self, *, every_matrix: bool = False) -> str:
+        """Header, the methods side by side, the matrices, and what was left out.
 
-    def tables(self, *, every_matrix: bool = False) -> Iterator[RenderableType]:
-        """Header, the methods side by side, the matrices, and what was left out."""
-        yield _header(self)
-        yield _methods(self)
+        every_matrix: a line for every matrix, not for every kind.
+        """
         groups = _groups(self.rows, every_matrix)
-        yield _matrices(self, groups)
+        parts = [_header(self), _methods(self), _matrices(self, groups)]
         if any(row.spectrum for row in self.rows):
-            yield _spectra(groups)
-        yield _footer(self)
+            parts.append(_spectra(groups))
+        return "\n".join([*parts, _footer(self)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON would have it."""
@@ -141,68 +132,46 @@ def _times(value: float | None, base: float | None) -> str:
     return f"{value / base:.2f}x" if value and base else ""
 
 
-def _table(*titles: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
-
-
-def _header(found: Inspection) -> RenderableType:
-    from rich.text import Text
-
+def _header(found: Inspection) -> str:
     setting = found.setting
     passes = f" in {setting.micro_batches} passes" if setting.micro_batches > 1 else ""
     activations = "recomputed in the backward" if setting.checkpointing else "kept"
     states = "the dtype of what trains" if setting.state_dtype == "trained" else setting.state_dtype
-    return Text.assemble(
-        (found.model, "bold"),
-        f"  {found.kind}, {quantity(found.parameters, '')} parameters in {setting.dtype}, "
-        f"{len(found.rows)} matrices, {found.trained}\n",
-        (
-            f"one step: {setting.tokens:,} tokens in sequences of {setting.sequence:,}{passes}, "
-            f"activations {activations}, AdamW's states in {states}",
-            "dim",
-        ),
+    return (
+        f"{found.model}: {found.kind}, {quantity(found.parameters, '')} parameters in "
+        f"{setting.dtype}, {len(found.rows)} matrices\n"
+        f"sculpted: {found.trained}\n"
+        f"one step: {setting.tokens:,} tokens in sequences of {setting.sequence:,}{passes}, "
+        f"activations {activations}, AdamW's states in {states}"
     )
 
 
-def _methods(found: Inspection) -> RenderableType:
+def _methods(found: Inspection) -> str:
     methods, plain = list(found.methods.values()), found.methods["plain"]
-    table = _table("", *(method.label for method in methods))
-    table.columns[1 + list(found.methods).index("sculpt")].style = "bold"
+    rows: list[list[str]] = []
 
-    def add(label: str, value: Callable[[Method], float | None], unit: str = "B") -> None:
+    def add(
+        label: str, value: Callable[[Method], float | None], unit: str = "B", *, of: bool = False
+    ) -> None:
         values = [value(method) for method in methods]
-        table.add_row(label, *("" if v is None else quantity(v, unit) for v in values))
-
-    def compare(value: Callable[[Method], float | None]) -> None:
-        table.add_row("  of plain", *(_times(value(m), value(plain)) for m in methods), style="dim")
+        rows.append([label, *("" if v is None else quantity(v, unit) for v in values)])
+        if of:
+            rows.append(["  of plain", *(_times(v, value(plain)) for v in values)])
 
     add("trainable elements", lambda method: method.cost.trainable, "")
-    table.add_section()
     for label, part in PARTS:
         if any(getattr(method.cost, part) for method in methods):
             add(label, lambda method, part=part: getattr(method.cost, part))  # type: ignore[misc]
-    add("held", lambda method: method.cost.held)
-    compare(lambda method: method.cost.held)
+    add("held", lambda method: method.cost.held, of=True)
     if any(method.cost.host for method in methods):
         add("host memory", lambda method: method.cost.host)
-    if plain.flops is None:
-        return table
-    add("activations of a pass", lambda method: method.activations)
-    add("peak memory", lambda method: method.peak)
-    compare(lambda method: method.peak)
-    table.add_section()
-    recomputed = ", nothing recomputed" if found.setting.checkpointing else ""
-    add(f"FLOPs of the matrices{recomputed}", lambda method: method.cost.flops, "FLOP")
-    compare(lambda method: method.cost.flops)
-    add("FLOPs of a whole step", lambda method: method.flops, "FLOP")
-    compare(lambda method: method.flops)
-    return table
+    if plain.flops is not None:
+        add("activations of a pass", lambda method: method.activations)
+        add("peak memory", lambda method: method.peak, of=True)
+        recomputed = ", nothing recomputed" if found.setting.checkpointing else ""
+        add(f"FLOPs of the matrices{recomputed}", lambda m: m.cost.flops, "FLOP", of=True)
+        add("FLOPs of a whole step", lambda method: method.flops, "FLOP", of=True)
+    return text_table(["", *(method.label for method in methods)], rows)
 
 
 def _groups(rows: list[Row], every: bool) -> dict[str, list[Row]]:
@@ -228,61 +197,48 @@ def _common_prefix(names: list[str]) -> str:
     return ".".join(parts) + "." if parts else ""
 
 
-def _matrices(found: Inspection, groups: dict[str, list[Row]]) -> RenderableType:
+def _matrices(found: Inspection, groups: dict[str, list[Row]]) -> str:
     prefix = _common_prefix(list(groups))
     counted = found.methods["plain"].flops is not None
-    titles = ["", "shape", "preserved", "trainable", "elements", "held", "of plain"]
-    table = _table(f"{prefix}…", *titles, *(["FLOPs of plain"] if counted else []))
 
     def costs(rows: list[Row]) -> list[str]:
         ours, plain = (sum((r.costs[m] for r in rows), Cost()) for m in ("sculpt", "plain"))
         shown = [quantity(ours.trainable, ""), quantity(ours.held), _times(ours.held, plain.held)]
         return [*shown, _times(ours.flops, plain.flops)] if counted else shown
 
+    lines = []
     for name, rows in groups.items():
         matrix = rows[0].matrix
-        many = len(rows) * matrix.count
-        table.add_row(
-            name.removeprefix(prefix),
-            "" if many == 1 else f"×{many}",
-            " x ".join(map(str, matrix.shape)),
-            str(matrix.preserved),
-            str(matrix.trainable_rank),
-            *costs(rows),
-        )
-    table.add_section()
+        count = len(rows) * matrix.count
+        shape = " x ".join(map(str, matrix.shape))
+        ranks = str(matrix.preserved), str(matrix.trainable_rank)
+        many = "" if count == 1 else f"×{count}"
+        lines.append([name.removeprefix(prefix), many, shape, *ranks, *costs(rows)])
     total = str(sum(row.matrix.count for row in found.rows))
-    table.add_row("all", total, "", "", "", *costs(found.rows), style="bold")
-    return table
+    lines.append(["all", total, "", "", "", *costs(found.rows)])
+    titles = ["", "shape", "preserved", "trainable", "elements", "held", "of plain"]
+    return text_table([f"{prefix}…", *titles, *(["FLOPs of plain"] if counted else [])], lines)
 
 
-def _spectra(groups: dict[str, list[Row]]) -> RenderableType:
+def _spectra(groups: dict[str, list[Row]]) -> str:
     prefix = _common_prefix(list(groups))
-    titles = ["energy preserved", "stable rank", "σ₁", "σ at the cut", "last σ", "σ₁ to last"]
-    table = _table(f"{prefix}…", *titles)
+    lines = []
     for name, rows in groups.items():
         spectra = sorted((r.spectrum for r in rows if r.spectrum), key=lambda s: s.energy)
         if spectra:
             low, middle, high = spectra[0], spectra[len(spectra) // 2], spectra[-1]
-            table.add_row(
-                name.removeprefix(prefix),
-                f"{low.energy:.1%}" + (f" to {high.energy:.1%}" if len(spectra) > 1 else ""),
-                f"{middle.stable_rank:.1f}",
-                f"{middle.largest:.3g}",
-                f"{middle.at_cut:.3g}",
-                f"{middle.smallest:.3g}",
-                middle.bars(),
-            )
-    return table
+            energy = f"{low.energy:.1%}" + (f" to {high.energy:.1%}" if len(spectra) > 1 else "")
+            values = (f"{v:.3g}" for v in (middle.largest, middle.at_cut, middle.smallest))
+            stable = f"{middle.stable_rank:.1f}"
+            lines.append([name.removeprefix(prefix), energy, stable, *values, middle.bars()])
+    titles = ["energy preserved", "stable rank", "σ₁", "σ at the cut", "last σ", "σ₁ to last"]
+    return text_table([f"{prefix}…", *titles], lines)
 
 
-def _footer(found: Inspection) -> RenderableType:
-    from rich.text import Text
-
+def _footer(found: Inspection) -> str:
     reasons: dict[str, int] = {}
     for reason in found.left_out.values():
         reasons[reason] = reasons.get(reason, 0) + 1
     parts = [f"{count} {reason}" for reason, count in reasons.items()]
     lines = [f"left out: {'; '.join(parts)}"] if parts else []
-    lines += [f"note: {note}" for note in found.notes]
-    return Text("\n".join(lines), style="dim")
+    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
