@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import (
+    backends,
     compress,
     expand_add_,
     orthonormalize,
@@ -33,6 +34,9 @@ MODELS = {
 RATIOS = {"1/32": 1 / 32, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2, "3/4": 3 / 4}
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "step": 10}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+FORMS = ("core", "strict", "left", "right")
+OPERATIONS = (*FORMS, "compress", "expand_add", "adamw")
 
 Variants = dict[str, Callable[[], object]]
 
@@ -116,17 +120,15 @@ def cases(
     models: list[str],
     operations: list[str],
     dtypes: list[str],
-    ratios: list[str] | None = None,
+    ratios: list[str],
 ) -> Iterator[Case]:
-    """All combinations; `operations` may name forms: `core`, `strict`, `left`, `right`."""
+    """All combinations."""
     for model in models:
         for shape in MODELS[model]:
             for operation in operations:
-                projected = operation in ("core", "strict", "left", "right")
-                kind = "project" if projected else operation
-                form = operation if projected else "core"
+                kind, form = ("project", operation) if operation in FORMS else (operation, "core")
                 for dtype in dtypes:
-                    for ratio in ratios or RATIOS:
+                    for ratio in ratios:
                         yield Case(kind, form, shape, ratio, dtype, model)
 
 
@@ -200,9 +202,12 @@ def _expand_add(data: Inputs, compiled: bool) -> Variants:
         found["compiled"] = lambda: function(W, C, U, V, 0.5)
     found["ours"] = lambda: expand_add_(W, data.C, U, V, alpha=0.5)
     if W.dtype != torch.float32:
-        found["ours, stochastic"] = lambda: expand_add_(
-            W, data.C, U, V, alpha=0.5, rounding="stochastic", seed=1
-        )
+        stochastic = {"alpha": 0.5, "rounding": "stochastic", "seed": 1}
+        found["ours, stochastic"] = lambda: expand_add_(W, data.C, U, V, **stochastic)
+        if not W.is_cuda and backends()["native"] == "available":
+            found["ours, stochastic, torch"] = lambda: expand_add_(
+                W, data.C, U, V, backend="torch", **stochastic
+            )
     return found
 
 

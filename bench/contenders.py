@@ -1,6 +1,7 @@
 """One model, trained in four ways: plain, sculpt, PEFT's OSF, PEFT's LoRA.
 
-All train the same matrices with `AdamW(fused=True)` and freeze the rest.
+All train the same matrices with `AdamW(fused=True)` and freeze the rest. Their singular vectors are
+found once, or made up at random where only time is asked for.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from bench.llama import Llama
 from bench.timing import clock
 from sculpt import SculptConfig, Sculptor
 from sculpt.memory import optimizer_state_bytes
-from sculpt_kernels import Subspace, leak
+from sculpt_kernels import Subspace, leak, orthonormalize
 
 RATIOS = {"1/2": 0.5, "1/4": 0.25, "1/8": 0.125}
 LORA_RANK = 32
@@ -27,7 +28,7 @@ LORA_RANK = 32
 
 @dataclass(frozen=True)
 class Decomposition:
-    """One matrix before training and its thin singular vectors, found once for all contenders."""
+    """One matrix before training and its thin singular vectors."""
 
     W: Tensor
     U: Tensor
@@ -37,6 +38,32 @@ class Decomposition:
     def low(self, h: int) -> Subspace:
         U, V = self.U[:, h:].contiguous(), self.V[:, h:].contiguous()
         return Subspace(U, V, h, "low", 1.0, "given")
+
+    def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.U, self.S, self.V
+
+
+class Random:
+    """Made-up vectors of a matrix, as many as are asked for: a step with them takes as long."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.W = weight
+
+    def low(self, h: int) -> Subspace:
+        t = min(self.W.shape) - h
+        U, V = (orthonormalize(B[:, :t].float()).to(self.W.dtype) for B in self._sides())
+        return Subspace(U, V, h, "low", 1.0, "random")
+
+    def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
+        U, V = self._sides()
+        return U, self.W.new_ones(min(self.W.shape)), V
+
+    def _sides(self) -> Iterator[Tensor]:
+        for size in self.W.shape:
+            yield self.W.new_empty(size, min(self.W.shape)).normal_() / size**0.5
+
+
+Known = Mapping[str, Decomposition] | Mapping[str, Random]
 
 
 def decompose(model: Llama) -> dict[str, Decomposition]:
@@ -143,7 +170,7 @@ class Contender:
         """Largest share of an update in the protected subspaces, over all matrices."""
         worst = 0.0
         for name, found in known.items():
-            h = preserved(found, ratio)
+            h = preserved(found.W, ratio)
             delta = self.delta(name).double()
             worst = max(worst, leak(delta, found.U[:, :h], found.V[:, :h]).strict)
         return worst
@@ -154,27 +181,19 @@ class Contender:
         return max(float(2**-24 * W / delta) for W, delta in norms)
 
 
-def preserved(found: Decomposition, ratio: float) -> int:
-    return len(found.S) - int(ratio * len(found.S))
-
-
 def make(
-    method: str,
-    ratio: float,
-    build: Callable[[], Llama],
-    known: dict[str, Decomposition],
-    *,
-    lr: float = 1e-4,
+    method: str, ratio: float, model: Llama, known: Known, *, lr: float = 1e-4, **options: Any
 ) -> Contender:
-    """A contender of its own model; `build` gives the same weights every time.
+    """A contender that trains this model.
 
     Args:
         method: `"plain"`, `"sculpt"`, `"sculpt/disk"` with the weights before the task in files,
             `"osf"` or `"lora"`; the last two need PEFT.
         ratio: trainable fraction, of sculpt and OSF.
+        known: the matrices that sculpt and OSF start from.
+        options: fields of `SculptConfig`.
     """
-    model = build()
-    matrices = model.matrices()
+    matrices, sculptor = model.matrices(), None
 
     def delta(name: str) -> Tensor:
         return matrices[name].weight.detach() - known[name].W
@@ -184,60 +203,55 @@ def make(
         trained = [module.weight for module in matrices.values()]
         for weight in trained:
             weight.requires_grad_(True)
-        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
-        return Contender(method, model, optimizer, delta)
-    if method.startswith("sculpt"):
+    elif method.startswith("sculpt"):
         originals = "disk" if method == "sculpt/disk" else "auto"
-        sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=ratio, originals=originals))
-        given = {name: found.low(preserved(found, ratio)) for name, found in known.items()}
-        sculptor.begin_task(subspaces=given)
+        config = SculptConfig(unfreeze_rank_ratio=ratio, originals=originals, **options)
+        sculptor = Sculptor(model, config)
+        cut = {name: preserved(module.weight, ratio) for name, module in matrices.items()}
+        sculptor.begin_task(subspaces={name: known[name].low(h) for name, h in cut.items()})
         trained = sculptor.parameters()
-        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
-        return Contender(method, model, optimizer, delta, sculptor)
-    return _with_peft(method, ratio, model, known, lr)
+    else:
+        adapted = _adapted(method, ratio, model, known)
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+
+        def delta(name: str) -> Tensor:
+            layer = adapted.base_model.model.get_submodule(name)
+            change: Tensor = layer.get_delta_weight("default")
+            return change.detach()
+
+        model = adapted
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
+    return Contender(method, model, optimizer, delta, sculptor)
 
 
-def _with_peft(
-    method: str, ratio: float, model: Llama, known: dict[str, Decomposition], lr: float
-) -> Contender:
+def preserved(W: Tensor, ratio: float) -> int:
+    return min(W.shape) - int(ratio * min(W.shape))
+
+
+def _adapted(method: str, ratio: float, model: Llama, known: Known) -> Any:
     import peft
     from peft.tuners.osf import layer as osf
 
     targets = sorted({name.rpartition(".")[2] for name in model.matrices()})
     if method == "lora":
-        config: Any = peft.LoraConfig(r=LORA_RANK, target_modules=targets, lora_dropout=0.0)
-        adapted = peft.get_peft_model(model, config)
-    else:
-        config = peft.OSFConfig(effective_rank=1 - ratio, target_modules=targets)
-        # The same singular vectors, without a second decomposition of every matrix.
-        by_weight = {
-            model.get_submodule(name).weight.data_ptr(): found for name, found in known.items()
-        }
-        theirs = osf.decompose_weight_matrix
+        lora: Any = peft.LoraConfig(r=LORA_RANK, target_modules=targets, lora_dropout=0.0)
+        return peft.get_peft_model(model, lora)  # type: ignore[arg-type]
+    by_weight = {module.weight.data_ptr(): known[n] for n, module in model.matrices().items()}
 
-        def ours(weight: Tensor, top_k: int) -> dict[str, Any]:
-            found = by_weight[weight.data_ptr()]
-            parts = {"U": found.U, "S": found.S, "V": found.V.mT}
-            high = {"U": parts["U"][:, :top_k], "S": parts["S"][:top_k], "V": parts["V"][:top_k]}
-            low = {"U": parts["U"][:, top_k:], "S": parts["S"][top_k:], "V": parts["V"][top_k:]}
-            split = {f"{key}_high": value.contiguous() for key, value in high.items()}
-            split |= {
-                f"{key}_low": nn.Parameter(value.clone(memory_format=torch.contiguous_format))
-                for key, value in low.items()
-            }
-            return split | {"rank_high": top_k}
+    def given(weight: Tensor, top_k: int) -> dict[str, Any]:
+        """What PEFT computes, without a decomposition of every matrix."""
+        U, S, V = by_weight[weight.data_ptr()].triplets()
+        parts = {"U": (U[:, :top_k], U[:, top_k:]), "S": (S[:top_k], S[top_k:]),
+                 "V": (V.mT[:top_k], V.mT[top_k:])}  # fmt: skip
+        found: dict[str, Any] = {"rank_high": top_k}
+        for name, (high, low) in parts.items():
+            found[f"{name}_high"] = high.contiguous()
+            found[f"{name}_low"] = nn.Parameter(low.clone(memory_format=torch.contiguous_format))
+        return found
 
-        osf.decompose_weight_matrix = ours
-        try:
-            adapted = peft.get_peft_model(model, config)
-        finally:
-            osf.decompose_weight_matrix = theirs
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
-
-    def delta(name: str) -> Tensor:
-        layer = adapted.base_model.model.get_submodule(name)
-        change: Tensor = layer.get_delta_weight("default")
-        return change.detach()
-
-    return Contender(method, adapted, optimizer, delta)
+    theirs, osf.decompose_weight_matrix = osf.decompose_weight_matrix, given
+    try:
+        config: Any = peft.OSFConfig(effective_rank=1 - ratio, target_modules=targets)
+        return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    finally:
+        osf.decompose_weight_matrix = theirs

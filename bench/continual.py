@@ -4,7 +4,6 @@
     python -m bench.continual ... --search 2e-5 5e-5 1e-4   # first choose a learning rate for each
     python -m bench.continual ... --variant half sculpt.unfreeze_rank_ratio=0.5
     python -m bench.continual ... training.steps=40         # any field of a run, for all
-    python -m bench.continual --table                       # from the files that are there
 
 Every run is a process of its own and leaves one JSON file. What has one is skipped, unless a search
 has found another rate since, and what was interrupted is taken up where it was. A search trains and
@@ -15,11 +14,9 @@ is the one for all orders.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.baselines import BASELINES
-from bench.continual_table import draw, table
+from bench.machine import about, today
 from sculpt.data.folders import folder_tasks
 from sculpt.metrics import summary
 from sculpt.report.results import Results
@@ -51,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "l2sp": {"method": "l2sp"},
     "multitask": {"method": "multitask"},
 }
-"""Names and what they change in a run: dotted fields of `RunConfig`."""
+"""Names and what they change in a run: dotted fields of `RunConfig`, short names of methods."""
 
 RESULTS = Path("bench/results/continual")
 
@@ -87,12 +84,9 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
 
 def run_config(plan: Plan, base: dict[str, Any], data: Path, out: Path) -> RunConfig:
     """The run; `base` holds dotted fields for all."""
-    values = {**base, **plan.changes, "seed": plan.seed, "out": str(out), "data.folder": str(data)}
-    values["data.order"] = plan.order
+    values = {**base, **plan.changes, "seed": plan.seed, "out": str(out)}
     values["method"] = BASELINES.get(values["method"], values["method"])
     if plan.search:
-        for key in ("data.folder", "data.order"):
-            del values[key]
         values["data.tasks"] = [
             {
                 "name": task.name,
@@ -102,10 +96,12 @@ def run_config(plan: Plan, base: dict[str, Any], data: Path, out: Path) -> RunCo
             }
             for task in folder_tasks(data, plan.order)
         ]
+    else:
+        values |= {"data.folder": str(data), "data.order": plan.order}
     return RunConfig.model_validate(nested(values))
 
 
-def compute(config: RunConfig, about: dict[str, Any], path: Path, threads: int) -> None:
+def compute(config: RunConfig, facts: dict[str, Any], path: Path, threads: int) -> None:
     """Run it in this process, and leave the file at `path`."""
     import torch
 
@@ -115,8 +111,9 @@ def compute(config: RunConfig, about: dict[str, Any], path: Path, threads: int) 
     before = os.getloadavg()[0]
     started = (config.out / "config.json").is_file()
     results = (resume(config.out) or finished(config)) if started else run(config)
-    about["load"] = [round(before, 2), round(os.getloadavg()[0], 2)]
-    write_json(path, describe(config, results, about))
+    facts["load"] = [round(before, 2), round(os.getloadavg()[0], 2)]
+    facts |= {"date": today(), "machine": about()}
+    write_json(path, facts | describe(config, results))
     shutil.rmtree(config.out)
 
 
@@ -127,7 +124,7 @@ def finished(config: RunConfig) -> Results:
     return Results(found["config"], found["versions"], found["tasks"], methods)
 
 
-def describe(config: RunConfig, results: Results, about: dict[str, Any]) -> dict[str, Any]:
+def describe(config: RunConfig, results: Results) -> dict[str, Any]:
     """What one run leaves. Of paths only the last part."""
     result = results.methods[config.method]
     worst = result.worst_leak
@@ -135,7 +132,6 @@ def describe(config: RunConfig, results: Results, about: dict[str, Any]) -> dict
     settings["data"] = {k: v for k, v in settings["data"].items() if k not in ("tasks", "folder")}
     metrics = {name: vars(summary(getattr(result, name))) for name in ("generated", "among_labels")}
     return {
-        **about,
         "model": config.model.name,
         "config": settings,
         "tasks": [{k: task[k] for k in ("name", "train", "test")} for task in results.tasks],
@@ -154,10 +150,10 @@ def describe(config: RunConfig, results: Results, about: dict[str, Any]) -> dict
     }
 
 
-def in_a_process(config: RunConfig, about: dict[str, Any], path: Path, threads: int) -> bool:
+def in_a_process(config: RunConfig, facts: dict[str, Any], path: Path, threads: int) -> bool:
     """Whether the run went well; its peak memory is then that of nothing else."""
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=compute, args=(config, about, path, threads))
+    process = context.Process(target=compute, args=(config, facts, path, threads))
     process.start()
     try:
         process.join()
@@ -168,28 +164,24 @@ def in_a_process(config: RunConfig, about: dict[str, Any], path: Path, threads: 
     return process.exitcode == 0
 
 
-def run_all(
-    plans: Sequence[Plan], base: dict[str, Any], model: Path, data: Path, options: Any
-) -> list[str]:
+def run_all(plans: Sequence[Plan], base: dict[str, Any], data: Path, options: Any) -> list[str]:
     """Do what is not done yet; the names of the runs that failed."""
     failed = []
     for number, plan in enumerate(plans, 1):
-        name = plan.name(model)
+        name = plan.name(options.model)
         path = options.out / f"{name}.json"
         if done_at_this_rate(path, plan):
             continue
         print(f"{number} of {len(plans)}: {name}", flush=True)
-        config = run_config(plan, {**base, "model": str(model)}, data, options.work / name)
-        about = {
+        config = run_config(plan, {**base, "model": str(options.model)}, data, options.work / name)
+        facts = {
             "variant": plan.variant,
             "order": plan.order,
             "seed": plan.seed,
             "search": plan.search,
             "short_prompts": options.short,
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-            "machine": machine(options.threads),
         }
-        if in_a_process(config, about, path, options.threads):
+        if in_a_process(config, facts, path, options.threads):
             got = json.loads(path.read_text(encoding="utf-8"))
             score = got["metrics"]["generated"]["average_accuracy"]
             print(f"  average accuracy {score:.3f}, {got['total_seconds']:.0f} s", flush=True)
@@ -204,12 +196,6 @@ def done_at_this_rate(path: Path, plan: Plan) -> bool:
         return False
     used = json.loads(path.read_text(encoding="utf-8"))["config"]["training"]["lr"]
     return bool(used == plan.changes.get("training.lr", used))
-
-
-def machine(threads: int) -> dict[str, Any]:
-    from bench.training import _processor
-
-    return {"cpu": _processor(), "threads": threads, "system": platform.system()}
 
 
 def searched(out: Path, model: Path) -> dict[str, float]:
@@ -259,18 +245,11 @@ def fields(arguments: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def plans_of(
-    variants: dict[str, dict[str, Any]], options: Any, base: dict[str, Any], model: Path
-) -> list[Plan]:
+def plans_of(variants: dict[str, dict[str, Any]], options: Any) -> list[Plan]:
     """All runs at the rates that were found: an order after the other, then the next seed."""
-    rates = searched(options.out, model)
+    rates = {n: {"training.lr": lr} for n, lr in searched(options.out, options.model).items()}
     return [
-        Plan(
-            name,
-            order,
-            seed,
-            {**changes, **({"training.lr": rates[name]} if name in rates else {})},
-        )
+        Plan(name, order, seed, {**changes, **rates.get(name, {})})
         for seed in options.seeds
         for order in options.orders
         for name, changes in variants.items()
@@ -282,7 +261,7 @@ def search_plans(variants: dict[str, dict[str, Any]], options: Any) -> list[Plan
         Plan(name, options.orders[0], 100, {**changes, "training.lr": lr}, search=True)
         for lr in options.search
         for name, changes in variants.items()
-        if changes.get("method") != "frozen"
+        if changes["method"] != "frozen"
     ]
 
 
@@ -291,8 +270,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("fields", nargs="*", help="key=value, any field of a run")
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--data", type=Path, help="a folder for each data set")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="a folder for each data set")
     parser.add_argument("--short", action="store_true", help="prompts without their options")
     parser.add_argument("--orders", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
@@ -305,31 +284,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("runs/continual"))
-    parser.add_argument("--table", action="store_true", help="only show what is there")
-    options = parser.parse_args(arguments)
-    if not options.table and not (options.model and options.data):
-        parser.error("--model and --data are needed, or --table")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    failed: list[str] = []
-    if not options.table:
-        base = {"checkpoint.models": "none", **fields(options.fields)}
-        variants = {name: VARIANTS[name] for name in options.variants}
-        for name, *changes in options.variant:
-            variants[name] = {"method": "sculpt", **fields(changes)}
-        data = options.data
-        if options.short:
-            data = shorten(data, options.work / f"short-{data.name}")
-        for plans in (search_plans(variants, options), None):
-            if plans is None and options.only_search:
-                break
-            todo = plans_of(variants, options, base, options.model) if plans is None else plans
-            failed += run_all(todo, base, options.model, data, options)
-    print(table(options.out))
-    draw(options.out, options.out / "continual.png")
+    base = {"checkpoint.models": "none", **fields(options.fields)}
+    variants = {name: VARIANTS[name] for name in options.variants}
+    for name, *changes in options.variant:
+        variants[name] = {"method": "sculpt", **fields(changes)}
+    data = options.data
+    if options.short:
+        data = shorten(data, options.work / f"short-{data.name}")
+    failed = run_all(search_plans(variants, options), base, data, options)
+    if not options.only_search:
+        failed += run_all(plans_of(variants, options), base, data, options)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return int(bool(failed))

@@ -7,19 +7,18 @@
     python -m bench.gpu --only continual --model DIR --data DIR   # task order 1 by every method
     python -m bench.gpu --tiny               # rehearsal on any machine, small shapes
 
-Needs torch and, on a GPU, Triton and a C compiler; run it in the repository's root, nothing has to
-be installed. Every operation is compared with float64 first; what is wrong is not timed. Inputs are
-random and rotate through more than the L2 cache; variants take turns. Each part has a process and a
-time limit of its own, and what is finished is in the file at once, whatever comes after it.
+Needs torch and, on a GPU, Triton and a C compiler, LoRA and OSF also PEFT, task sequences pydantic;
+run it in the repository's root, nothing has to be installed. Every operation is compared with
+float64 first; what is wrong is not timed. Inputs are random and rotate through more than the L2
+cache; variants take turns. Each part has a process and a time limit of its own, and what is
+finished is in the file at once, whatever comes after it.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import tempfile
 import time
 from contextlib import suppress
@@ -28,7 +27,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu_parts import continual, schedule, subspaces, training
+from bench import machine, tables
+from bench.gpu_parts import schedule
 from bench.gpu_parts.parts import ALWAYS, PARTS
 from sculpt.storage.files import write_json
 from sculpt_kernels import backends
@@ -43,14 +43,10 @@ EMPTY: dict[str, Any] = {
 def about(path: Path) -> None:
     """Write down the device and what runs on it."""
     cuda = torch.cuda.is_available()
-    found: dict[str, Any] = {
+    found: dict[str, Any] = machine.about() | {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
         "triton": None,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "backends": backends(),
-        "cores": os.cpu_count(),
     }
     if cuda:
         device = torch.cuda.get_device_properties()
@@ -67,7 +63,7 @@ def about(path: Path) -> None:
     write_json(path, found)
 
 
-def machine() -> dict[str, Any]:
+def here() -> dict[str, Any]:
     """What `about` says in a process of its own: this one must not touch the device."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "about.json"
@@ -83,12 +79,12 @@ def machine() -> dict[str, Any]:
 
 def begin(options: argparse.Namespace) -> Path:
     """Start the file of results, or go on with that of an earlier call."""
-    here = machine()
-    if here["device"] == "cpu" and not options.tiny:
+    found = here()
+    if found["device"] == "cpu" and not options.tiny:
         raise SystemExit("no CUDA device here; --tiny rehearses on the CPU")
-    label = ("tiny-" if options.tiny else "") + here["device"].replace(" ", "-")
+    label = ("tiny-" if options.tiny else "") + found["device"].replace(" ", "-")
     path: Path = options.out / f"gpu-{label}.json"
-    results = here | {"tiny": options.tiny, "seconds": 0.0} | EMPTY
+    results = found | {"tiny": options.tiny, "seconds": 0.0} | EMPTY
     if options.resume is not None:
         earlier = json.loads(options.resume.read_text(encoding="utf-8"))
         for key in ("device", "torch", "triton", "tiny"):
@@ -107,32 +103,6 @@ def todo(options: argparse.Namespace, results: dict[str, Any]) -> list[str]:
     done = {name for name, part in results["parts"].items() if part["state"] == "done"}
     # What is compiled is on the machine that did it.
     return [name for name in asked if name not in done or name == "compile"]
-
-
-def table(results: dict[str, Any]) -> str:
-    """The last thing printed: best variant of ours against torch's best lines."""
-    lines = [
-        f"{results['device']}, torch {results['torch']}, triton {results['triton']}, "
-        f"{results['date']}",
-        f"{'case':36} {'chain us':>9} {'ours us':>9} {'ratio':>6} {'roofline':>8}",
-    ]
-    for row in results["rows"]:
-        ours = {k: v for k, v in row["variants"].items() if k.startswith(("ours", "triton"))}
-        if not ours:
-            continue
-        best = min(ours.values(), key=lambda v: v["us"])
-        base = row["variants"]["chain"]["us"]
-        lines.append(f"{row['case']:36} {base:9.0f} {best['us']:9.0f} {best['ratio']:6.2f} "
-                     f"{best['roofline']:8.0%}")  # fmt: skip
-    lines += subspaces.table(results["subspaces"])
-    lines += training.table(results["training"])
-    lines += continual.table(results["continual"])
-    lines += [f"{name:12} {part['state']:24} {part['seconds']:6.1f} s, predicted "
-              f"{part['predicted']:.0f} s" for name, part in results["parts"].items()]  # fmt: skip
-    failed = [check["what"] for check in results["checks"] if not check["ok"]]
-    lines.append(f"checks failed: {', '.join(failed) if failed else 'none'}; "
-                 f"skipped: {len(results['skipped'])}; {results['seconds']} s")  # fmt: skip
-    return "\n".join(lines)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -158,9 +128,14 @@ def main(arguments: list[str] | None = None) -> int:
     for name in todo(options, results):
         schedule.do(name, options, path)
     results = json.loads(path.read_text(encoding="utf-8"))
-    print(table(results))
-    print(f"wrote {path}")
-    return 1 if any(not check["ok"] for check in results["checks"]) else 0
+    print(tables.gpu({path.name: results}))
+    for name, part in results["parts"].items():
+        print(f"{name:12} {part['state']:24} {part['seconds']:6.1f} s, predicted "
+              f"{part['predicted']:.0f} s")  # fmt: skip
+    failed = [check["what"] for check in results["checks"] if not check["ok"]]
+    print(f"checks failed: {', '.join(failed) or 'none'}; skipped: {len(results['skipped'])}; "
+          f"{results['seconds']} s; wrote {path}")  # fmt: skip
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

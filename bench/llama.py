@@ -22,6 +22,12 @@ class Shape:
     vocabulary: int
     tied: bool = False
 
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """Of the linear layers of one layer, out x in."""
+        d, kv = self.width, self.width * self.kv_heads // self.heads
+        return [(d, d), (kv, d), (kv, d), (d, d), *[(self.inner, d)] * 2, (d, self.inner)]
+
 
 def two_layers(width: int) -> Shape:
     """Llama's proportions (11008 to 4096), heads of 64, a vocabulary that hardly counts."""
@@ -124,11 +130,22 @@ class Llama(nn.Module):
 
 def matrix_flops(shape: Shape, tokens: int, length: int) -> float:
     """FLOPs of a plain training step without recomputing: `6 x` weights, head, and attention."""
-    kv = shape.width * shape.kv_heads // shape.heads
-    weights = shape.layers * (
-        2 * shape.width**2 + 2 * shape.width * kv + 3 * shape.width * shape.inner
-    )
+    weights = shape.layers * sum(m * n for m, n in shape.matrices)
     # A frozen head has no weight gradient; causal attention needs half of the square.
     head = 4 * tokens * shape.width * shape.vocabulary
     attention = 6 * shape.layers * tokens * length * shape.width
     return 6.0 * tokens * weights + head + attention
+
+
+def step_ratio(shape: Shape, tokens: int, ratio: float) -> float:
+    """FLOPs of the matrices in a step of the compact engine over those of a plain one.
+
+    Forward and input gradient, the coordinates' gradient, and once a step the weights' update.
+    """
+    ours = plain = 0.0
+    for m, n in shape.matrices:
+        k = min(m, n)
+        t = int(ratio * k)
+        plain += 6 * tokens * m * n
+        ours += 4 * tokens * m * n + 2 * tokens * t * (m + n + t) + 2 * m * n * t + 2 * k * t * t
+    return ours / plain

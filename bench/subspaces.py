@@ -2,7 +2,6 @@
 
     python -m bench.subspaces --real --out bench/results/subspaces-cpu.json
     python -m bench.subspaces --model --out bench/results/subspaces-cpu-model.json
-    python -m bench.subspaces --sizes 4096x4096 4096x11008 --device cuda
 
 Results are added to the file, matrix by matrix: what it holds of the same matrix and `--trainable`
 is replaced, everything else stays.
@@ -18,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,10 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.machine import about
+from sculpt.storage.files import write_json
 from sculpt_kernels import split
 
 Bases = tuple[Tensor, Tensor]
 SPECTRA = ("spikes", "power", "rank", "repeated")
+BASELINE = "torch.linalg.svd"
 
 
 def spectra(k: int) -> dict[str, Tensor]:
@@ -48,9 +48,8 @@ def spectra(k: int) -> dict[str, Tensor]:
 def planted(m: int, n: int, values: Tensor, device: str) -> Tensor:
     """Random matrix with given singular values; reflections keep it cheap at any size."""
     generator = torch.Generator().manual_seed(m + n)
-    k = min(m, n)
     A = torch.zeros(m, n, dtype=torch.float64, device=device)
-    A.diagonal()[:k] = values.to(device)
+    A.diagonal()[: min(m, n)] = values.to(device)
     for _ in range(4):
         for side in (0, 1):
             v = torch.randn(A.shape[side], generator=generator, dtype=torch.float64).to(device)
@@ -70,12 +69,12 @@ def _hartley(A: Tensor) -> Tensor:
     return F.real - F.imag
 
 
-def matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
-    for size in arguments.sizes:
+def matrices(options: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
+    for size in options.sizes:
         m, n = (int(part) for part in size.split("x"))
-        for name in arguments.spectra:
-            yield f"{size} {name}", planted(m, n, spectra(min(m, n))[name], arguments.device)
-    if arguments.real:
+        for name in options.spectra:
+            yield f"{size} {name}", planted(m, n, spectra(min(m, n))[name], "cpu")
+    if options.real:
         from sculpt.demo.models import minilm, smollm2
 
         layer = "model.layers.14"
@@ -88,7 +87,7 @@ def weights(folder: Path, names: list[str] | None = None) -> Iterator[tuple[str,
     """Matrices of a model by name, or all of its layers, in float32."""
     from safetensors import safe_open
 
-    with safe_open(str(Path(folder) / "model.safetensors"), framework="pt") as file:
+    with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
         layers = [key[: -len(".weight")] for key in sorted(file.keys()) if "proj.weight" in key]
         for name in layers if names is None else names:
             yield name, file.get_tensor(f"{name}.weight").float()
@@ -119,7 +118,7 @@ def methods(rank: int) -> dict[str, tuple[str, Callable[[Tensor], Bases]]]:
         return U, V
 
     return {
-        "torch.linalg.svd": ("high", library_svd),
+        BASELINE: ("high", library_svd),
         "torch.linalg.eigh": ("high", library_eigh),
         "torch.svd_lowrank": ("high", lowrank),
         "auto, low": ours("low", "auto"),
@@ -142,7 +141,6 @@ def quality(
     U, V = (B.double() for B in bases)
     exact_U, S, exact_V = truth
     wide = W.double()
-    best = S[:rank].square().sum()
     if part == "high":
         captured = (U.T @ wide @ V).square().sum()
     else:
@@ -154,87 +152,70 @@ def quality(
     for B, E, C in zip((U, V), (exact_U, exact_V), other or (None, None), strict=True):
         cosines.append(float((B.T @ E[:, columns]).square().sum() / B.shape[1]))
         both = B if C is None else torch.cat([B, C.double()], -1)
-        eye = torch.eye(both.shape[1], dtype=both.dtype, device=both.device)
+        eye = torch.eye(both.shape[1], dtype=both.dtype)
         defects.append(float((both.T @ both - eye).abs().max()))
-    return {"energy": float(captured / best), "cosine": min(cosines), "defect": max(defects)}
+    energy = float(captured / S[:rank].square().sum())
+    return {"energy": energy, "cosine": min(cosines), "defect": max(defects)}
 
 
-def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
-    found = run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    found = call()
     return time.perf_counter() - start, found
 
 
-LIBRARY = ("torch.linalg.svd", "torch.linalg.eigh", "torch.svd_lowrank")
-
-
-def compare(name: str, W: Tensor, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def compare(name: str, W: Tensor, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row per method and rank."""
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    for share in arguments.trainable:
+    for share in options.trainable:
         rank = min(W.shape) - int(share * min(W.shape))
-        left_out = set(arguments.without)
-        listed = {name: way for name, way in methods(rank).items() if name not in left_out}
+        listed = methods(rank)
         spent: dict[str, list[float]] = {method: [] for method in listed}
         found: dict[str, Bases] = {}
-        for _ in range(arguments.repeat):
+        for _ in range(options.repeat):
             for method, (_, run) in listed.items():
                 try:
-                    seconds, found[method] = timed(lambda: run(W), arguments.device)  # noqa: B023
+                    seconds, found[method] = timed(lambda: run(W))  # noqa: B023
                 except torch.linalg.LinAlgError as error:
                     print(f"{name}, t/k {share:g}: {method} failed: {error}")
                     continue
                 spent[method].append(seconds)
         for method, (part, _) in listed.items():
-            if len(spent[method]) < arguments.repeat:
+            if len(spent[method]) < options.repeat:
                 continue
-            ratios = [a / b for a, b in zip(spent[LIBRARY[0]], spent[method], strict=True)]
+            ratios = [a / b for a, b in zip(spent[BASELINE], spent[method], strict=True)]
             beside = {"auto, low": "auto, high", "auto, high": "auto, low"}.get(method)
-            other = found[beside] if beside else None
             yield {
                 "matrix": name,
                 "trainable": share,
                 "method": method,
                 "seconds": statistics.median(spent[method]),
                 "speedup": statistics.median(ratios),
-                **quality(W, part, found[method], (U, S, Vh.T), rank, other),
+                **quality(W, part, found[method], (U, S, Vh.T), rank, found.get(beside or "")),
             }
 
 
-def whole_model(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def whole_model() -> Iterator[dict[str, Any]]:
     """All matrices of SmolLM2 at t/k = 1/4, each by every way in turn; the worst qualities."""
     from sculpt.demo.models import smollm2
 
-    def ours(dtype: torch.dtype) -> Callable[[Tensor, int], Bases]:
-        def run(W: Tensor, rank: int) -> Bases:
-            low = split(W.to(dtype), rank=rank)
-            return low.U, low.V
-
-        return run
-
-    ways = {"auto": ours(torch.float32), "auto, float64": ours(torch.float64)}
-    spent = dict.fromkeys((LIBRARY[0], f"{LIBRARY[0]}, float64", *ways), 0.0)
+    exact = f"{BASELINE}, float64"
+    ways = {"auto": torch.float32, "auto, float64": torch.float64}
+    spent = dict.fromkeys((BASELINE, exact, *ways), 0.0)
     worst: dict[str, dict[str, float]] = {name: {} for name in spent}
     count = 0
     for _, W in weights(smollm2()):
         count += 1
         rank = min(W.shape) - int(0.25 * min(W.shape))
-        truth = None
-        for name in list(spent)[:2]:
-            A = W.double() if "float64" in name else W
-            seconds, truth = timed(
-                lambda: torch.linalg.svd(A, full_matrices=False),  # noqa: B023
-                arguments.device,
-            )
+        truth = W
+        for name, A in ((BASELINE, W), (exact, W.double())):
+            seconds, truth = timed(lambda: torch.linalg.svd(A, full_matrices=False))  # noqa: B023
             spent[name] += seconds
-        assert truth is not None
         U, S, Vh = truth
-        for name, run in ways.items():
-            seconds, bases = timed(lambda: run(W, rank), arguments.device)  # noqa: B023
+        for name, dtype in ways.items():
+            seconds, low = timed(lambda: split(W.to(dtype), rank=rank))  # noqa: B023
             spent[name] += seconds
-            for key, value in quality(W, "low", bases, (U, S, Vh.T), rank).items():
+            for key, value in quality(W, "low", (low.U, low.V), (U, S, Vh.T), rank).items():
                 pick = max if key == "defect" else min
                 worst[name][key] = pick(worst[name].get(key, value), value)
     for name, seconds in spent.items():
@@ -243,76 +224,43 @@ def whole_model(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "trainable": 0.25,
             "method": name,
             "seconds": seconds,
-            "speedup": spent[LIBRARY[0]] / seconds,
+            "speedup": spent[BASELINE] / seconds,
             **worst[name],
         }
 
 
-def about(device: str) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def main(given: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="*", default=["256x256", "576x1536", "1024x2752"])
     parser.add_argument("--spectra", nargs="+", choices=SPECTRA, default=SPECTRA)
     parser.add_argument("--trainable", nargs="+", type=float, default=[0.125, 0.25, 0.5])
-    parser.add_argument("--without", nargs="+", default=[], help="methods to leave out, by name")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--real", action="store_true", help="weights of SmolLM2 and MiniLM too")
     parser.add_argument("--model", action="store_true", help="all of SmolLM2 instead")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args(given)
-
-    if arguments.model:
-        batches = iter([list(whole_model(arguments))])
+    options = parser.parse_args(arguments)
+    if options.model:
+        batches: Iterator[Iterator[dict[str, Any]]] = iter([whole_model()])
     else:
-        batches = (list(compare(name, W, arguments)) for name, W in matrices(arguments))
-    rows: list[dict[str, Any]] = []
+        batches = (compare(name, W, options) for name, W in matrices(options))
     for batch in batches:
-        rows += batch
-        if arguments.out:
-            add(arguments.out, batch, about(arguments.device))
-    show(rows)
+        rows = list(batch)
+        for row in rows:
+            print(f"{row['matrix']:32} {row['trainable']:<6g} {row['method']:20} "
+                  f"{row['seconds']:8.3f} s {row['speedup']:7.2f}x  energy lost "
+                  f"{1 - row.get('energy', 1):.0e}", flush=True)  # fmt: skip
+        if options.out:
+            add(options.out, rows)
 
 
-def add(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+def add(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put rows into the file in the place of those of the same matrix and share."""
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     replaced = {(row["matrix"], row["trainable"]) for row in rows}
     kept = [row for row in kept if (row["matrix"], row["trainable"]) not in replaced]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"about": machine, "rows": kept + rows}, indent=1))
-    partial.replace(path)
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="against torch.linalg.svd of the same matrix")
-    for title in ("matrix", "t/k", "method", "seconds", "speed-up", "1 - energy", "1 - cosine",
-                  "defect"):  # fmt: skip
-        table.add_column(title, justify="left" if title in ("matrix", "method") else "right")
-    for row in rows:
-        losses = (1 - row.get("energy", 1), 1 - row.get("cosine", 1), row.get("defect", 0))
-        table.add_row(
-            row["matrix"],
-            f"{row['trainable']:g}",
-            row["method"],
-            f"{row['seconds']:.3f}",
-            f"{row['speedup']:.2f}x",
-            *(f"{x:.0e}" for x in losses),
-        )
-    Console(width=150).print(table)
+    write_json(path, {"about": about(), "rows": kept + rows})
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ import functools
 import pytest
 import torch
 
-from bench.cases import MODELS, RATIOS, Case, Inputs, floor, variants
+from bench.cases import MODELS, OPERATIONS, RATIOS, Inputs, cases, floor, variants
 from bench.timing import ceilings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-OPERATIONS = ("core", "strict", "left", "right", "compress", "expand_add", "adamw")
 VARIANTS = {
     "project": ("naive", "chain", "compiled", "ours", "ours, complement"),
     "compress": ("naive", "chain", "compiled", "ours"),
@@ -28,19 +27,12 @@ VARIANTS = {
 
 
 def parameters():
-    for model, shapes in MODELS.items():
-        if DEVICE.type == "cpu" and model == "LLaMA-2-7B":
-            continue  # minutes per case: `python -m bench.cpu --models LLaMA-2-7B`
-        for operation in OPERATIONS:
-            kind = operation if operation in VARIANTS else "project"
-            form = operation if kind == "project" else "core"
-            for m, n in shapes:
-                for ratio in RATIOS:
-                    for dtype in ("float32", "bfloat16"):
-                        case = Case(kind, form, (m, n), ratio, dtype, model)
-                        for variant in VARIANTS[kind]:
-                            name = f"{model}-{case.name}-{variant}".replace(" ", "-")
-                            yield pytest.param(case, variant, id=name)
+    # LLaMA-2-7B on a CPU takes minutes a case: `python -m bench.cpu --models LLaMA-2-7B`.
+    models = [name for name in MODELS if DEVICE.type == "cuda" or name != "LLaMA-2-7B"]
+    for case in cases(models, OPERATIONS, ["float32", "bfloat16"], RATIOS):
+        for variant in VARIANTS[case.operation]:
+            name = f"{case.model}-{case.name}-{variant}".replace(" ", "-")
+            yield pytest.param(case, variant, id=name)
 
 
 @functools.lru_cache(maxsize=1)

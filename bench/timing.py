@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sculpt_kernels.products import has_fast_products
-
 Call = Callable[[], object]
 
 
@@ -134,12 +132,10 @@ def ceilings(device: torch.device, *, size: int, elements: int) -> dict[str, flo
         return interleaved(sets, device, against="it", rounds=7, seconds=1.0)["it"].p20
 
     found["copy"] = 8 * elements / best(lambda: b.copy_(a))
-    kinds = [("float32", torch.float32, False)]
+    kinds = [("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False)]
     if device.type == "cuda":
-        kinds += [("tf32", torch.float32, True), ("bfloat16", torch.bfloat16, False)]
+        kinds += [("tf32", torch.float32, True)]
         kinds += [("float16", torch.float16, False), ("float64", torch.float64, False)]
-    elif has_fast_products(torch.bfloat16, "cpu"):
-        kinds += [("bfloat16", torch.bfloat16, False)]
     for name, dtype, tf32 in kinds:
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = tf32

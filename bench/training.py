@@ -1,9 +1,8 @@
 """Training steps of sculpt, plain full fine-tuning, PEFT's OSF and LoRA, side by side.
 
-    python -m bench.training --case reference            # two Llama layers 1536 wide, 2048 tokens
+    python -m bench.training --case width-1536           # two Llama layers, 2048 tokens
     python -m bench.training --case width-1024 --tokens 512
     python -m bench.training --memory --case width-1024  # peak memory, each method in a process
-    python -m bench.training --table bench/results/training-*.json
 
 All in one process and on the same weights. Rounds are interleaved: every method makes a step, then
 every method makes the next one. Ratios are medians over rounds of the ratio to the plain step of
@@ -14,12 +13,8 @@ do not add to.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
-import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,21 +27,22 @@ import torch
 
 from bench.contenders import RATIOS, Contender, Decomposition, decompose, make
 from bench.llama import SMOLLM2_135M, TINY, Llama, Shape, two_layers
+from bench.machine import about
+from bench.memory import give_back_freed_memory, tensor_bytes
 from bench.memory import peak as allocated
-from bench.memory import tensor_bytes
 from bench.timing import clock
 from sculpt import SculptConfig
 from sculpt.inspection import inspect_model
 from sculpt.memory import peak_memory_bytes, reset_peak_memory
 from sculpt.storage.files import write_json
 
-CASES: dict[str, tuple[Shape, int]] = {
-    "reference": (two_layers(1536), 2048),
-    "width-512": (two_layers(512), 512),
-    "width-1024": (two_layers(1024), 512),
-    "width-2048": (two_layers(2048), 512),
-    "SmolLM2-135M": (SMOLLM2_135M, 512),
-    "tiny": (TINY, 32),
+CASES: dict[str, Shape] = {
+    "width-512": two_layers(512),
+    "width-1024": two_layers(1024),
+    "width-1536": two_layers(1536),
+    "width-2048": two_layers(2048),
+    "SmolLM2-135M": SMOLLM2_135M,
+    "tiny": TINY,
 }
 SEQUENCE = 512
 
@@ -70,24 +66,24 @@ def batch(shape: Shape, tokens: int) -> torch.Tensor:
 
 def compare(case: str, tokens: int, ratios: Sequence[str], rounds: int) -> dict[str, Any]:
     """All methods on one shape: seconds by phase, bytes, leak."""
-    shape = CASES[case][0]
+    shape = CASES[case]
     ids = batch(shape, tokens)
     known = decompose(builder(shape))
-    field: list[tuple[str, Contender]] = []
-    for method, ratio in contestants(ratios):
-        contender = make(method, RATIOS.get(ratio, 1.0), lambda: builder(shape), known)
-        field.append((f"{method} {ratio}".strip(), contender))
-    totals: dict[str, list[float]] = {name: [] for name, _ in field}
-    losses: dict[str, list[float]] = {name: [] for name, _ in field}
+    field: dict[str, Contender] = {
+        f"{method} {ratio}".strip(): make(method, RATIOS.get(ratio, 1.0), builder(shape), known)
+        for method, ratio in contestants(ratios)
+    }
+    totals: dict[str, list[float]] = {name: [] for name in field}
+    losses: dict[str, list[float]] = {name: [] for name in field}
     for done in range(rounds + 1):
         # Back and forth, so that none always follows the same one.
-        for name, contender in field if done % 2 else reversed(field):
+        for name in field if done % 2 else reversed(field):
             start = clock()
-            losses[name].append(float(contender.step(ids)))
+            losses[name].append(float(field[name].step(ids)))
             totals[name].append(clock() - start)
         print(f"  round {done}: " + ", ".join(f"{n} {t[-1]:.2f}s" for n, t in totals.items()))
     rows = []
-    for name, contender in field:
+    for name, contender in field.items():
         # The first round warms up.
         seconds, plain = totals[name][1:], totals["plain"][1:]
         ratio = RATIOS.get(name.rpartition(" ")[2], min(map(RATIOS.__getitem__, ratios)))
@@ -106,7 +102,7 @@ def compare(case: str, tokens: int, ratios: Sequence[str], rounds: int) -> dict[
                 "losses": losses[name],
             }
         )
-    return {"case": case, "tokens": tokens, "shape": vars(shape), "rounds": rounds, "rows": rows}
+    return {"rounds": rounds, "rows": rows}
 
 
 def memory(case: str, tokens: int, ratios: Sequence[str]) -> dict[str, Any]:
@@ -114,51 +110,42 @@ def memory(case: str, tokens: int, ratios: Sequence[str]) -> dict[str, Any]:
 
     Subspaces are found in this one: the library keeps the work buffers that it takes for them.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "decomposed.pt"
-        torch.save(decompose(builder(CASES[case][0])), found)
-        rows = _peaks(case, tokens, ratios, found)
-    for row in rows:
-        row["of_plain"] = row["peak_bytes"] / rows[0]["peak_bytes"]
-    return {"case": case, "tokens": tokens, "shape": vars(CASES[case][0]), "memory": rows}
-
-
-def _peaks(case: str, tokens: int, ratios: Sequence[str], found: Path) -> list[dict[str, Any]]:
-    rows = []
     field = contestants(ratios) + [("sculpt/disk", ratio) for ratio in ratios]
     # What is freed is given back: otherwise the C library keeps a quarter of the peak, another one
     # in each run.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-    for method, ratio in field:
-        command = [sys.executable, "-m", "bench.training", "--peak", method, "--case", case]
-        command += ["--tokens", str(tokens), "--ratios", ratio or ratios[0]]
-        if method not in ("plain", "lora"):
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "decomposed.pt"
+        torch.save(decompose(builder(CASES[case])), found)
+        for method, ratio in field:
+            command = [sys.executable, "-m", "bench.training", "--peak", method, "--case", case]
+            command += ["--tokens", str(tokens), "--ratios", ratio or ratios[0]]
             command += ["--decomposed", str(found)]
-        done = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        row = {"method": f"{method} {ratio}".strip()} | json.loads(done.stdout.splitlines()[-1])
-        row["predicted_bytes"] = predicted_peak(method, case, tokens, ratio or ratios[0])
-        rows.append(row)
-        print(f"  {row}", flush=True)
-    return rows
+            done = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+            )
+            row = {"method": f"{method} {ratio}".strip()}
+            row |= json.loads(done.stdout.splitlines()[-1])
+            row["predicted_bytes"] = predicted_peak(method, case, tokens, ratio or ratios[0])
+            rows.append(row)
+            print(f"  {row}", flush=True)
+    for row in rows:
+        row["of_plain"] = row["peak_bytes"] / rows[0]["peak_bytes"]
+    return {"memory": rows}
 
 
 def predicted_peak(method: str, case: str, tokens: int, ratio: str) -> int | None:
     """What `sculpt inspect` says of transformers' Llama of these sizes."""
     from transformers import LlamaConfig
 
-    shape = CASES[case][0]
+    shape = CASES[case]
     config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
+        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, tie_word_embeddings=shape.tied,
         architectures=["LlamaForCausalLM"],
-    )
+    )  # fmt: skip
     kind, _, originals = method.partition("/")
     found = inspect_model(
         config,
@@ -174,15 +161,17 @@ def peak(method: str, case: str, tokens: int, ratio: str, found: Path | None) ->
     """Of three steps, and of the tensors of a fourth; `found` has the subspaces of the others."""
     import peft  # noqa: F401  (what it takes is no method's own)
 
-    shape = CASES[case][0]
+    shape = CASES[case]
     ids = batch(shape, tokens)
     warm = Llama(TINY)
     warm(torch.zeros(1, 8, dtype=torch.long)).backward()
     give_back_freed_memory()
     reset_peak_memory()
     base = peak_memory_bytes()
-    known: dict[str, Decomposition] = torch.load(found, weights_only=False) if found else {}
-    contender = make(method, RATIOS[ratio], lambda: builder(shape), known)
+    known: dict[str, Decomposition] = {}
+    if found and method not in ("plain", "lora"):
+        known = torch.load(found, weights_only=False)
+    contender = make(method, RATIOS[ratio], builder(shape), known)
     known.clear()
     give_back_freed_memory()
     reset_peak_memory()
@@ -194,116 +183,34 @@ def peak(method: str, case: str, tokens: int, ratio: str, found: Path | None) ->
     return {"peak_bytes": whole, "held_bytes": held, "step_bytes": step, "base_bytes": base}
 
 
-def give_back_freed_memory() -> None:
-    """What the C library keeps of freed tensors would count for steps that do not use it."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one table for each case."""
-    lines = []
-    for result in results:
-        lines += [
-            f"{result['case']}, {result['tokens']} tokens ({result['cpu']}, "
-            f"{_count(result['threads'], 'thread')}, torch {result['torch']}, {result['date']})",
-            "",
-        ]
-        if "memory" in result:
-            columns = {
-                "peak memory above the libraries": "peak_bytes",
-                "held between steps": "held_bytes",
-                "most of a step beside it": "step_bytes",
-                "predicted peak": "predicted_bytes",
-            }
-            lines += [f"| method | of plain | {' | '.join(columns)} |", "|---" * 6 + "|"]
-            for row in result["memory"]:
-                sizes = (row[key] for key in columns.values())
-                cells = ("-" if s is None else f"{s / 2**20:,.0f} MiB" for s in sizes)
-                lines.append(f"| {row['method']} | {row['of_plain']:.2f}x | {' | '.join(cells)} |")
-        else:
-            lines += [
-                "| method | s/step | of plain | forward | backward | optimizer | fold "
-                "| saved activations | optimizer state | leak of ΔW | rounding floor |",
-                "|---|---|---|---|---|---|---|---|---|---|---|",
-            ]
-            for row in result["rows"]:
-                phases = " | ".join(
-                    f"{row['phases'][phase]:.3f}"
-                    for phase in ("forward", "backward", "optimizer", "fold")
-                )
-                lines.append(
-                    f"| {row['method']} | {row['seconds']:.3f} | {row['of_plain']:.2f}x | {phases} "
-                    f"| {row['saved_bytes'] / 2**20:,.1f} MiB "
-                    f"| {row['optimizer_bytes'] / 2**20:,.1f} MiB | {row['leak']:.1e} "
-                    f"| {row['rounding_floor']:.1e} |"
-                )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def about() -> dict[str, Any]:
-    import peft
-
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "python": platform.python_version(),
-        "cpu": _processor(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown processor"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--case", choices=list(CASES), default="reference")
-    parser.add_argument("--tokens", type=int, help="per step [that of the case]")
+    parser.add_argument("--case", choices=list(CASES), default="width-1536")
+    parser.add_argument("--tokens", type=int, default=2048, help="per step")
     parser.add_argument("--ratios", nargs="+", choices=list(RATIOS), default=["1/4", "1/8"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--decomposed", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--table", nargs="+", type=Path, help="print results as Markdown")
     options = parser.parse_args(arguments)
-    tokens = options.tokens or CASES[options.case][1]
-    if options.table:
-        print(table([json.loads(path.read_text(encoding="utf-8")) for path in options.table]))
-        return
+    case, tokens = options.case, options.tokens
     if options.peak:
-        found = peak(options.peak, options.case, tokens, options.ratios[0], options.decomposed)
+        found = peak(options.peak, case, tokens, options.ratios[0], options.decomposed)
         print(json.dumps(found))
         return
     if options.memory:
-        result = memory(options.case, tokens, options.ratios)
+        result = memory(case, tokens, options.ratios)
     else:
-        result = compare(options.case, tokens, options.ratios, options.rounds)
+        result = compare(case, tokens, options.ratios, options.rounds)
     kind = "training-memory" if options.memory else "training"
     if not options.memory and torch.get_num_threads() == 1:
         kind += "-1-thread"
-    path = options.out / f"{kind}-{options.case}-{tokens}.json"
-    result = about() | result
-    write_json(path, result)
-    print(table([result]))
+    path = options.out / f"{kind}-{case}-{tokens}.json"
+    facts = {"case": case, "tokens": tokens, "shape": vars(CASES[case])}
+    write_json(path, about("peft") | facts | result)
     print(f"wrote {path}")
 
 

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from bench import training
-from bench.contenders import decompose, make
+from bench import tables, training
+from bench.contenders import Random, decompose, make
 from bench.gpu_parts.steps import Training
-from bench.llama import TINY, Llama, Shape, matrix_flops
+from bench.llama import TINY, Llama, Shape, matrix_flops, step_ratio
 from sculpt.inspection.trace import trace_pass
 
 pytest.importorskip("peft")
@@ -35,7 +35,7 @@ def test_all_start_alike_and_only_sculpt_keeps_its_promise():
     plain = float(build()(ids).detach())
     leaks = {}
     for method in ("plain", "sculpt", "osf", "lora"):
-        contender = make(method, 0.25, build, known, lr=1e-3)
+        contender = make(method, 0.25, build(), known, lr=1e-3)
         assert float(contender.step(ids)) == pytest.approx(plain, rel=1e-5)
         for _ in range(9):
             loss = contender.step(ids)
@@ -50,8 +50,9 @@ def test_all_start_alike_and_only_sculpt_keeps_its_promise():
     assert 0.05 < leaks["osf"] < 0.5
 
 
-def test_command_writes_results_and_tables(tmp_path, capsys):
-    training.main(["--case", "tiny", "--rounds", "2", "--out", str(tmp_path)])
+def test_command_writes_results_and_tables(tmp_path):
+    options = ["--case", "tiny", "--tokens", "32", "--rounds", "2", "--out", str(tmp_path)]
+    training.main(options)
     (path,) = tmp_path.glob("training*-tiny-32.json")
     result = json.loads(path.read_text())
     rows = {row["method"]: row for row in result["rows"]}
@@ -63,17 +64,34 @@ def test_command_writes_results_and_tables(tmp_path, capsys):
     assert rows["plain"]["optimizer_bytes"] == squares + 4 * 14
     assert rows["sculpt 1/8"]["trainable"] < matrices / 64
     assert rows["sculpt 1/8"]["saved_bytes"] < rows["plain"]["saved_bytes"]
-    capsys.readouterr()
-    training.main(["--table", str(path)])
-    table = capsys.readouterr().out
-    assert table.count("\n|") == 8
-    assert "| sculpt 1/4 |" in table
+    page = tables.filled(tables.BEGIN + tables.END, [path])
+    assert page.count("| tiny, 32 | ") == 6
+    arithmetic = step_ratio(TINY, 32, 0.25)
+    of_plain = rows["sculpt 1/4"]["of_plain"]
+    assert f" | {of_plain:.2f} | {arithmetic:.2f} | " in page
 
 
 def test_peak_memory_counts_no_library(capsys):
-    training.main(["--case", "tiny", "--peak", "plain"])
+    training.main(["--case", "tiny", "--tokens", "32", "--peak", "plain"])
     found = json.loads(capsys.readouterr().out)
     assert 0 <= found["peak_bytes"] < found["base_bytes"]
+
+
+def test_made_up_vectors_train_as_many_values():
+    known = {name: Random(module.weight) for name, module in build().matrices().items()}
+    for method in ("sculpt", "osf"):
+        made_up, real = (make(method, 0.25, build(), k) for k in (known, decompose(build())))
+        assert made_up.trainable == real.trainable
+        assert torch.isfinite(made_up.step(training.batch(TINY, 64)))
+
+
+def test_the_arithmetic_of_a_step():
+    shape = Shape(64, 96, 1, 4, 4, 128)
+    ours = plain = 0
+    for m, n in [(64, 64)] * 4 + [(96, 64)] * 2 + [(64, 96)]:
+        plain += 6 * 10 * m * n
+        ours += 4 * 10 * m * n + 2 * 10 * 16 * (m + n + 16) + 2 * m * n * 16 + 2 * 64 * 16**2
+    assert step_ratio(shape, 10, 0.25) == pytest.approx(ours / plain)
 
 
 def test_flops_of_a_step_are_those_that_torch_counts():

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from bench import cases as C
-from bench.gpu_parts.checks import checks
-from bench.gpu_parts.kernels import adamw_cases, coordinate_cases, project_cases
-from bench.gpu_parts.many import many_calls
-from bench.gpu_parts.replay import operations
+from bench.checks import checks
+from bench.gpu_parts.graph import operations
+from bench.gpu_parts.kernels import cases, many_calls
 from bench.gpu_parts.run import Run, triton_variant
 from bench.gpu_parts.schedule import start_method
 
@@ -75,8 +74,7 @@ def _alike(parameter: Any, value: Any) -> Any:
 
 
 def part_compile(run: Run) -> None:
-    if run.device.type != "cuda":
-        run.skip("compile", "no CUDA device")
+    if not run.needs_device("compile"):
         return
     start = time.perf_counter()
     major, minor = torch.cuda.get_device_capability()
@@ -101,21 +99,21 @@ def jobs_of(calls: Iterator[Callable[[], object]], arch: int, on_device: bool) -
 
 def calls(run: Run) -> Iterator[Callable[[], object]]:
     """Every call of ours in the other parts, each on its own inputs."""
-    cases = (*project_cases(run), *adamw_cases(run), *coordinate_cases(run))
-    for case in cases:
+    parts = ("project", "adamw", "coordinates")
+    for case in (case for part in parts for case in cases(run, part)):
         data = C.Inputs(case, run.device, seed=0)
         variants = C.variants(data)
         if case.operation == "project":
             variants["triton"] = triton_variant(data)
         yield from (call for name, call in variants.items() if name.startswith(("ours", "triton")))
         del data, variants
-    for ratio in run.ratios()[:2]:
+    for ratio in run.ratios[:2]:
         yield many_calls(run, ratio)["ours"]
     for operation in operations(run.device):
         state = operation.fresh()
         yield lambda operation=operation, state=state: operation.call(state)
     # What they find is wrong, since nothing runs, and is not looked at.
-    yield from (measure for _, _, measure, _ in checks(run.device, run.options.tiny))
+    yield from (measure for _, _, measure, _ in checks(run.device, run.tiny))
 
 
 def compiled(jobs: list[Job], seconds: float) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.gpu_parts.run import Run, off, random
+from bench.checks import off, random
+from bench.gpu_parts.run import Run
 from sculpt_kernels import compress, expand_add_, project_, project_adamw_, reference
 from sculpt_kernels.subspaces.sketch import sketch
 
@@ -22,8 +23,7 @@ BF16 = torch.bfloat16
 
 
 def part_huge(run: Run) -> None:
-    if run.device.type != "cuda":
-        run.skip("huge", "no CUDA device")
+    if not run.needs_device("huge"):
         return
     checks: dict[str, Callable[[Run], float]] = {
         "project small": _project_small,

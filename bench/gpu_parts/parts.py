@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from bench.gpu_parts.checks import part_checks
+from bench.checks import checks
 from bench.gpu_parts.compile import part_compile
 from bench.gpu_parts.continual import part_continual
+from bench.gpu_parts.graph import part_graph
 from bench.gpu_parts.huge import part_huge
-from bench.gpu_parts.kernels import part_adamw, part_compiled, part_coordinates, part_project
-from bench.gpu_parts.many import part_many
-from bench.gpu_parts.replay import part_graph
+from bench.gpu_parts.kernels import (
+    part_adamw,
+    part_compiled,
+    part_coordinates,
+    part_many,
+    part_project,
+)
 from bench.gpu_parts.run import Run
 from bench.gpu_parts.schedule import Part
 from bench.gpu_parts.subspaces import part_subspaces, part_svd
@@ -17,16 +22,23 @@ from bench.timing import ceilings
 
 
 def part_ceilings(run: Run) -> None:
-    tiny = run.options.tiny
-    rates = ceilings(run.device, size=256 if tiny else 8192, elements=2**20 if tiny else 2**28)
+    size, elements = (256, 2**20) if run.tiny else (8192, 2**28)
+    rates = ceilings(run.device, size=size, elements=elements)
     run.results["rates"] = rates
     print({key: f"{rate:.3g}" for key, rate in rates.items()}, flush=True)
+
+
+def part_checks(run: Run) -> None:
+    for what, dtype, measure, limit in checks(run.device, run.tiny):
+        run.attempt(f"check {what} {dtype}", 1.0, run.checked, what, measure, limit, dtype)
+    found = run.results["checks"]
+    print(f"checks: {sum(c['ok'] for c in found)} of {len(found)} passed", flush=True)
 
 
 # Rates and correctness come first whatever else was asked for.
 ALWAYS = ("ceilings", "checks")
 
-# Predictions and limits are explained in README.md.
+# Predictions and limits, in seconds, are explained in README.md.
 PARTS = {
     "ceilings": Part(part_ceilings, 10, 40),
     "compile": Part(part_compile, 40, 100),

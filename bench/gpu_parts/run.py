@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench import cases as C
 from bench.timing import Timing, captured, interleaved
 from sculpt.storage.files import write_json
-from sculpt_kernels import orthonormalize, project_
+from sculpt_kernels import project_
 
 ROTATE_BYTES = 3 * 50 * 2**20
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096)]
@@ -41,11 +40,14 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, path: Path, deadline: float) -> None:
         self.options = options
+        self.tiny: bool = options.tiny
         self.path = path
         self.deadline = deadline
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         self.rates: dict[str, float] = self.results.get("rates", {})
+        self.shapes = TINY_SHAPES if self.tiny else SHAPES
+        self.ratios = ["1/8", "3/4"] if self.tiny else list(C.RATIOS)
 
     @property
     def left(self) -> float:
@@ -54,6 +56,12 @@ class Run:
 
     def save(self) -> None:
         write_json(self.path, self.results)
+
+    def needs_device(self, part: str) -> bool:
+        """Whether there is one; where there is none, the part is noted as skipped."""
+        if self.device.type != "cuda":
+            self.skip(part, "no CUDA device")
+        return self.device.type == "cuda"
 
     def attempt(
         self, case: str, seconds: float, call: Callable[..., None], *arguments: Any
@@ -104,10 +112,22 @@ class Run:
         print(f"skipped {case}: {text}", flush=True)
         self.save()
 
+    def add(self, kind: str, row: dict[str, Any]) -> None:
+        """Add to a list of results, and say so."""
+        self.results[kind].append(row)
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()
+                 if isinstance(v, str | int | float)}  # fmt: skip
+        if "variants" in row:
+            shown |= {k: f"{v['us']:.0f} us, {v['ratio']:.2f}x, roofline {v['roofline']:.0%}"
+                      for k, v in row["variants"].items()}  # fmt: skip
+        print(kind, *(f"{k} {v};" for k, v in shown.items()), flush=True)
+
     def check(self, what: str, error: float, limit: float, dtype: str = "") -> None:
         """Note what a check found; NaN never passes."""
         ok = error <= limit
-        about = {"what": what, "dtype": dtype, "error": _finite(error), "limit": limit, "ok": ok}
+        # JSON has no infinity.
+        finite = error if error < float("inf") else None
+        about = {"what": what, "dtype": dtype, "error": finite, "limit": limit, "ok": ok}
         self.results["checks"].append(about)
         if not ok:
             print(f"WRONG {what} {dtype}: error {error:.2e}, limit {limit:.2e}", flush=True)
@@ -132,27 +152,15 @@ class Run:
             for check in self.results["checks"]
         )
 
-    def shapes(self) -> list[tuple[int, int]]:
-        return TINY_SHAPES if self.options.tiny else SHAPES
-
-    def ratios(self) -> list[str]:
-        return ["1/8", "3/4"] if self.options.tiny else list(C.RATIOS)
-
-    def timed(self, case: C.Case) -> None:
+    def time_case(self, case: C.Case) -> None:
         """Time the variants of a case."""
         self.attempt(case.name, 5.0, self._time, case)
 
     def _time(self, case: C.Case) -> None:
-        if self.is_wrong(case.operation if case.operation != "project" else case.form):
+        if self.is_wrong(case.name.split()[0]):
             raise ValueError("wrong result")
-        row = self._measure(case)
-        self.results["rows"].append(row)
-        print(short(row), flush=True)
-
-    def _measure(self, case: C.Case) -> dict[str, Any]:
-        found = self.measure(variant_sets(case, self.device, self.options.tiny))
-        about = {"model": case.model, "rank": case.rank}
-        return row_of(case.name, found, self.floor(case)) | about
+        found = self.measure(variant_sets(case, self.device, self.tiny))
+        self.add("rows", row_of(case.name, found, self.floor(case)) | {"rank": case.rank})
 
     def measure(self, sets: list[C.Variants], seconds: float = 0.6) -> dict[str, dict[str, Any]]:
         """Microseconds of every variant, and on a GPU also as called from Python.
@@ -161,8 +169,7 @@ class Run:
         """
         found = self.called(sets, seconds / 2)
         if self.device.type == "cuda":
-            graphs = captured(sets)
-            replayed = interleaved([graphs], self.device, rounds=9, seconds=seconds)
+            replayed = interleaved([captured(sets)], self.device, rounds=9, seconds=seconds)
             for name, timing in replayed.items():
                 eager = {"called_us": found[name]["us"], "called_ratio": found[name]["ratio"]}
                 found[name] = figures(timing, 1 / len(sets)) | eager
@@ -170,7 +177,7 @@ class Run:
 
     def called(self, sets: list[C.Variants], seconds: float = 0.3) -> dict[str, dict[str, Any]]:
         """Microseconds of every variant, as called from Python."""
-        seconds = 0.05 if self.options.tiny else seconds
+        seconds = 0.05 if self.tiny else seconds
         timings = interleaved(sets, self.device, rounds=5, seconds=seconds)
         return {name: figures(timing) for name, timing in timings.items()}
 
@@ -217,27 +224,3 @@ def row_of(name: str, found: dict[str, dict[str, Any]], floor: float) -> dict[st
         "floor_us": 1e6 * floor,
         "variants": {key: v | {"roofline": 1e6 * floor / v["us"]} for key, v in found.items()},
     }
-
-
-def short(row: dict[str, Any]) -> str:
-    cells = [f"{k} {v['us']:.0f}us {v['ratio']:.2f}x" for k, v in row["variants"].items()]
-    ours = [v["roofline"] for k, v in row["variants"].items() if k.startswith(("ours", "triton"))]
-    best = f"  roofline {max(ours):.0%}" if ours else ""
-    return f"{row['case']:36} " + " | ".join(cells) + best
-
-
-def random(
-    device: torch.device, *shape: int, dtype: torch.dtype = torch.float32, basis: bool = False
-) -> Tensor:
-    X = torch.randn(*shape, device=device)
-    return (orthonormalize(X) if basis else X).to(dtype)
-
-
-def off(got: Tensor, want: Tensor) -> float:
-    error = float((got.double() - want).norm() / want.norm())
-    return error if error == error else float("inf")
-
-
-def _finite(error: float) -> float | None:
-    """JSON has no infinity."""
-    return error if error < float("inf") else None

@@ -9,17 +9,22 @@ is seen. The sizes are ragged: the last tiles reach over every edge.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
 
-from bench.gpu_parts.checks import SMALL, of_shape
-from bench.gpu_parts.replay import operations
+from bench.checks import SMALL, of_shape
+from bench.gpu_parts.graph import operations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wrong = []
     for name, dtype in DTYPES.items():

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_parts.run import Run, random
+from bench.checks import random
+from bench.gpu_parts.run import Run
 from sculpt_kernels import (
     compress,
     expand_add_,
@@ -51,8 +52,7 @@ class Scalars:
 
 
 def part_graph(run: Run) -> None:
-    if run.device.type != "cuda":
-        run.skip("graph", "no CUDA device")
+    if not run.needs_device("graph"):
         return
     scalars = new_scalars(run.device)
     for operation in operations(run.device, scalars):
@@ -68,15 +68,7 @@ def part_graph(run: Run) -> None:
 def _differing(operation: Operation, scalars: Scalars) -> float:
     """How many elements differ after three replays."""
     eager, replayed = operation.fresh(), operation.fresh()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            operation.call(replayed)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        operation.call(replayed)
+    graph = _captured(lambda: operation.call(replayed), lambda: operation.call(replayed))
     for X, start in zip(replayed, operation.fresh(), strict=True):
         X.copy_(start)
     for number in (1, 2, 3):
@@ -92,12 +84,7 @@ def _differing(operation: Operation, scalars: Scalars) -> float:
 
 
 def _steps_differ(device: torch.device, dtype: torch.dtype) -> float:
-    """A whole step of the compact engine: forward, backward, fused AdamW, update of the weights."""
-    return float(not step_replays(device, dtype))
-
-
-def step_replays(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a captured step of the compact engine, replayed, gives the bits of eager ones.
+    """Whether replays of a captured step of the compact engine differ from eager ones.
 
     Forward, backward, fused AdamW and the update of the weights; the last batch is not finite, so
     that both must leave a step out.
@@ -106,22 +93,27 @@ def step_replays(device: torch.device, dtype: torch.dtype) -> bool:
     from bench.gpu_parts.steps import Training
 
     eager, captured = Training(device, dtype), Training(device, dtype)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for task in (eager, captured):
-            for _ in range(3):
-                task.step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.step()
+    graph = _captured(lambda: [task.step() for task in (eager, captured)], captured.step)
     for batch in range(4):
         for task in (eager, captured):
             task.load(batch, scale=float("nan") if batch == 3 else 1.0)
         eager.step()
         graph.replay()
-    return eager.moved and all(map(torch.equal, eager.state(), captured.state()))
+    return float(not (eager.moved and all(map(torch.equal, eager.state(), captured.state()))))
+
+
+def _captured(warm_up: Callable[[], object], call: Callable[[], object]) -> Any:
+    """A graph of `call`, after three rounds of `warm_up` on another stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            warm_up()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
 
 
 def new_scalars(device: torch.device) -> Scalars:
