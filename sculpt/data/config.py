@@ -47,7 +47,9 @@ class TaskConfig(Section):
         `holdout` of the training rows is kept apart.
     labels: the possible answers, for label-restricted scores.
     measure: how generated answers are scored.
-    instruction, suffix, fields: see `sculpt.data.layouts.Asking`.
+    instruction, suffix: what rows of the layout "label" have before and after their text; an
+        instruction is followed by a line with the options where there are labels.
+    fields: from the names of `sculpt.data.layouts` to those in the file.
     """
 
     name: Annotated[str, Field(min_length=1)]

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from sculpt.data.config import TaskConfig
 from sculpt.data.examples import DataError, Example, Message
 from sculpt.data.rows import BadRows, Row
 
@@ -29,47 +29,25 @@ LAYOUTS = {
 ROLES = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
-class Asking:
-    """How rows of the layout "label" are asked, and how columns are called.
-
-    instruction: line(s) before the text; where there are labels, a line with the options follows.
-    suffix: what asks for the answer, after the text.
-    fields: from the names above to the names in the file.
-    """
-
-    instruction: str = ""
-    suffix: str = "\nAnswer:"
-    fields: Mapping[str, str] = field(default_factory=dict)
-
-    def text(self, text: str, labels: tuple[str, ...]) -> str:
-        if not self.instruction:
-            return text
-        options = f"\nOption: {', '.join(labels)} " if labels else ""
-        return f"{self.instruction}{options}\n{text}"
-
-
 class _BadValueError(ValueError):
     """A value of this row cannot be used."""
 
 
-def examples_of(
-    rows: Iterable[Row], asking: Asking, labels: tuple[str, ...], bad: BadRows
-) -> list[Example]:
+def examples_of(rows: Iterable[Row], task: TaskConfig, bad: BadRows) -> list[Example]:
     """Rows as examples. Raises `DataError` as `bad` says, or where no row is left."""
     found: list[Example] = []
     layout = where = ""
     for row in rows:
         where = where or row.where
         try:
-            values = _renamed(row.values, asking.fields)
+            values = _renamed(row.values, task.fields)
             own = _layout(values)
             layout = layout or own
             if own != layout:
                 raise _BadValueError(f"layout {own!r} in a file that began with {layout!r}")
-            example = _example(layout, values, asking, labels, row.where)
-            if labels and example.wanted not in labels:
-                raise _BadValueError(f"answer {example.wanted!r} is not one of {list(labels)}")
+            example = _example(layout, values, task, row.where)
+            if task.labels and example.wanted not in task.labels:
+                raise _BadValueError(f"answer {example.wanted!r} is not one of {list(task.labels)}")
             found.append(example)
         except _BadValueError as error:
             bad.add(row.where, str(error))
@@ -78,7 +56,7 @@ def examples_of(
     return found
 
 
-def _renamed(values: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(values: dict[str, Any], fields: Mapping[Any, str]) -> dict[str, Any]:
     renamed = dict(values)
     for ours, theirs in fields.items():
         if theirs not in values:
@@ -101,17 +79,18 @@ def _layout(values: dict[str, Any]) -> str:
     raise _BadValueError(f"values {sorted(values)}, expected one of: {expected}")
 
 
-def _example(
-    layout: str, values: dict[str, Any], asking: Asking, labels: tuple[str, ...], where: str
-) -> Example:
+def _example(layout: str, values: dict[str, Any], task: TaskConfig, where: str) -> Example:
     match layout:
         case "chat":
             return Example(messages=_messages(values["messages"]), where=where)
         case "document":
             return Example(answer=_string(values, "document"), where=where)
         case "label":
-            text = asking.text(_string(values, "text"), labels)
-            return Example(text, _string(values, "label"), asking.suffix, where=where)
+            text = _string(values, "text")
+            if task.instruction:
+                options = f"\nOption: {', '.join(task.labels)} " if task.labels else ""
+                text = f"{task.instruction}{options}\n{text}"
+            return Example(text, _string(values, "label"), task.suffix, where=where)
         case _:
             text, suffix = split_question(_string(values, "prompt"))
             return Example(text, _string(values, "answer"), suffix, where=where)

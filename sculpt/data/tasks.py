@@ -10,7 +10,7 @@ from pathlib import Path
 from sculpt.data.config import DataConfig, TaskConfig
 from sculpt.data.examples import DataError, Example, Task
 from sculpt.data.folders import folder_tasks
-from sculpt.data.layouts import Asking, examples_of
+from sculpt.data.layouts import examples_of
 from sculpt.data.rows import BadRows, read_rows
 from sculpt.messages import SculptWarning
 
@@ -34,14 +34,8 @@ def read_tasks(data: DataConfig, seed: int, bad: BadRows | None = None) -> list[
 
 
 def _read_task(config: TaskConfig, data: DataConfig, seed: int, bad: BadRows) -> Task:
-    asking = Asking(
-        config.instruction,
-        config.suffix,
-        {str(ours): theirs for ours, theirs in config.fields.items()},
-    )
-
     def examples(path: Path) -> list[Example]:
-        return examples_of(read_rows(path, bad), asking, config.labels, bad)
+        return examples_of(read_rows(path, bad), config, bad)
 
     train = examples(config.train)
     rng = random.Random(f"{config.name}/{seed}")

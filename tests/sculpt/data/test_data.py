@@ -14,16 +14,16 @@ from tiny_runs import write_lines
 from sculpt.data.config import DataConfig, TaskConfig
 from sculpt.data.examples import DataError, Example, Message, Task
 from sculpt.data.folders import ORDERS, folder_tasks
-from sculpt.data.layouts import Asking, examples_of, split_question
+from sculpt.data.layouts import examples_of, split_question
 from sculpt.data.rows import BadRows, read_rows
 from sculpt.data.tasks import read_tasks
 from sculpt.messages import SculptWarning
 
 
-def read(path: Path, *, skip: bool = False, **asking: Any) -> tuple[list[Example], list[str]]:
+def read(path: Path, *, skip: bool = False, **options: Any) -> tuple[list[Example], list[str]]:
     bad = BadRows(skip)
-    labels = asking.pop("labels", ())
-    return examples_of(read_rows(path, bad), Asking(**asking), labels, bad), bad.found
+    task = TaskConfig(name="task", train=path, **options)
+    return examples_of(read_rows(path, bad), task, bad), bad.found
 
 
 ANSWER = {"prompt": "Is it good?\nThe film.\nAnswer:", "answer": "yes"}
