@@ -67,7 +67,7 @@ def inspect(
         weight_update=weight_update,
         basis_dtype=basis_dtype,
     )
-    with progress_bar("building the skeleton") as progress:
+    with progress_bar("building the model") as progress:
         found = inspect_model(
             model,
             config,

@@ -86,7 +86,7 @@ def _run_method(method: str, settings: DemoSettings, model: Path, report: Report
     where: Progress | None = None
     RunDirectory(settings.out).write_status("running", None, method)
     try:
-        _start_deaf_to_ctrl_c(process)
+        _start_without_sigint(process)
         sender.close()
         for message in _messages(receiver):
             if isinstance(message, MethodResult):
@@ -138,7 +138,7 @@ def _kill(process: multiprocessing.process.BaseProcess) -> None:
         process.join()
 
 
-def _start_deaf_to_ctrl_c(process: multiprocessing.process.BaseProcess) -> None:
+def _start_without_sigint(process: multiprocessing.process.BaseProcess) -> None:
     """Ctrl-C reaches the whole process group; the parent alone decides and ends the worker."""
     resource_tracker.ensure_running()  # the first start would, and take SIGINT off the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

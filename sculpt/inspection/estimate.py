@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sculpt.config import SculptConfig
-from sculpt.inspection.result import LORA_RANK, Inspection, Method, Row, Setting
-from sculpt.inspection.skeleton import (
+from sculpt.inspection.fake_model import (
     Source,
     build,
     find_source,
@@ -20,6 +19,7 @@ from sculpt.inspection.skeleton import (
     training_batch,
     without_values,
 )
+from sculpt.inspection.result import LORA_RANK, Inspection, Method, Row, Setting
 from sculpt.inspection.spectra import Progress, Spectrum, find_weights, spectra, stored_values
 from sculpt.inspection.trace import Pass, trace_pass
 from sculpt.task.bases import Bases
@@ -82,15 +82,15 @@ def inspect_model(
     setting = Setting(tokens, sequence, micro_batches, checkpointing, name, state_dtype)
     notes: list[str] = []
     with _quiet(), without_values():
-        skeleton = build(source, weight_dtype, checkpointing=checkpointing)
-        targets = find_targets(skeleton, config)
+        fake = build(source, weight_dtype, checkpointing=checkpointing)
+        targets = find_targets(fake, config)
         state = None if state_dtype == "trained" else getattr(torch, state_dtype)
         storage = Storage.of(targets.chosen[0], config, state, micro_batches)
-        sizes = {name: p.numel() for name, p in skeleton.named_parameters()}
-        others = _free(skeleton, targets) if config.others == "train" else []
-        prefix = str(getattr(skeleton, "base_model_prefix", ""))
+        sizes = {name: p.numel() for name, p in fake.named_parameters()}
+        others = _free(fake, targets) if config.others == "train" else []
+        prefix = str(getattr(fake, "base_model_prefix", ""))
         try:
-            passes = _trace(skeleton, source, targets.chosen, others, setting, storage, config)
+            passes = _trace(fake, source, targets.chosen, others, setting, storage, config)
         except Exception as error:
             passes = {}
             first = str(error).partition("\n")[0]
@@ -270,7 +270,7 @@ def _sequence(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A skeleton is no model to be warned about."""
+    """A fake model is none to be warned about."""
     logging.disable(logging.ERROR)
     try:
         yield

@@ -13,7 +13,7 @@ from sculpt.models.learner import Learner, Score
 from sculpt.models.scoring import measures
 
 
-class Answering(Learner):
+class GenerativeLearner(Learner):
     """What causal and encoder-decoder models share: labels ranked, answers written.
 
     max_new_tokens: where a free answer is cut.

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from sculpt.data.examples import NEXT_TOKEN, Example, Task
-from sculpt.models.answers import Answering
+from sculpt.models.answers import GenerativeLearner
 from sculpt.models.encoding import IGNORED, Encoded
 from sculpt.models.learner import Score
 
 
-class CausalLearner(Answering):
+class CausalLearner(GenerativeLearner):
     """A Hugging Face causal language model with its tokenizer.
 
     packing: lay the rows of a batch end to end in one sequence, without padding, each in its own

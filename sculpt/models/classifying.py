@@ -19,7 +19,7 @@ from sculpt.models.encoding import Encoded
 from sculpt.models.learner import Learner, Score
 
 
-class Classifying(Learner):
+class LabelLearner(Learner):
     """What all of them share: a row's label is its number among `labels`, those of all `tasks`.
 
     Raises `ValueError` for a task without labels.
@@ -61,7 +61,7 @@ class Classifying(Learner):
         return self.padded(rows, int(self.tokenizer.pad_token_id or 0))
 
 
-class ClassificationLearner(Classifying):
+class ClassificationLearner(LabelLearner):
     """A Hugging Face model with a sequence classification head over all labels of all tasks."""
 
     auto_class = "AutoModelForSequenceClassification"
@@ -92,7 +92,7 @@ class ClassificationLearner(Classifying):
         return logits, sum(len(row) for row in rows)
 
 
-class NearestLabelLearner(Classifying):
+class NearestLabelLearner(LabelLearner):
     """A BERT-like sentence encoder: the cosine of its mean state to the labels of all tasks.
 
     The head is frozen: its rows are the sentence embeddings that the initial encoder gives to the

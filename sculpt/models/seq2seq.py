@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sculpt.data.examples import DataError, Example, Task
-from sculpt.models.answers import Answering
+from sculpt.models.answers import GenerativeLearner
 from sculpt.models.encoding import IGNORED, Encoded
 from sculpt.models.learner import Score
 
 
-class Seq2SeqLearner(Answering):
+class Seq2SeqLearner(GenerativeLearner):
     """A Hugging Face encoder-decoder with its tokenizer.
 
     Raises `ValueError` for a model without a decoder start token.

@@ -13,7 +13,7 @@ from sculpt.cli.app import app
 from sculpt.cli.common import EXIT_CODES
 from sculpt.report.results import Results
 from sculpt.runs.termination import Terminated
-from tests.sculpt.report.test_html_report import method
+from tests.sculpt.report.test_page import method
 
 COMMANDS = {
     "train": (["run.yaml"], "sculpt.runs.yaml_file.read_config"),

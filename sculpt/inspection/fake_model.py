@@ -1,4 +1,4 @@
-"""From the path of a model to its skeleton: every module and shape, no value."""
+"""From the path of a model to a fake one: every module and shape, and no value."""
 
 from __future__ import annotations
 
