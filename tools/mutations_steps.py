@@ -1,8 +1,8 @@
 """Changes of the code around steps that the tests must notice; `mutations.py` makes them."""
 
 STEPPING = "tests/sculpt/task/test_stepping.py::"
-STANDING = "tests/sculpt/task/test_standing.py::"
-STRAY = "tests/sculpt/task/test_stray.py::"
+CHANGES = "tests/sculpt/task/test_model_changes.py::"
+OTHERS = "tests/sculpt/task/test_other_optimizers.py::"
 FAILING = "tests/sculpt/task/test_failing_steps.py::"
 LAYERS = "tests/sculpt/task/test_layers.py::"
 WRITING = "tests/sculpt/task/test_writing.py::"
@@ -42,7 +42,7 @@ STEPS = [
         STEPPING + "test_weights_follow_what_any_finite_evaluation_moved",
     ),
     (
-        "steps: a closure that is named is not watched",
+        "steps: a closure given by name is not seen",
         "sculpt/task/attachment.py",
         'kwargs | {"closure": watched}',
         "kwargs",
@@ -67,98 +67,98 @@ STEPS = [
         "sculpt/task/attachment.py",
         "        self._check(is_captured(optimizer))\n",
         "",
-        STANDING + "test_a_replaced_module_is_found_before_the_step",
+        CHANGES + "test_a_replaced_module_is_found_before_the_step",
     ),
     (
         "steps: hooks of a task stay when it ends",
         "sculpt/task/attachment.py",
         "            handle.remove()",
         "            pass",
-        STRAY + "test_an_attached_optimizer_whose_task_is_over",
+        OTHERS + "test_an_attached_optimizer_whose_task_is_over",
     ),
     (
         "steps: those after the end are taken",
         "sculpt/task/attachment.py",
         "register_step_pre_hook(refuse_idle_steps)",
         "register_step_pre_hook(lambda *_: None)",
-        STRAY + "test_an_attached_optimizer_whose_task_is_over",
+        OTHERS + "test_an_attached_optimizer_whose_task_is_over",
     ),
     (
         "steps: every one of an optimizer from before the task is taken once another is attached",
         "sculpt/task/guards.py",
         "(self.driven and not is_idle(optimizer))",
         "self.driven",
-        STRAY + "test_the_optimizer_of_the_task_before",
+        OTHERS + "test_the_optimizer_of_the_task_before",
     ),
     (
         "steps: those of others are refused beside an attached optimizer",
         "sculpt/task/guards.py",
         "(self.driven and not is_idle(optimizer))",
         "False",
-        STRAY + "test_optimizers_of_others_are_left_alone",
+        OTHERS + "test_optimizers_of_others_are_left_alone",
     ),
     (
         "steps: coordinates beside frozen weights are not seen",
         "sculpt/task/guards.py",
         "        if not self._is_of_task(optimizer):\n",
         "        if True:\n",
-        STRAY + "test_all_parameters_of_the_model_by_hand",
+        OTHERS + "test_all_parameters_of_the_model_by_hand",
     ),
     (
-        "steps: the watch goes on after the task",
+        "steps: optimizers are still checked after the task",
         "sculpt/task/guards.py",
         "        _guards.discard(self)\n",
         "",
-        STRAY + "test_nobody_looks_between_tasks_or_without_a_sculptor",
+        OTHERS + "test_no_optimizer_is_checked_without_a_running_task",
     ),
     (
-        "standing: another device is no move",
+        "guards: another device is no move",
         "sculpt/task/guards.py",
         "if (now.dtype, now.device) != (was.dtype, was.device):",
         "if now.dtype != was.dtype:",
-        STANDING + "test_a_moved_model_is_refused_before_anything_moves",
+        CHANGES + "test_a_moved_model_is_refused_before_anything_moves",
     ),
     (
-        "standing: the model is held for ever",
+        "guards: the model is held for ever",
         "sculpt/task/guards.py",
         'model.__dict__.pop("_apply", None)',
         "pass",
-        STANDING + "test_a_moved_model_is_refused_before_anything_moves",
+        CHANGES + "test_a_moved_model_is_refused_before_anything_moves",
     ),
     (
-        "standing: parameters move before one refuses",
+        "guards: parameters move before one refuses",
         "sculpt/task/guards.py",
         "            refuse_to_move(parameter, change)",
         "            pass",
-        STANDING + "test_a_moved_model_is_refused_before_anything_moves",
+        CHANGES + "test_a_moved_model_is_refused_before_anything_moves",
     ),
     (
-        "standing: a running task is not seen",
+        "guards: a running task is not seen",
         "sculpt/task/guards.py",
         'return isinstance(model.__dict__.get("_apply"), HeldModel)',
         "return False",
-        STANDING + "test_one_task_at_a_time",
+        CHANGES + "test_one_task_at_a_time",
     ),
     (
-        "standing: only the last step of a way is looked at",
+        "guards: only the last step of a way is looked at",
         "sculpt/task/guards.py",
         "                links[id(children), child]",
         "            links[id(children), child]",
-        STANDING + "test_a_replaced_module_is_found_before_the_step",
+        CHANGES + "test_a_replaced_module_is_found_before_the_step",
     ),
     (
-        "standing: anything may be in the place of a module",
+        "guards: anything may be in the place of a module",
         "sculpt/task/guards.py",
         "children.get(child) is not module for",
         "children.get(child) is None for",
-        STANDING + "test_a_replaced_module_is_found_before_the_step",
+        CHANGES + "test_a_replaced_module_is_found_before_the_step",
     ),
     (
-        "standing: a wrapper is taken for another module",
+        "guards: a wrapper is taken for another module",
         "sculpt/task/guards.py",
         "if id(module) not in paths:",
         "if self._model.get_submodule(name) is not module:",
-        STANDING + "test_a_wrapped_module_goes_on_training",
+        CHANGES + "test_a_wrapped_module_goes_on_training",
     ),
     (
         "steps: a fold that fails leaves what it did",

@@ -1,4 +1,4 @@
-"""A model with a running task stays as it is: nothing moves, is replaced, or is begun twice."""
+"""Whatever moves, replaces or copies a model with a running task is refused or followed."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def steps(model, optimizer, count: int = 1) -> None:
         optimizer.step()
 
 
-def watching() -> int:
+def guard_count() -> int:
     return len(guards._guards)
 
 
@@ -150,15 +150,15 @@ def test_all_parameters_of_the_model_by_hand():
     sculptor.end_task()
 
 
-def test_nobody_looks_between_tasks_or_without_a_sculptor():
+def test_no_optimizer_is_checked_without_a_running_task():
     gc.collect()
-    before = watching()
+    before = guard_count()
     model = model_of()
     sculptor = Sculptor(model, SculptConfig())
     sculptor.begin_task()
-    assert watching() == before + 1
+    assert guard_count() == before + 1
     sculptor.end_task()
-    assert watching() == before
+    assert guard_count() == before
     # A task that is given up leaves nothing behind, attached optimizer and model included.
     sculptor.begin_task()
     optimizer = sgd(sculptor.parameters())
@@ -167,7 +167,7 @@ def test_nobody_looks_between_tasks_or_without_a_sculptor():
     weight = ref(model[0].weight)
     del sculptor, optimizer, model
     gc.collect()
-    assert watching() == before
+    assert guard_count() == before
     assert weight() is None
 
 
