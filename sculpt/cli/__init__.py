@@ -1,1 +1,1 @@
-"""The `sculpt` command."""
+"""The `sculpt` command: a file for each of its commands."""

@@ -1,4 +1,4 @@
-"""The `sculpt` command."""
+"""The `sculpt` command: its commands, its help and `--version`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sculpt demo`."""
+"""`sculpt demo`: three real tasks in a row, by plain fine-tuning and by sculpt."""
 
 from __future__ import annotations
 

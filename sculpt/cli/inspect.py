@@ -1,4 +1,4 @@
-"""`sculpt inspect`."""
+"""`sculpt inspect`: ranks, memory and FLOPs of training a model, before any of it is spent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sculpt report`."""
+"""`sculpt report`: finished runs as one self-contained HTML file."""
 
 from __future__ import annotations
 

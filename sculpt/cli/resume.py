@@ -1,4 +1,4 @@
-"""`sculpt resume`."""
+"""`sculpt resume`: go on with a run that was killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sculpt train`."""
+"""`sculpt train`: run a task sequence that a YAML file describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sculpt verify`."""
+"""`sculpt verify`: the leak between two checkpoints, from disk."""
 
 from __future__ import annotations
 

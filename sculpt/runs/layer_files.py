@@ -1,4 +1,4 @@
-"""What each layer got in a task and what room it has left, as files of the run directory."""
+"""What each layer got in a task and what it has left, as files of the run directory."""
 
 from __future__ import annotations
 

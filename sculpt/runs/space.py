@@ -1,4 +1,4 @@
-"""What a run takes: memory beside activations, and room on the disk, from shapes and ranks."""
+"""What a run takes: memory beside activations, and bytes on the disk, from shapes and ranks."""
 
 from __future__ import annotations
 
