@@ -87,15 +87,10 @@ class GenerativeLearner(Learner):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each label's answer, and whether greedy decoding writes it: [B, L]."""
         answers = [[self._answer(example, label) for label in labels] for _, example in batch]
-        width = max(len(answer) for row in answers for answer in row)
-        wanted = torch.zeros(len(batch), len(labels), width, dtype=torch.long)  # [B, L, A]
-        mask = torch.zeros(len(batch), len(labels), width, dtype=torch.bool)
-        for row, row_answers in enumerate(answers):
-            for column, answer in enumerate(row_answers):
-                wanted[row, column, : len(answer)] = torch.tensor(answer)
-                mask[row, column, : len(answer)] = True
+        padded = self.padded([answer for row in answers for answer in row], 0)
+        wanted, mask = (part.view(len(batch), len(labels), -1) for part in padded.values())
+        mask = mask.bool()  # [B, L, A]
         logits = self._label_logits([question for question, _ in batch], answers).float()
-        wanted, mask = wanted.to(logits.device), mask.to(logits.device)
         chosen = logits.log_softmax(dim=-1).gather(-1, wanted[..., None])[..., 0]
         log_probability = chosen.masked_fill(~mask, 0.0).sum(dim=-1)
         greedy = ((logits.argmax(dim=-1) == wanted) | ~mask).all(dim=-1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sculpt.data.examples import NEXT_TOKEN, Example, Task
 from sculpt.models.answers import GenerativeLearner
 from sculpt.models.encoding import IGNORED, Encoded
-from sculpt.models.learner import Score
+from sculpt.models.learner import Score, pad
 
 
 class CausalLearner(GenerativeLearner):
@@ -53,12 +53,9 @@ class CausalLearner(GenerativeLearner):
             return self._packed_loss(rows), tokens
         inputs = self._left_padded([row.ids[:-1] for row in rows])
         answers = [row.labels[row.answer_start :] for row in rows]
-        window = max(len(answer) for answer in answers)
-        targets = torch.full((len(rows), window), IGNORED)  # [B, A]
-        for place, answer in enumerate(answers):
-            targets[place, window - len(answer) :] = torch.tensor(answer)
+        targets = pad(answers, IGNORED, left=True).to(self.device)  # [B, A]
+        window = targets.shape[1]
         logits = self.model(**inputs, logits_to_keep=window, use_cache=False).logits  # [B, A, V]
-        targets = targets.to(logits.device)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         return loss, tokens
 
@@ -128,17 +125,13 @@ class CausalLearner(GenerativeLearner):
         first: torch.Tensor = output.logits[:, None].expand(-1, n_labels, -1, -1)  # [B, L, 1, V]
         if width == 1:
             return first
-        continuation = torch.zeros(len(flat), width - 1, dtype=torch.long)  # [B*L, A-1]
-        more = torch.zeros(len(flat), width - 1, dtype=torch.long)
-        for place, answer in enumerate(flat):
-            continuation[place, : len(answer) - 1] = torch.tensor(answer[:-1])
-            more[place, : len(answer) - 1] = 1
+        continuation = self.padded([answer[:-1] for answer in flat], 0)  # [B*L, A-1]
         cache = output.past_key_values
         cache.batch_repeat_interleave(n_labels)
         seen = inputs["attention_mask"].repeat_interleave(n_labels, dim=0)  # [B*L, P]
         after = self.model(
-            input_ids=continuation.to(device),
-            attention_mask=torch.cat([seen, more.to(device)], dim=1),
+            input_ids=continuation["input_ids"],
+            attention_mask=torch.cat([seen, continuation["attention_mask"]], dim=1),
             position_ids=seen.sum(dim=1, keepdim=True) + torch.arange(width - 1, device=device),
             past_key_values=cache,
             use_cache=True,

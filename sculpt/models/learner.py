@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sculpt.data.examples import Example, Task
 from sculpt.models.encoding import Encoded, Encoder
@@ -111,11 +112,13 @@ class Learner(ABC):
         self, rows: Sequence[Sequence[int]], fill: int, *, left: bool = False
     ) -> dict[str, Tensor]:
         """Token rows as `input_ids` and `attention_mask`, `(len(rows), longest)`."""
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), fill)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for index, row in enumerate(rows):
-            here = slice(width - len(row), None) if left else slice(len(row))
-            ids[index, here] = torch.tensor(row)
-            mask[index, here] = 1
+        ids = pad(rows, fill, left=left)
+        mask = pad([[1] * len(row) for row in rows], 0, left=left)
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> Tensor:
+    """Rows as one tensor, `(len(rows), longest)`."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    side = "left" if left else "right"
+    return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sculpt.data.examples import DataError, Example, Task
 from sculpt.models.answers import GenerativeLearner
 from sculpt.models.encoding import IGNORED, Encoded
-from sculpt.models.learner import Score
+from sculpt.models.learner import Score, pad
 
 
 class Seq2SeqLearner(GenerativeLearner):
@@ -83,10 +82,5 @@ class Seq2SeqLearner(GenerativeLearner):
 
     def _decoder(self, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """What the decoder reads, the answer shifted by one, and what it should write: [B, A]."""
-        width = max(len(answer) for answer in answers)
-        read = torch.full((len(answers), width), self.end)
-        targets = torch.full((len(answers), width), IGNORED)
-        for place, answer in enumerate(answers):
-            read[place, : len(answer)] = torch.tensor([self.start, *answer[:-1]])
-            targets[place, : len(answer)] = torch.tensor(answer)
-        return read.to(self.device), targets.to(self.device)
+        read = pad([[self.start, *answer[:-1]] for answer in answers], self.end)
+        return read.to(self.device), pad(answers, IGNORED).to(self.device)
