@@ -18,7 +18,8 @@ def batches(size: int, batch_size: int, seed: int, *, skip: int = 0) -> Iterator
 
     Every index is used once before any is used again.
     """
-    return islice(_cut(_orders(size, _generator(seed)), batch_size), skip, None)
+    rows = _shuffled(size, torch.Generator().manual_seed(seed))
+    return islice(iter(lambda: list(islice(rows, batch_size)), []), skip, None)
 
 
 def bucketed_batches(
@@ -28,33 +29,21 @@ def bucketed_batches(
 
     `BATCHES_SORTED_TOGETHER` batches of the shuffled rows are sorted by length, cut, and shuffled.
     """
-    return islice(_bucketed(lengths, batch_size, _generator(seed)), skip, None)
+    return islice(_bucketed(lengths, batch_size, torch.Generator().manual_seed(seed)), skip, None)
 
 
 def _bucketed(
     lengths: Sequence[int], batch_size: int, generator: torch.Generator
 ) -> Iterator[list[int]]:
     together = max(1, min(BATCHES_SORTED_TOGETHER, len(lengths) // batch_size)) * batch_size
-    for group in _cut(_orders(len(lengths), generator), together):
-        group.sort(key=lambda index: (lengths[index], index))
+    rows = _shuffled(len(lengths), generator)
+    while group := sorted(islice(rows, together), key=lambda index: (lengths[index], index)):
         cut = [group[start : start + batch_size] for start in range(0, together, batch_size)]
         for place in torch.randperm(len(cut), generator=generator).tolist():
             yield cut[place]
 
 
-def _orders(size: int, generator: torch.Generator) -> Iterator[list[int]]:
+def _shuffled(size: int, generator: torch.Generator) -> Iterator[int]:
+    """Endless passes over all rows, each in an order of its own."""
     while True:
-        yield torch.randperm(size, generator=generator).tolist()
-
-
-def _cut(orders: Iterator[list[int]], batch_size: int) -> Iterator[list[int]]:
-    pending: list[int] = []
-    for order in orders:
-        pending.extend(order)
-        while len(pending) >= batch_size:
-            yield pending[:batch_size]
-            del pending[:batch_size]
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+        yield from torch.randperm(size, generator=generator).tolist()

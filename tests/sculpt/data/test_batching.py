@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from sculpt.data.batching import batches, bucketed_batches
 
-LENGTHS = [3, 50, 7, 20, 9, 4, 31, 5, 8, 44, 2]
-
 
 @pytest.mark.parametrize("bucketed", [False, True])
 @given(size=st.integers(1, 40), batch_size=st.integers(1, 9), skip=st.integers(0, 30))
@@ -29,12 +27,10 @@ def test_every_row_is_used_before_any_twice_and_skipping_changes_nothing(
     counts = [used.count(index) for index in range(size)]
     # Rows that are sorted together may hold the end of one pass and the start of the next.
     assert max(counts) - min(counts) <= 1 + bucketed
+    assert bucketed or all(
+        sorted(used[size * i : size * (i + 1)]) == [*range(size)] for i in (0, 1)
+    )
     assert list(islice(stream(skip), 5)) == drawn[skip : skip + 5]
-
-
-def test_each_pass_uses_each_row_once() -> None:
-    used = [index for batch in islice(batches(11, 1, 0), 22) for index in batch]
-    assert sorted(used[:11]) == sorted(used[11:]) == list(range(11))
 
 
 def test_buckets_hold_rows_of_similar_length() -> None:
@@ -48,8 +44,4 @@ def test_buckets_hold_rows_of_similar_length() -> None:
     assert padding(bucketed) < padding(plain) / 5
     first = [max(lengths[i] for i in batch) for batch in bucketed[:16]]
     assert first != sorted(first), "batches must not come in order of length"
-
-
-def test_the_order_depends_on_the_seed() -> None:
-    one, two = (list(islice(bucketed_batches(LENGTHS, 2, seed), 9)) for seed in (0, 1))
-    assert one != two
+    assert bucketed != list(islice(bucketed_batches(lengths, 4, 2), 25)), "the seed decides"

@@ -40,15 +40,12 @@ def test_prompt_and_answer(tmp_path: Path) -> None:
     assert [e.where for e in read(listed)[0]] == [f"{listed}:2", f"{listed}:6"]
 
 
-def test_chat(tmp_path: Path) -> None:
+def test_chat_and_document(tmp_path: Path) -> None:
     turns = [("system", "be brief"), ("user", "good?"), ("assistant", "yes")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     (example,) = read(write_lines(tmp_path / "a.jsonl", [row]))[0]
     assert example == Example(messages=tuple(Message(*turn) for turn in turns))
     assert example.wanted == "yes"
-
-
-def test_document(tmp_path: Path) -> None:
     (example,) = read(write_lines(tmp_path / "a.jsonl", [{"document": "All of this."}]))[0]
     assert example == Example(answer="All of this.")
     assert example.is_document
@@ -83,17 +80,10 @@ def test_only_ends_of_lines_end_a_row(tmp_path: Path, name: str, end: str) -> No
     assert read(path)[0] == [Example(row["prompt"], "x") for row in rows]
 
 
-def test_csv_rows_may_be_long(tmp_path: Path) -> None:
-    document = "word " * 30_000 + "end"
-    path = tmp_path / "a.csv"
-    path.write_text(f"document\n{document}\n")
+def test_csv_rows_may_be_long_and_columns_without_a_name(tmp_path: Path) -> None:
+    path, document = tmp_path / "a.csv", "word " * 30_000 + "end"
+    path.write_text(f"document,,\n{document},,\n")
     assert read(path)[0] == [Example(answer=document)]
-
-
-def test_csv_columns_without_a_name_are_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("prompt,answer,,\na,b,,\n")
-    assert read(path)[0] == [Example("a", "b")]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +104,6 @@ BAD_LINES = [
     ('{"prompt": "a\\nAnswer:"}', r"no 'answer', only \['prompt'\]"),
     ('{"prompt": "a", "answer": " "}', "'answer' is empty"),
     ('{"prompt": "a", "answer": ["b"]}', r"'answer' is \['b'\], expected text"),
-    ('{"prompt": "a", "answer": true}', "'answer' is True, expected text"),
     ('{"question": "a"}', r"values \['question'\], expected one of: messages; prompt, answer;"),
     ('{"document": "a"}', "layout 'document' in a file that began with 'answer'"),
     ('{"messages": []}', r"'messages' is \[\], expected a list"),
@@ -123,7 +112,6 @@ BAD_LINES = [
     ('["a", "b"]', "expected an object with named values, got list"),
     ('{"prompt": "a", ', "not JSON: .* column"),
     ('{"prompt": "a", "answer": "b", "answer": "c"}', "'answer' is given twice"),
-    ('{"messages": [{"role": "user", "role": "assistant"}]}', "'role' is given twice"),
     ('{"prompt": "a", "answer": ' + "1" * 5000 + "}", "JSON that cannot be read: .* digits"),
     ("[" * 100_000, "JSON that cannot be read: maximum recursion"),
     ('{"prompt": "\udcff", "answer": "b"}', "not UTF-8 text"),
@@ -149,7 +137,6 @@ def test_a_bad_row_is_named_or_listed(tmp_path: Path, line: str, reason: str) ->
     ("name", "content", "reason"),
     [
         ("a.jsonl", "", "the file is empty"),
-        ("a.json", " \n", "the file is empty"),
         ("a.txt", "x", r"expected a file that ends in one of \.jsonl"),
         ("a.json", '{"prompt": "a"}', "a.json:1: expected a JSON list"),
         ("a.json", '[{"prompt": "a",\n "answer"}]', "a.json:2: not JSON"),
@@ -159,7 +146,6 @@ def test_a_bad_row_is_named_or_listed(tmp_path: Path, line: str, reason: str) ->
         ("a.json", "[\n" + "[" * 100_000, "a.json:2: JSON that cannot be read: maximum recursion"),
         ("a.csv", "\na,a,b\n1,2,3\n", "a.csv:2: two columns are called 'a'"),
         ("a.csv", "prompt,answer\n\na,b\nc\n", "a.csv:4: expected 2 columns"),
-        ("a.csv", "prompt,answer\na\n", "a.csv:2: expected 2 columns"),
         ("a.csv", "prompt,answer\na,b,c\n", "a.csv:2: expected 2 columns"),
         ("a.csv", 'prompt,answer\n"a,b\n', "a.csv:2: not CSV"),
         ("a.csv", "prompt,answer\n", "a.csv: no rows"),
@@ -180,37 +166,21 @@ def test_an_answer_that_is_no_label_is_a_bad_row(tmp_path: Path) -> None:
         read(path, labels=("Yes", "No"))
 
 
-def benchmark(folder: Path) -> Path:
-    """A CL_Benchmark folder, a TRACE one, and one with prompts, as they are laid out."""
-
-    def sentences(split: str) -> str:
-        return json.dumps([{"label": "Good", "sentence": f"a film to {split}"}])
-
-    def answers(split: str) -> str:
-        return json.dumps([ANSWER | {"answer": split}])
-
-    for name in ("TC/agnews", "TC/dbpedia", "SC/amazon"):
-        data_set = folder / "cl" / name
-        data_set.mkdir(parents=True)
-        for split in ("train", "dev", "test"):
-            (data_set / f"{split}.json").write_text(sentences(split))
-        (data_set / "labels.json").write_text('["Good", "Bad"]')
-    for name in ("C-STANCE", "MeetingBank"):
-        data_set = folder / "trace" / name
-        data_set.mkdir(parents=True)
-        for split in ("train", "eval", "test"):
-            (data_set / f"{split}.json").write_text(answers(split))
-    data_set = folder / "prompts" / "BoolQA"
-    data_set.mkdir(parents=True)
-    for split in ("train", "test"):
-        (data_set / f"{split}.json").write_text(answers(split))
-    (data_set / "labels.json").write_text('["train", "test"]')
-    return folder
+def data_set(folder: Path, row: dict[str, str], *labels: str) -> None:
+    """One as benchmarks lay it out; the name of the split stands for `{}` in each value."""
+    folder.mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        values = {name: value.replace("{}", split) for name, value in row.items()}
+        (folder / f"{split}.json").write_text(json.dumps([values]))
+    if labels:
+        (folder / "labels.json").write_text(json.dumps(labels))
 
 
 def test_cl_benchmark_folders(tmp_path: Path) -> None:
-    folder = benchmark(tmp_path) / "cl"
-    tasks = read_tasks(DataConfig(folder=folder, order=("dbpedia", "ag", "amazon")), 0)
+    sentence = {"label": "Good", "sentence": "a film to {}"}
+    for name in ("TC/agnews", "TC/dbpedia", "SC/amazon"):
+        data_set(tmp_path / name, sentence, "Good", "Bad")
+    tasks = read_tasks(DataConfig(folder=tmp_path, order=("dbpedia", "ag", "amazon")), 0)
     assert [task.name for task in tasks] == ["dbpedia", "agnews", "amazon"]
     assert tasks[0].labels == ("Good", "Bad")
     assert tasks[0].train[0].prompt == (
@@ -222,11 +192,13 @@ def test_cl_benchmark_folders(tmp_path: Path) -> None:
 
 
 def test_trace_and_prompt_folders(tmp_path: Path) -> None:
-    folder = benchmark(tmp_path)
-    stance, meetings = read_tasks(DataConfig(folder=folder / "trace"), 0)
+    for name in ("C-STANCE", "MeetingBank"):
+        data_set(tmp_path / "trace" / name, ANSWER | {"answer": "{}"})
+    stance, meetings = read_tasks(DataConfig(folder=tmp_path / "trace"), 0)
     assert (stance.name, stance.labels, stance.measure) == ("C-STANCE", (), "exact_match")
     assert meetings.measure == "rouge_l"
-    (boolq,) = read_tasks(DataConfig(folder=folder / "prompts", order=("boolqa",)), 0)
+    data_set(tmp_path / "prompts" / "BoolQA", ANSWER | {"answer": "{}"}, "train", "test")
+    (boolq,) = read_tasks(DataConfig(folder=tmp_path / "prompts", order=("boolqa",)), 0)
     assert boolq.labels == ("train", "test")
     assert boolq.train[0].prompt == ANSWER["prompt"]
 
@@ -250,28 +222,23 @@ def test_presets_name_their_data_sets(tmp_path: Path) -> None:
         folder_tasks(tmp_path / "MNLI", None)
 
 
-def tasks_of(tmp_path: Path, rows: int, **data: Any) -> Task:
-    lines = [{"prompt": f"number {number}\nAnswer:", "answer": "x"} for number in range(rows)]
-    path = write_lines(tmp_path / "a.jsonl", lines)
-    config = DataConfig.model_validate({"tasks": [{"name": "t", "train": str(path)}], **data})
-    (task,) = read_tasks(config, 3)
+NUMBERED = [{"prompt": f"number {number}\nAnswer:", "answer": "x"} for number in range(20)]
+
+
+def task_of(train: Path, test: Path | None = None, **data: Any) -> Task:
+    config = TaskConfig(name="t", train=train, test=test)
+    (task,) = read_tasks(DataConfig(tasks=(config,), **data), 0)
     return task
 
 
 def test_rows_are_held_out_and_drawn_by_the_seed(tmp_path: Path) -> None:
-    task = tasks_of(tmp_path, 20, holdout=0.25, train_rows=10, test_rows=4)
-    assert len(task.train) == 10
-    assert len(task.test) == 4
+    path = write_lines(tmp_path / "a.jsonl", NUMBERED)
+    task = task_of(path, holdout=0.25, train_rows=10, test_rows=4)
+    assert (len(task.train), len(task.test)) == (10, 4)
     assert not set(task.train) & set(task.test)
-    assert task == tasks_of(tmp_path, 20, holdout=0.25, train_rows=10, test_rows=4)
+    assert task == task_of(path, holdout=0.25, train_rows=10, test_rows=4)
     with pytest.raises(DataError, match="1 rows are too few to hold out"):
-        tasks_of(tmp_path, 1)
-
-
-def task_of(train: Path, test: Path | None, **data: Any) -> Task:
-    config = TaskConfig(name="t", train=train, test=test)
-    (task,) = read_tasks(DataConfig(tasks=(config,), **data), 0)
-    return task
+        task_of(write_lines(path, NUMBERED[:1]))
 
 
 def test_a_task_is_not_tested_on_the_file_that_trains_it(tmp_path: Path) -> None:
@@ -287,13 +254,13 @@ def test_a_task_is_not_tested_on_the_file_that_trains_it(tmp_path: Path) -> None
 
 
 def test_test_rows_that_are_trained_on_are_counted(tmp_path: Path) -> None:
-    rows = [{"prompt": f"number {number}\nAnswer:", "answer": "x"} for number in range(20)]
+    rows = NUMBERED
     train = write_lines(tmp_path / "a.jsonl", rows)
     test = write_lines(tmp_path / "b.jsonl", [ANSWER, *rows[3:5], rows[3] | {"answer": "y"}])
     with pytest.warns(SculptWarning, match=r"2 of 4 test .* 't' .*b\.jsonl:2, .*a\.jsonl:4"):
         task_of(train, test)
     with pytest.warns(SculptWarning, match=r"\d of 6 test rows of task 't' are training rows too"):
-        task_of(write_lines(tmp_path / "c.jsonl", rows * 3), None)
+        task_of(write_lines(tmp_path / "c.jsonl", rows * 3))
     first = TaskConfig(name="first", train=write_lines(tmp_path / "d.jsonl", [ANSWER]), test=test)
     other = write_lines(tmp_path / "e.jsonl", [ANSWER | {"answer": "y"}])
     both = DataConfig(tasks=(first, TaskConfig(name="t", train=train, test=other)))
@@ -304,12 +271,9 @@ def test_test_rows_that_are_trained_on_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": ("a",)}, "two or more"),
         ({"labels": ("a", "a")}, "two or more"),
         ({"labels": ("a", " ")}, "empty label"),
         ({"train": ()}, "train is empty"),
-        ({"test": (Example("x", "c"),)}, "test has the answer 'c', which is not in"),
-        ({"measure": "rouge"}, "measure='rouge', expected one of"),
         ({"labels": (), "measure": "choice"}, "needs labels to choose from"),
     ],
 )
