@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from sculpt.storage.files import flush, link
+from sculpt.storage.tensors import read_file, write_file
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -49,13 +50,7 @@ class Part:
 
 def tensors_part(tensors: Callable[[], Mapping[str, Tensor]], version: str | None = None) -> Part:
     """A safetensors file."""
-
-    def write(path: Path, previous: Path | None) -> None:
-        from safetensors.torch import save_file
-
-        save_file({key: value.contiguous() for key, value in tensors().items()}, path)
-
-    return Part(write, version)
+    return Part(lambda path, previous: write_file(path, tensors()), version)
 
 
 @dataclass(frozen=True)
@@ -67,12 +62,9 @@ class Loaded:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Content of the safetensors file `name`. Raises `CheckpointError` where it is missing."""
-        from safetensors.torch import load_file
-
         if not (self.path / name).is_file():
             raise CheckpointError(f"{self.path / name} is missing")
-        found: dict[str, Tensor] = load_file(self.path / name)
-        return found
+        return read_file(self.path / name)
 
 
 class Checkpoints:

@@ -21,17 +21,17 @@ def flatten(value: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
     return _flatten(value, prefix or "state", tensors), tensors
 
 
-def unflatten(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `flatten`, with the skeleton as JSON gives it back."""
-    if isinstance(skeleton, list):
-        return [unflatten(item, tensors) for item in skeleton]
-    if not isinstance(skeleton, dict):
-        return skeleton
-    if TENSOR in skeleton:
-        return tensors[skeleton[TENSOR]]
-    if TUPLE in skeleton:
-        return tuple(unflatten(item, tensors) for item in skeleton[TUPLE])
-    return {key: unflatten(item, tensors) for key, item in skeleton[KEYS]}
+def unflatten(layout: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `flatten`, with the layout as JSON gives it back."""
+    if isinstance(layout, list):
+        return [unflatten(item, tensors) for item in layout]
+    if not isinstance(layout, dict):
+        return layout
+    if TENSOR in layout:
+        return tensors[layout[TENSOR]]
+    if TUPLE in layout:
+        return tuple(unflatten(item, tensors) for item in layout[TUPLE])
+    return {key: unflatten(item, tensors) for key, item in layout[KEYS]}
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -64,17 +64,15 @@ class StoredWeights:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, Stored] = {}
-        for file in _files(path):
+        files, named = _files(path)
+        for file in files:
             for name, stored in _describe(file).items():
                 if name in self.tensors:
                     first = self.tensors[name].file.name
                     raise StoredWeightsError(f"{path}: {name} is both in {first} and {file.name}")
                 self.tensors[name] = stored
-        _check_index(path, self.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in self.tensors.values())
+        if named is not None:
+            _check_index(path / INDEX, named, self.tensors)
 
     def read(self, name: str, index: Any = ...) -> Tensor:
         """The tensor, or the part of it that `index` selects (slices of its dimensions).
@@ -104,24 +102,26 @@ def opened(file: Path) -> Iterator[Any]:
         raise StoredWeightsError(f"{file} cannot be read: {error}") from error
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files of a model, and what its index says where it has one."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise StoredWeightsError(f"{path} is not a .safetensors file or a model directory")
-        return [path]
+        return [path], None
     if not path.is_dir():
         raise StoredWeightsError(f"{path} does not exist: expected a Hugging Face model directory")
     if (path / SINGLE).is_file():
-        return [path / SINGLE]
+        return [path / SINGLE], None
     if (path / INDEX).is_file():
-        named = sorted(set(_weight_map(path / INDEX).values()))
-        missing = [name for name in named if not (path / name).is_file()]
+        named = _weight_map(path / INDEX)
+        files = sorted(set(named.values()))
+        missing = [name for name in files if not (path / name).is_file()]
         if missing:
             raise StoredWeightsError(
                 f"{path / INDEX} names {missing[0]}, which is not there "
-                f"({len(missing)} of {len(named)} files are missing)"
+                f"({len(missing)} of {len(files)} files are missing)"
             )
-        return [path / name for name in named]
+        return [path / name for name in files], named
     if (path / ADAPTER).is_file():
         raise StoredWeightsError(
             f"{path} holds a PEFT adapter, not a model: merge it into its base "
@@ -129,7 +129,7 @@ def _files(path: Path) -> list[Path]:
         )
     others = sorted(path.glob("*.safetensors"))
     if len(others) == 1:
-        return others
+        return others, None
     if others:
         raise StoredWeightsError(
             f"{path} has {len(others)} .safetensors files and no {INDEX} that says which belong "
@@ -173,14 +173,11 @@ def _describe(file: Path) -> dict[str, Stored]:
     return found
 
 
-def _check_index(path: Path, tensors: dict[str, Stored]) -> None:
+def _check_index(index: Path, named: dict[str, str], tensors: dict[str, Stored]) -> None:
     """An index must name exactly the tensors that are in the files."""
-    if not path.is_dir() or (path / SINGLE).is_file() or not (path / INDEX).is_file():
-        return
-    named = _weight_map(path / INDEX)
     for name, file in named.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise StoredWeightsError(f"{path / INDEX} names {name} in {file}, which is not there")
+            raise StoredWeightsError(f"{index} names {name} in {file}, which is not there")
     extra = sorted(set(tensors) - set(named))
     if extra:
         raise StoredWeightsError(

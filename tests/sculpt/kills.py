@@ -76,16 +76,16 @@ def go_on(config: dict[str, Any], kind: str, number: int, where: Any) -> None:
 
 def watch_files(event: Callable[[str], None]) -> None:
     """Call `event` before a file is written by safetensors, flushed, renamed or removed."""
-    import safetensors.torch
     import torch
 
     from sculpt.adaptive import importance
+    from sculpt.storage import tensors
 
     places: tuple[tuple[Any, str, str], ...] = (
         (os, "fsync", "saving: flush"),
         (os, "replace", "saving: rename"),
         (shutil, "rmtree", "saving: removal"),
-        (safetensors.torch, "save_file", "saving: tensors"),
+        (tensors, "save_file", "saving: tensors"),
         (torch.linalg, "eigh", "decomposition: within a matrix"),
         (torch.autograd, "backward", "step: backward"),
         (torch.optim.AdamW, "step", "step: optimizer"),

@@ -137,8 +137,8 @@ VALUES = st.recursive(
 
 @given(VALUES)
 def test_nested_values_come_back_as_they_were(value: Any) -> None:
-    skeleton, tensors = flatten(value)
-    again = unflatten(json.loads(json.dumps(skeleton)), tensors)
+    layout, tensors = flatten(value)
+    again = unflatten(json.loads(json.dumps(layout)), tensors)
     assert again == value
     assert repr(again) == repr(value)
 
@@ -156,11 +156,11 @@ def test_any_optimizer_comes_back_without_pickle(kind: Any) -> None:
 
     one, optimizer = made()
     step(one, optimizer)
-    skeleton, tensors = flatten(optimizer.state_dict())
+    layout, tensors = flatten(optimizer.state_dict())
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # as a file would
     two, again = made()
     two.data.copy_(one.data)
-    again.load_state_dict(unflatten(json.loads(json.dumps(skeleton)), tensors))
+    again.load_state_dict(unflatten(json.loads(json.dumps(layout)), tensors))
     step(one, optimizer)
     step(two, again)
     assert torch.equal(one, two)
