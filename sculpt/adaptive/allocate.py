@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.adaptive.importance import Importance, importance_of, squared_values
 from sculpt.config import SculptConfig
 from sculpt.distributed.processes import Processes
+from sculpt.distributed.sharding import whole
 from sculpt.task.cost import cost_of, trained_elements
 from sculpt.task.ranks import floor_inside, pattern_rank
 from sculpt.task.targets import Target
@@ -173,7 +175,10 @@ def _bytes(target: Target, config: SculptConfig) -> int:
 def _energy(targets: list[Target]) -> Callable[[list[Target]], float]:
     kept: dict[str, list[float]] = {}
     for target in targets:
-        squares = squared_values(target)
+        W = whole(target.parameter.detach())
+        if not bool(torch.isfinite(W).all()):
+            raise ValueError(f"the weight of {target.name!r} is not finite")
+        squares = squared_values(target.oriented(W))
         squares = squares.reshape(-1, squares.shape[-1]).sum(0)
         kept[target.name] = squares.cumsum(0).tolist()
     total = math.fsum(sums[-1] for sums in kept.values()) or 1.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sculpt.adaptive.batches import Run, in_step, loss_of, runs, says_loss
 from sculpt.distributed.processes import Processes
-from sculpt.distributed.sharding import reshard, sharded_modules, whole
+from sculpt.distributed.sharding import reshard, sharded_modules
 from sculpt.task.targets import Place, Target
 from sculpt_kernels import compress, is_divided, split
 
@@ -239,15 +239,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
-def squared_values(target: Target, weight: Tensor | None = None) -> Tensor:
-    """Squared singular values `(..., k)`, descending, float64, from the smaller Gram matrix.
-
-    weight: the whole one of the target, where it was gathered already.
-    """
-    weight = whole(target.parameter.detach()) if weight is None else weight
-    W = target.oriented(weight).double()
-    if not bool(torch.isfinite(W).all()):
-        raise ValueError(f"the weight of {target.name!r} is not finite")
+def squared_values(W: Tensor) -> Tensor:
+    """Squared singular values `(..., k)`, descending, float64, from the smaller Gram matrix."""
+    W = W.double()
     A = W if W.shape[-2] <= W.shape[-1] else W.mT
     squares: Tensor = torch.linalg.eigvalsh(A @ A.mT).flip(-1).clamp_min(0)
     return squares

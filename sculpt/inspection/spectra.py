@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sculpt.adaptive.importance import squared_values
 from sculpt.storage.weights import INDEX, SINGLE, StoredWeights, StoredWeightsError
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -42,9 +43,7 @@ def summarise(W: Tensor, preserved: int, points: int = 8) -> Spectrum:
 
     points: how many values the curve has at the most.
     """
-    A = W.double()
-    A = A if A.shape[-2] <= A.shape[-1] else A.mT
-    squares = torch.linalg.eigvalsh(A @ A.mT).flip(-1).clamp_min(0)
+    squares = squared_values(W)
     values = squares.sqrt().reshape(-1, squares.shape[-1]).mean(0)
     total = squares.sum(-1)
     safe = torch.where(total > 0, total, 1)

@@ -110,7 +110,7 @@ def trace_pass(
     live = LiveBytes([*model.parameters(), *model.buffers(), *inputs, *hidden])
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     counter.mod_tracker = _AnyModule()  # type: ignore[assignment]
-    with _watched(model, named) as rows, counter, live:
+    with _input_rows(model, named) as rows, counter, live:
         value = loss()
         kept = live.live
         value.backward()  # type: ignore[no-untyped-call]
@@ -120,10 +120,10 @@ def trace_pass(
 
 
 @contextmanager
-def _watched(model: nn.Module, named: Iterable[str]) -> Iterator[dict[str, tuple[int, bool]]]:
+def _input_rows(model: nn.Module, named: Iterable[str]) -> Iterator[dict[str, tuple[int, bool]]]:
     rows: dict[str, tuple[int, bool]] = {}
 
-    def watch(name: str) -> Any:
+    def add_hook(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if name not in rows and args and isinstance(args[0], Tensor):
                 x = args[0]
@@ -131,7 +131,7 @@ def _watched(model: nn.Module, named: Iterable[str]) -> Iterator[dict[str, tuple
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
-    handles = [watch(name) for name in named]
+    handles = [add_hook(name) for name in named]
     try:
         yield rows
     finally:

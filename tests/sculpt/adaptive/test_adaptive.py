@@ -12,7 +12,7 @@ from torch import nn
 
 from sculpt import AdaptiveRanks, SculptConfig, Sculptor
 from sculpt.adaptive.allocate import preserved_rank, scale
-from sculpt.adaptive.importance import Importance, squared_values
+from sculpt.adaptive.importance import Importance
 from sculpt.task.targets import find_targets
 
 
@@ -186,7 +186,7 @@ def test_budgets_are_met_to_one_percent(importance, budget, coordinates) -> None
         full = coordinates == "full" and m != n
         elements = t * (max(m, n) if full else t)
         assert rows[target.name].trainable_elements == elements
-        squares = squared_values(target)
+        squares = torch.linalg.svdvals(target.oriented(target.parameter.detach())).square()
         if name == "trainable_elements":
             spent += elements
             total += m * n if isinstance(wanted, float) else 0
