@@ -102,15 +102,11 @@ class Processes:
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any of them."""
-        return self.any_of([here])[0]
-
-    def any_of(self, here: Sequence[bool]) -> list[bool]:
-        """For each of several questions whether it is so on any of them."""
         if self.size == 1:
-            return list(here)
-        flags = torch.tensor(here, dtype=torch.int32, device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, self.group)
-        return [bool(flag) for flag in flags.tolist()]
+            return here
+        flag = torch.tensor(here, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
+        return bool(flag)
 
     @contextmanager
     def as_one(self) -> Iterator[bool]:

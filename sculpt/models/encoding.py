@@ -131,8 +131,8 @@ class Encoder:
         ends = () if example.messages else (self.end_token,)
         leading = () if example.messages else self.leading
         rendered = self._render(example)
-        room = self._room(len(leading) + len(ends))
-        ids, spans, cut = self._tokens(rendered.text, rendered.passages, room, example)
+        around = len(leading) + len(ends)
+        ids, spans, cut = self._tokens(rendered.text, rendered.passages, around, example)
         learned = [
             any(a <= start and end <= b for a, b in rendered.answers) for start, end in spans
         ]
@@ -164,8 +164,8 @@ class Encoder:
             kind = "chat" if example.messages else "document"
             raise DataError(f"{example.where or 'a row'}: a {kind} needs a causal language model")
         after = self.trailing if trailing else ()
-        room = self._room(len(self.leading) + len(after))
-        ids, _, cut = self._tokens(example.prompt, passages_of(example.text), room, example)
+        around = len(self.leading) + len(after)
+        ids, _, cut = self._tokens(example.prompt, passages_of(example.text), around, example)
         return Encoded((*self.leading, *ids, *after), (), cut)
 
     def answer(self, example: Example, label: str) -> tuple[int, ...]:
@@ -192,23 +192,21 @@ class Encoder:
             raise ValueError("tokenizer.eos_token_id is None, expected an end-of-sequence token")
         return int(self.tokenizer.eos_token_id)
 
-    def _room(self, around: int) -> int | None:
-        return None if self.max_tokens is None else self.max_tokens - around
-
     def _tokens(
-        self, text: str, passages: Sequence[Span], room: int | None, example: Example
+        self, text: str, passages: Sequence[Span], around: int, example: Example
     ) -> tuple[list[int], list[Span], int]:
-        """Tokens and their character ranges, after the passages have lost what is too much."""
+        """Tokens and their character ranges, after the passages have lost what is too much.
+
+        around: how many more tokens the row has.
+        """
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, spans = (
-            list(found["input_ids"]),
-            [(int(a), int(b)) for a, b in found["offset_mapping"]],
-        )
+        ids, spans = list(found["input_ids"]), list(found["offset_mapping"])
         inside = [
             [i for i, (a, b) in enumerate(spans) if first <= a and b <= last]
             for first, last in passages
         ]
-        too_many = 0 if room is None else max(0, len(ids) - room)
+        limit = self.max_tokens
+        too_many = 0 if limit is None else max(0, len(ids) + around - limit)
         if self.max_text_tokens is not None and inside:
             too_many = max(too_many, len(inside[0]) - self.max_text_tokens)
         dropped: set[int] = set()

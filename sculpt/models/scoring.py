@@ -22,7 +22,7 @@ def measures(
         ROUGE_L: _mean([rouge_l(a, b) for a, b in pairs]),
     }
     if labels:
-        found[CHOICE] = _mean([choice(a, b, labels) for a, b in pairs])
+        found[CHOICE] = _mean([begins_with(a, b, labels) for a, b in pairs])
     return found
 
 
@@ -31,11 +31,11 @@ def exact_match(written: str, wanted: str) -> float:
     return float(" ".join(written.split()) == " ".join(wanted.split()))
 
 
-def choice(written: str, wanted: str, labels: Sequence[str]) -> float:
+def begins_with(written: str, wanted: str, labels: Sequence[str]) -> float:
     """1 where the answer begins with the wanted label, ignoring case, and with no longer one."""
     start = written.strip().lower()
-    begun = [label for label in labels if re.match(re.escape(label.lower()) + r"(?!\w)", start)]
-    return float(bool(begun) and max(begun, key=len) == wanted)
+    found = [label for label in labels if re.match(re.escape(label.lower()) + r"(?!\w)", start)]
+    return float(max(found, key=len, default=None) == wanted)
 
 
 def rouge_l(written: str, wanted: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sculpt.models.scoring import choice, exact_match, measures, rouge_l
+from sculpt.models.scoring import begins_with, exact_match, measures, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -40,13 +40,13 @@ def test_exact_match_ignores_blanks_only() -> None:
     [("B", 1), ("b. the second", 1), (" B)", 1), ("Bad", 0), ("A", 0), ("the B", 0), ("", 0)],
 )
 def test_a_choice_is_how_the_answer_begins(written: str, expected: int) -> None:
-    assert choice(written, "B", ("A", "B")) == expected
+    assert begins_with(written, "B", ("A", "B")) == expected
 
 
 def test_the_longest_label_that_fits_is_the_choice() -> None:
     labels = ("not entailment", "not")
-    assert choice("not entailment here", "not entailment", labels) == 1
-    assert choice("not entailment here", "not", labels) == 0
+    assert begins_with("not entailment here", "not entailment", labels) == 1
+    assert begins_with("not entailment here", "not", labels) == 0
 
 
 def test_means_of_all() -> None:
