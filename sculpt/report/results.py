@@ -81,9 +81,8 @@ def read_results(path: Path) -> Results:
     if not path.is_dir():
         raise ReportError(f"{path} is no directory: expected that of a run")
     if not file.is_file():
-        state = ""
-        if (path / "status.json").is_file():
-            state = f"; its status.json says {_state(path / 'status.json')!r}"
+        status = path / "status.json"
+        state = f"; its status.json: {status.read_text('utf-8')}" if status.is_file() else ""
         raise ReportError(
             f"{path} has no results.json, which is written at the end of a run{state}"
         )
@@ -99,13 +98,6 @@ def read_results(path: Path) -> Results:
     if not methods:
         raise ReportError(f"{file} has no methods")
     return found
-
-
-def _state(file: Path) -> str:
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["state"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "nothing that can be read"
 
 
 def matrix(result: MethodResult, accuracy: str) -> list[list[float]]:
@@ -175,60 +167,40 @@ def figures(methods: Sequence[MethodResult]) -> list[Row]:
         )
     for name, arrow, value_of, show, meaning in _FIGURES:
         values = [float(value_of(method)) for method in methods]
-        cells = ["-" if math.isnan(value) else show(value) for value in values]
+        cells = ["-" if math.isnan(value) else show.format(value) for value in values]
         rows.append(Row(name, arrow, cells, values, meaning))
     return rows
 
 
 def _leak(part: str) -> Callable[[MethodResult], float]:
-    def value(result: MethodResult) -> float:
-        worst = result.worst_leak
-        return math.nan if worst is None else float(getattr(worst, part))
-
-    return value
+    return lambda result: getattr(result.worst_leak, part, math.nan)
 
 
 def _seconds(*phases: str) -> Callable[[MethodResult], float]:
     return lambda result: sum(result.seconds.get(phase, 0.0) for phase in phases)
 
 
-def _of(name: str) -> Callable[[MethodResult], float]:
-    return lambda result: float(getattr(result, name))
-
-
-def _show_seconds(value: float) -> str:
-    return f"{value:.1f} s"
-
-
-def _show_share(value: float) -> str:
-    return f"{value:.1e}"
-
-
-def _show_bytes(value: float) -> str:
-    return f"{value / 2**20:,.0f} MiB"
-
-
-_FIGURES: Sequence[
-    tuple[str, str, Callable[[MethodResult], float], Callable[[float], str], str]
-] = (
-    ("worst leak of ΔW", "↓", _leak("leak"), _show_share,
+# Name, which direction is better, value of a method, how it is shown, and what it says.
+_FIGURES: Sequence[tuple[str, str, Callable[[MethodResult], float], str, str]] = (
+    ("worst leak of ΔW", "↓", _leak("leak"), "{:.1e}",
      "share of a matrix's change that lies in its protected subspace, worst of all matrices"),
-    ("  rounding floor there", "", _leak("floor"), _show_share,
+    ("  rounding floor there", "", _leak("floor"), "{:.1e}",
      "what one rounding of the weights leaves by itself"),
-    ("time per step", "↓", _of("step_seconds"), lambda value: f"{1000 * value:,.0f} ms",
+    ("time per step", "↓", lambda result: 1000 * result.step_seconds, "{:,.0f} ms",
      "median: forward, backward and optimizer"),
-    ("time in steps", "↓", _seconds("train"), _show_seconds, "all tasks"),
-    ("time for subspaces", "↓", _seconds("subspaces"), _show_seconds,
+    ("time in steps", "↓", _seconds("train"), "{:.1f} s", "all tasks"),
+    ("time for subspaces", "↓", _seconds("subspaces"), "{:.1f} s",
      "decompositions before each task"),
-    ("time for checks", "↓", _seconds("certify", "evaluate"), _show_seconds,
+    ("time for checks", "↓", _seconds("certify", "evaluate"), "{:.1f} s",
      "leak certificates and test examples: no part of training"),
-    ("time, total", "↓", _of("total_seconds"), _show_seconds, "all of the above"),
-    ("peak memory", "↓", _of("peak_memory_bytes"), _show_bytes,
+    ("time, total", "↓", lambda result: result.total_seconds, "{:.1f} s", "all of the above"),
+    ("peak memory", "↓", lambda result: result.peak_memory_bytes / 2**20, "{:,.0f} MiB",
      "of the method's own process, weights and libraries included"),
-    ("trainable elements", "", _of("trainable_elements"), lambda value: f"{value:,.0f}",
+    ("trainable elements", "", lambda result: result.trainable_elements, "{:,.0f}",
      "numbers that the optimizer moves in one task"),
-    ("optimizer state", "↓", _of("optimizer_state_bytes"), _show_bytes, "both moments of AdamW"),
-    ("held by the method", "↓", _of("held_bytes"), _show_bytes,
+    ("optimizer state", "↓", lambda result: result.optimizer_state_bytes / 2**20, "{:,.0f} MiB",
+     "both moments of AdamW"),
+    ("held by the method", "↓", lambda result: result.held_bytes / 2**20, "{:,.0f} MiB",
      "for the trained matrices: weights before the task, bases, Fisher, earlier adapters"),
 )  # fmt: skip
 
@@ -249,7 +221,7 @@ def _matrix_table(results: Results, accuracy: str) -> Table:
     for row, name in enumerate(results.task_names):
         cells: list[str] = []
         for result in results.methods.values():
-            cells += ["", *(share(value) for value in matrix(result, accuracy)[row])]
+            cells += ["", *(_share(value) for value in matrix(result, accuracy)[row])]
         table.add_row(name, *cells[1:], style="bold" if row == len(results.tasks) - 1 else "")
     return table
 
@@ -266,6 +238,5 @@ def _figures_table(results: Results) -> Table:
     return table
 
 
-def share(value: float) -> str:
-    """A score as it is shown, a dot where it was not evaluated."""
-    return "·" if math.isnan(value) else f"{value:.2f}"
+def _share(value: float) -> str:
+    return "·" if math.isnan(value) else f"{value:.2f}"  # not evaluated
