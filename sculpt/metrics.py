@@ -6,6 +6,7 @@ Notation: ``a[i][j]`` is the score on task ``j`` after training task ``i``, task
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,11 +30,7 @@ class Metric(NamedTuple):
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric(
-        "average_accuracy",
-        "higher is better",
-        "mean score over all tasks after the last one",
-    ),
+    Metric("average_accuracy", "higher is better", "mean score over all tasks after the last one"),
     Metric(
         "backward_transfer",
         "higher is better",
@@ -138,19 +135,16 @@ def _mean(values: Matrix) -> float:
 
 def _numbers(name: str, value: Any, expected: str) -> Matrix:
     """`value` as float64, NaN where it says so; anything that is not a number is an error."""
-    if isinstance(value, np.ma.MaskedArray):
-        value = np.ma.filled(value.astype(np.float64), np.nan)
+    shown = reprlib.repr(value)
     try:
         array = np.asarray(_plain(value))
     except ValueError as error:
         raise ValueError(
-            f"{name} is {_shown(value)}, whose rows differ in length; expected {expected}"
+            f"{name} is {shown}, whose rows differ in length; expected {expected}"
         ) from error
-    if array.size and not (
-        np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
-    ):
+    if array.size and array.dtype.kind not in "iuf":
         raise ValueError(
-            f"{name} is {_shown(value)}, which holds something that is not a number; "
+            f"{name} is {shown}, which holds something that is not a number; "
             f"expected {expected}, float('nan') where not evaluated"
         )
     numbers = array.astype(np.float64)
@@ -172,8 +166,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(item) for item in value]
     return value
-
-
-def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 120 else text[:117] + "..."
