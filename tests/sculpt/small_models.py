@@ -29,7 +29,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from sculpt import Sculptor
+from sculpt import SculptConfig, Sculptor
 from sculpt.task.compact import CoordinateMatrix
 
 LLAMA = {
@@ -42,6 +42,20 @@ LLAMA = {
     "max_position_embeddings": 32,
 }
 EXPERTS = LLAMA | {"num_hidden_layers": 1, "num_experts_per_tok": 2}
+
+
+def begin(
+    model: nn.Module,
+    config: SculptConfig,
+    make: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    **options: Any,
+) -> tuple[Sculptor, torch.optim.Optimizer]:
+    """A task on `model`, with an optimizer of these options attached."""
+    sculptor = Sculptor(model, config)
+    sculptor.begin_task()
+    optimizer = make(sculptor.parameters(), **options)
+    sculptor.attach(optimizer)
+    return sculptor, optimizer
 
 
 def projected_sgd(sculptor: Sculptor, lr: float) -> torch.optim.Optimizer:

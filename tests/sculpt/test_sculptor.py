@@ -11,7 +11,7 @@ from torch import nn
 
 from sculpt import SculptConfig, Sculptor
 from sculpt_kernels import Subspace, split
-from tests.sculpt.small_models import projected_sgd
+from tests.sculpt.small_models import begin, projected_sgd
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -44,27 +44,16 @@ def layout(model: nn.Module) -> dict:
     return {name: (t.shape, t.dtype, t.stride()) for name, t in model.state_dict().items()}
 
 
-OPTIMIZERS = {
-    "adamw": lambda s: torch.optim.AdamW(s.parameters(), lr=1e-3),
-    "adamw, fused": lambda s: torch.optim.AdamW(s.parameters(), lr=1e-3, fused=True),
-    "sgd with momentum": lambda s: torch.optim.SGD(s.parameters(), lr=0.03, momentum=0.9),
-    "adafactor": lambda s: torch.optim.Adafactor(s.parameters(), lr=1e-2),
-    "rmsprop": lambda s: torch.optim.RMSprop(s.parameters(), lr=1e-3),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_update_stays_inside_for_any_optimizer(name, dtype):
+def test_the_update_is_outside_of_the_leading_singular_vectors(dtype):
     model = small_model(dtype)
     before = {
         n: m.weight.detach().clone() for n, m in model.named_children() if list(m.parameters())
     }
-    sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=0.25))
-    sculptor.begin_task()
-    optimizer = OPTIMIZERS[name](sculptor)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(unfreeze_rank_ratio=0.25), lr=1e-3)
     losses = train(model, optimizer, 50)
+    for matrix in sculptor._task.matrices.values():
+        assert torch.equal(matrix.weight, matrix.truth())  # No rounding from step to step.
     certificates = [sculptor.verify(), sculptor.verify(independent=True)]
     sculptor.end_task()
 
@@ -74,8 +63,8 @@ def test_update_stays_inside_for_any_optimizer(name, dtype):
     # The same by hand: weights before and after, leading singular vectors by SVD in float64.
     unit = torch.finfo(dtype).eps / 2
     for layer, W0 in before.items():
-        W0, W = W0.double(), getattr(model, layer).weight.detach().double()
-        delta = W - W0
+        W0 = W0.double()
+        delta = getattr(model, layer).weight.detach().double() - W0
         assert float(delta.norm()) > 1e-4 * float(W0.norm())
         U, _, Vh = torch.linalg.svd(W0, full_matrices=False)
         h = math.floor(0.75 * min(W0.shape))
@@ -150,10 +139,7 @@ def test_three_tasks_in_one_process_leave_a_plain_model(dtype):
 def test_final_weights_are_the_fold_rounded_once():
     model = small_model()
     W0 = model[2].weight.detach().clone()
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(), lr=1e-3)
     train(model, optimizer, 200)
     state = model[2].sculpt["weight"]
     U, V, C = (t.detach().double() for t in (state.U, state.V, state.C))
@@ -164,45 +150,6 @@ def test_final_weights_are_the_fold_rounded_once():
     scale = W0.double().abs() + U.abs() @ C.abs() @ V.abs().T
     bound = 2.0**-24 * (2 + 2 * C.shape[0]) * scale
     assert bool(((model[2].weight.double() - truth).abs() <= bound).all())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wide_weights_carry_no_rounding_from_step_to_step(dtype):
-    model = small_model(dtype)
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
-    train(model, optimizer, 30)
-    for matrix in sculptor._task.matrices.values():
-        assert torch.equal(matrix.weight, matrix.truth())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weight_update", ["stochastic", "recompute"])
-def test_low_precision_truth_is_exact_and_the_weights_follow_it(dtype, weight_update):
-    model = small_model(dtype)
-    sculptor = Sculptor(model, SculptConfig(weight_update=weight_update))
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-4)
-    sculptor.attach(optimizer)
-    W0 = model[2].weight.detach().clone()
-    train(model, optimizer, 30)
-    certificate = sculptor.verify()
-    assert certificate.ok, str(certificate)
-    matrix = sculptor._task.matrices["2"]
-    truth, W = matrix.truth(), model[2].weight.detach()
-    spacing = torch.finfo(dtype).eps * truth.abs().clamp_min(1e-3)
-    distance = (W.float() - truth).abs()
-    if weight_update == "recompute":
-        assert torch.equal(W, truth.to(dtype))
-    else:
-        # Each step may be off by one spacing either way: a random walk, not a drift.
-        assert float((distance / spacing).mean()) < 30**0.5
-        assert float(((W.float() - truth) / spacing).mean().abs()) < 0.5
-    assert not torch.equal(W, W0)
-    sculptor.end_task()
-    assert torch.equal(model[2].weight.detach(), truth.to(dtype))
 
 
 def test_begin_task_changes_nothing_when_a_weight_is_not_finite():
@@ -271,10 +218,8 @@ def test_a_dense_rate_moves_weights_as_far_as_dense_adamw(coordinates, ratio):
     """Full coordinates lose what of a step lies in the preserved directions of the longer side."""
     model, dense = small_model(), small_model()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=ratio, coordinates=coordinates))
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3, weight_decay=0.0)
-    sculptor.attach(optimizer)
+    config = SculptConfig(unfreeze_rank_ratio=ratio, coordinates=coordinates)
+    _, optimizer = begin(model, config, lr=1e-3, weight_decay=0.0)
     train(model, optimizer, 1)
     train(dense, torch.optim.AdamW(dense.parameters(), lr=1e-3, weight_decay=0.0), 1)
     for name, far in moved(dense, before).items():
@@ -320,10 +265,7 @@ def test_weight_decay_pulls_toward_the_weights_before_the_task():
     """At the rate of dense weights: a step without gradients takes `lr * decay` of the change."""
     model = small_model()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.03)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(), torch.optim.SGD, lr=0.03)
     train(model, optimizer, 5)
     far = {n: t - before[n] for n, t in model.state_dict().items() if t.ndim == 2}
     optimizer.param_groups[0].update(lr=0.5, weight_decay=0.4)
@@ -333,33 +275,6 @@ def test_weight_decay_pulls_toward_the_weights_before_the_task():
     for name, change in far.items():
         expected = before[name] + 0.8 * change
         torch.testing.assert_close(model.state_dict()[name], expected, rtol=0, atol=1e-6)
-
-
-def test_tampering_with_the_weights_is_seen():
-    model = small_model()
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
-    train(model, optimizer, 10)
-    assert sculptor.verify().ok
-    with torch.no_grad():
-        model[2].weight[0, 0] += 1e-3
-    certificate = sculptor.verify()
-    assert not certificate.ok
-    assert certificate.worst.name == "2"
-    assert "BROKEN" in str(certificate)
-    assert certificate.to_dict()["worst"]["ok"] is False
-
-
-def test_dense_weights_load_during_a_task():
-    model = small_model()
-    state = {name: t.clone() for name, t in model.state_dict().items()}
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    model.load_state_dict(state)
-    sculptor.end_task()
-    model.load_state_dict(state)
 
 
 def test_the_table_lists_every_parameter():

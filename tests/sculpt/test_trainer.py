@@ -13,8 +13,9 @@ from tiny_language import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
-from sculpt import SculptCallback, SculptConfig, Sculptor
+from sculpt import SculptCallback, SculptConfig
 from sculpt.certificate.disk import verify_checkpoints
+from tests.sculpt.small_models import begin
 
 CONFIG = SculptConfig(unfreeze_rank_ratio=0.25)
 LR = 1e-3
@@ -91,10 +92,7 @@ def test_the_losses_are_those_of_a_plain_loop(accumulate, tmp_path):
     made.train()
 
     model = tiny_model().train()
-    sculptor = Sculptor(model, CONFIG)
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=LR, weight_decay=0.01)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, CONFIG, lr=LR, weight_decay=0.01)
     batches = made.data_collator.batches
     expected = []
     for step in range(8):

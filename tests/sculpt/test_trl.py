@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_language import tiny_model, tiny_tokenizer
 
-from sculpt import SculptCallback, SculptConfig, Sculptor
+from sculpt import SculptCallback, SculptConfig
+from tests.sculpt.small_models import begin
 
 CONFIG = SculptConfig(unfreeze_rank_ratio=0.25)
 LR = 1e-3
@@ -70,10 +71,7 @@ def test_the_losses_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     model = tiny_model().train()
-    sculptor = Sculptor(model, CONFIG)
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=LR, weight_decay=0.0)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, CONFIG, lr=LR, weight_decay=0.0)
     expected = []
     for batch in batches[:6]:
         loss = model(**batch).loss

@@ -13,6 +13,7 @@ from sculpt import Certificate, SculptConfig, Sculptor
 from sculpt.certificate.leak import rounding_bound
 from sculpt_kernels import split
 from sculpt_kernels.rounding import stochastic_round
+from tests.sculpt.small_models import begin
 
 X = torch.randn(16, 20, generator=torch.Generator().manual_seed(1))
 LOW = {
@@ -27,10 +28,7 @@ LOW = {
 def trained(dtype: torch.dtype, steps: int = 20, lr: float = 1e-3, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 12)).to(dtype)
-    sculptor = Sculptor(model, SculptConfig(**options))
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=lr, weight_decay=0.0)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(**options), lr=lr, weight_decay=0.0)
     x = X.to(dtype)
     for _ in range(steps):
         optimizer.zero_grad()

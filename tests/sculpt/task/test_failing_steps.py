@@ -5,21 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sculpt import SculptConfig, Sculptor
+from sculpt import SculptConfig
 from sculpt.task import compact, projected
+from tests.sculpt.small_models import begin
 from tests.sculpt.task.test_engines import EXACT, fit, inputs, model_of
 
 
-@pytest.mark.parametrize("failing", [0, 2])
-def test_a_failing_fold_leaves_the_weights_as_before_the_step(monkeypatch, failing):
-    model = model_of()
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
-    fit(model, optimizer, 3)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    coordinates = [p.detach().clone() for p in sculptor.parameters()]
+def fails_at(patch: pytest.MonkeyPatch, failing: int) -> None:
+    """The fold of matrix number `failing` finds no memory."""
     whole, calls = compact.expand_add_many_, iter(range(100))
 
     def fails(*args, **kwargs):
@@ -27,7 +20,17 @@ def test_a_failing_fold_leaves_the_weights_as_before_the_step(monkeypatch, faili
             raise torch.OutOfMemoryError("no memory left")
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(compact, "expand_add_many_", fails)
+    patch.setattr(compact, "expand_add_many_", fails)
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_failing_fold_leaves_the_weights_as_before_the_step(monkeypatch, failing):
+    model = model_of()
+    sculptor, optimizer = begin(model, SculptConfig(), lr=1e-3)
+    fit(model, optimizer, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    coordinates = [p.detach().clone() for p in sculptor.parameters()]
+    fails_at(monkeypatch, failing)
     with pytest.raises(torch.OutOfMemoryError):
         fit(model, optimizer, 1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -41,22 +44,12 @@ def test_a_failing_fold_leaves_the_weights_as_before_the_step(monkeypatch, faili
 def test_a_failing_fold_of_16_bit_weights_loses_no_weight_its_coordinates(monkeypatch, failing):
     """What was rounded at random stays, with the coordinates it was rounded from."""
     model = model_of(torch.bfloat16)
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(), lr=1e-3)
     fit(model, optimizer, 3)
     before = [p.detach().clone() for p in sculptor.parameters()]
     weights = [m.weight.clone() for m in sculptor._task.matrices.values()]
-    whole, calls = compact.expand_add_many_, iter(range(100))
-
-    def fails(*args, **kwargs):
-        if next(calls) == failing:
-            raise torch.OutOfMemoryError("no memory left")
-        return whole(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(compact, "expand_add_many_", fails)
+        fails_at(patch, failing)
         with pytest.raises(torch.OutOfMemoryError):
             fit(model, optimizer, 1)
     for index, matrix in enumerate(sculptor._task.matrices.values()):
@@ -74,10 +67,8 @@ def test_a_failing_fold_of_16_bit_weights_loses_no_weight_its_coordinates(monkey
 @pytest.mark.parametrize("constraint", ["strict", "core"])
 def test_a_failing_projection_is_made_good_by_the_next_one(monkeypatch, constraint):
     model = model_of()
-    sculptor = Sculptor(model, SculptConfig(engine="update", constraint=constraint))
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
+    config = SculptConfig(engine="update", constraint=constraint)
+    sculptor, optimizer = begin(model, config, lr=1e-3)
     fit(model, optimizer, 2)
 
     def fails(*args, **kwargs):
@@ -98,10 +89,7 @@ def test_a_failing_projection_is_made_good_by_the_next_one(monkeypatch, constrai
 @pytest.mark.filterwarnings("ignore:a step was left out")
 def test_a_gradient_that_overflows_halves_the_scale_and_moves_nothing(engine, fused):
     model = model_of()
-    sculptor = Sculptor(model, SculptConfig(**EXACT[engine]))
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3, fused=fused)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(**EXACT[engine]), lr=1e-3, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
     x, y = inputs(torch.float32)
     scales, moved = [], []

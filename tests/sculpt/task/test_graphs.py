@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from sculpt import SculptConfig, Sculptor
+from sculpt import SculptConfig
+from tests.sculpt.small_models import begin
 
 
 def test_a_captured_step_looks_at_no_value():
@@ -38,10 +39,7 @@ def test_a_captured_step_without_finite_gradients_is_left_out_by_the_optimizer(m
     monkeypatch.setattr("sculpt.task.attachment.is_captured", lambda optimizer: True)
     torch.manual_seed(0)
     model = nn.Linear(12, 20)
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3, weight_decay=0.1, fused=fused)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(), lr=1e-3, weight_decay=0.1, fused=fused)
     (C,) = sculptor.parameters()
     x = torch.randn(6, 12)
 

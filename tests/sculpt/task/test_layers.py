@@ -14,20 +14,6 @@ from sculpt import SculptConfig, Sculptor
 from sculpt.task.targets import find_targets
 from tests.sculpt.small_models import KINDS, projected_sgd
 
-UNIT = 2.0**-24
-
-
-def descend(model, parameters, kind, steps: int, lr: float = 0.05) -> list[float]:
-    optimizer = torch.optim.SGD(parameters, lr=lr)
-    losses = []
-    for _ in range(steps):
-        loss = kind.loss(model)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("coordinates", ["thin", "full"])
@@ -81,27 +67,6 @@ def test_gradients_and_steps_are_those_of_the_dense_layer(name, coordinates):
     assert list(after) == list(before)
     assert all(after[k].shape == before[k].shape and after[k].dtype == before[k].dtype
                for k in before)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_float32_training_stays_inside(name):
-    kind = KINDS[name]
-    model = kind.build()
-    sculptor = Sculptor(model, SculptConfig(target_modules=kind.targets))
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
-    losses = []
-    for _ in range(15):
-        loss = kind.loss(model)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert sculptor.verify().ok
-    certificate = sculptor.verify(independent=True)
-    assert certificate.ok, str(certificate)
 
 
 def test_tied_weights_share_one_set_of_coordinates():
@@ -232,15 +197,6 @@ def test_saved_activations_are_coordinates_not_inputs():
     assert sorted(shapes) == [(50, 2), (50, 3), (50, 20)]
 
 
-def test_a_moved_model_is_refused():
-    model, _ = sculpted()
-    with pytest.raises(RuntimeError, match=r"from torch.float32 on cpu to torch.float16"):
-        model.half()
-    with pytest.raises(RuntimeError, match="on meta while a task is running"):
-        model.to("meta")
-    model.float().to("cpu")
-
-
 def test_a_lost_step_is_found_at_the_next_forward():
     model, sculptor = sculpted()
     x = torch.randn(4, 12)
@@ -256,7 +212,7 @@ def test_a_lost_step_is_found_at_the_next_forward():
     model(x)
 
 
-def test_averaged_copies_and_wrapped_models():
+def test_the_average_of_the_weights_is_that_of_the_coordinates():
     model, sculptor = sculpted()
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
@@ -279,8 +235,3 @@ def test_averaged_copies_and_wrapped_models():
     torch.testing.assert_close(model[0].weight, average.module[0].weight)
     assert sculptor.verify().ok
     sculptor.end_task()
-
-    wrapped = torch.nn.Module()
-    wrapped.module = model
-    outer = Sculptor(wrapped, SculptConfig())
-    assert [row.name for row in outer.begin_task().rows] == ["module.0", "module.2"]

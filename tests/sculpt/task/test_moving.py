@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from sculpt import SculptConfig, Sculptor
+from tests.sculpt.small_models import begin
 
 X = torch.randn(16, 20, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(16, 12, generator=torch.Generator().manual_seed(2))
@@ -331,10 +332,7 @@ def test_a_whole_loop_inside_autocast(kind):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 12)).to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=everything):
-            sculptor = Sculptor(model, SculptConfig(**options))
-            sculptor.begin_task()
-            optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-            sculptor.attach(optimizer)
+            sculptor, optimizer = begin(model, SculptConfig(**options), lr=1e-3)
             for step in range(6):
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = loss_of(model)

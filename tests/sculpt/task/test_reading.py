@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sculpt import SculptConfig, Sculptor
 from sculpt.task.targets import find_targets
-from tests.sculpt.small_models import LLAMA
+from tests.sculpt.small_models import LLAMA, begin
 
 
 class Penalised(nn.Module):
@@ -181,10 +181,7 @@ class Unreachable(nn.Module):
 
 def test_matrices_without_a_gradient_are_named():
     model = Unreachable()
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(), lr=1e-3)
     for step in range(2):
         optimizer.zero_grad()
         loss_of(model).backward()

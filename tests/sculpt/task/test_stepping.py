@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sculpt import SculptConfig, Sculptor
+from tests.sculpt.small_models import begin
 
 ENGINES = {
     "compact": {},
@@ -16,12 +17,9 @@ ENGINES = {
 }
 
 
-def sculpted(**options) -> tuple[nn.Module, Sculptor]:
+def make() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)).double()
-    sculptor = Sculptor(model, SculptConfig(**options))
-    sculptor.begin_task()
-    return model, sculptor
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)).double()
 
 
 def closure_of(model, optimizer, scale: float = 1.0):
@@ -41,34 +39,34 @@ def values(model) -> list[torch.Tensor]:
     return [value.clone() for value in model.state_dict().values()]
 
 
-@pytest.mark.parametrize("by_name", [False, True])
+WAYS = {
+    "plain": lambda optimizer, closure: (closure(), optimizer.step()),
+    "closure": lambda optimizer, closure: optimizer.step(closure),
+    "closure by name": lambda optimizer, closure: optimizer.step(closure=closure),
+}
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_closure_gives_the_steps_of_a_plain_loop(engine, by_name):
+def test_a_closure_gives_the_steps_of_a_plain_loop(engine):
     results = []
-    for with_closure in (False, True):
-        model, sculptor = sculpted(**ENGINES[engine])
-        optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-        sculptor.attach(optimizer)
-        closure = closure_of(model, optimizer)
+    for step in WAYS.values():
+        model = make()
+        sculptor, optimizer = begin(model, SculptConfig(**ENGINES[engine]), lr=1e-3)
         for _ in range(3):
-            if not with_closure:
-                closure()
-                optimizer.step()
-            elif by_name:
-                optimizer.step(closure=closure)
-            else:
-                optimizer.step(closure)
+            step(optimizer, closure_of(model, optimizer))
         assert sculptor.verify().ok
         results.append(values(model))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_closure_that_is_called_many_times_computes_with_current_weights(engine, search):
-    model, sculptor = sculpted(**ENGINES[engine])
-    optimizer = torch.optim.LBFGS(sculptor.parameters(), lr=0.3, max_iter=6, line_search_fn=search)
-    sculptor.attach(optimizer)
+    model = make()
+    config = SculptConfig(**ENGINES[engine])
+    options = {"lr": 0.3, "max_iter": 6, "line_search_fn": search}
+    sculptor, optimizer = begin(model, config, torch.optim.LBFGS, **options)
     closure = closure_of(model, optimizer)
     first = float(closure().detach())
     for _ in range(3):
@@ -80,23 +78,22 @@ def test_a_closure_that_is_called_many_times_computes_with_current_weights(engin
     assert certificate.ok, str(certificate)
 
 
-@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_closure_without_finite_gradients_changes_nothing(engine, by_name):
-    model, sculptor = sculpted(**ENGINES[engine])
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3, weight_decay=0.1)
-    sculptor.attach(optimizer)
-    optimizer.step(closure_of(model, optimizer))
+def test_a_closure_without_finite_gradients_changes_nothing(engine, way):
+    model = make()
+    config = SculptConfig(**ENGINES[engine])
+    sculptor, optimizer = begin(model, config, lr=1e-3, weight_decay=0.1)
+    WAYS[way](optimizer, closure_of(model, optimizer))
     before = values(model)
     state = {k: v.clone() for k, v in optimizer.state[sculptor.parameters()[0]].items()}
-    bad = closure_of(model, optimizer, float("nan"))
     with pytest.warns(UserWarning, match=r"a step was left out.*1 so far"):
-        optimizer.step(closure=bad) if by_name else optimizer.step(bad)
+        WAYS[way](optimizer, closure_of(model, optimizer, float("nan")))
     assert sculptor.skipped_steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
     after = optimizer.state[sculptor.parameters()[0]]
     assert all(torch.equal(after[key], value) for key, value in state.items())
-    optimizer.step(closure_of(model, optimizer))
+    WAYS[way](optimizer, closure_of(model, optimizer))
     assert not all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
 
 
@@ -119,9 +116,8 @@ class Twice(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("finite", ["first", "second"])
 def test_weights_follow_what_any_finite_evaluation_moved(finite):
-    model, sculptor = sculpted()
-    optimizer = Twice(sculptor.parameters(), {})
-    sculptor.attach(optimizer)
+    model = make()
+    sculptor, optimizer = begin(model, SculptConfig(), Twice, defaults={})
     good, bad = closure_of(model, optimizer), closure_of(model, optimizer, float("nan"))
     order = iter((good, bad) if finite == "first" else (bad, good))
     before = values(model)
@@ -133,9 +129,9 @@ def test_weights_follow_what_any_finite_evaluation_moved(finite):
 
 
 def test_steps_that_are_not_finite_are_taken_where_that_is_wanted():
-    model, sculptor = sculpted(skip_nonfinite=False)
-    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
-    sculptor.attach(optimizer)
+    model = make()
+    config = SculptConfig(skip_nonfinite=False)
+    sculptor, optimizer = begin(model, config, torch.optim.SGD, lr=0.1)
     closure_of(model, optimizer, float("nan"))()
     optimizer.step()
     assert sculptor.skipped_steps == 0
@@ -143,9 +139,8 @@ def test_steps_that_are_not_finite_are_taken_where_that_is_wanted():
 
 
 def test_an_optimizer_that_lost_coordinates_before_its_first_step():
-    model, sculptor = sculpted()
-    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
-    sculptor.attach(optimizer)
+    model = make()
+    _, optimizer = begin(model, SculptConfig(), torch.optim.SGD, lr=0.1)
     optimizer.param_groups[0]["params"].pop()
     closure_of(model, optimizer)()
     with pytest.raises(ValueError, match=r"holds 1 of the 2 .*first missing: '2'"):
@@ -154,7 +149,9 @@ def test_an_optimizer_that_lost_coordinates_before_its_first_step():
 
 @pytest.mark.parametrize("constraint", ["strict", "core"])
 def test_projected_weights_without_an_attached_optimizer_are_found(constraint):
-    model, sculptor = sculpted(engine="update", constraint=constraint)
+    model = make()
+    sculptor = Sculptor(model, SculptConfig(engine="update", constraint=constraint))
+    sculptor.begin_task()
     optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
     closure = closure_of(model, optimizer)
     closure()

@@ -11,7 +11,7 @@ from torch import nn
 
 import sculpt
 from sculpt import SculptConfig, Sculptor
-from tests.sculpt.small_models import KINDS
+from tests.sculpt.small_models import KINDS, begin
 
 ENGINES = {
     "compact": {},
@@ -23,10 +23,7 @@ ENGINES = {
 
 
 def trained(model: nn.Module, loss, **options) -> Sculptor:
-    sculptor = Sculptor(model, SculptConfig(**options))
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(**options), lr=1e-3)
     for _ in range(3):
         optimizer.zero_grad()
         loss().backward()
@@ -73,7 +70,8 @@ def test_every_kind_of_layer(name):
     kind = KINDS[name]
     model = kind.build()
     before = copy.deepcopy(model.state_dict())
-    trained(model, lambda: kind.loss(model), target_modules=kind.targets)
+    sculptor = trained(model, lambda: kind.loss(model), target_modules=kind.targets)
+    assert sculptor.verify(independent=True).ok
     sculpt.abandon(model)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
