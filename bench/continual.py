@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sculpt": {"method": "sculpt"},
     "sculpt core": {"method": "sculpt", "sculpt.constraint": "core"},
     "sculpt adaptive": {"method": "sculpt", "sculpt.ranks": {"mrr": 0.1, "trr": 0.8}},
-    "sculpt accumulate": {"method": "sculpt", "sculpt.protect": "accumulate"},
+    "sculpt weights": {"method": "sculpt", "sculpt.subspaces": "weights"},
     "lora": {"method": "lora", **MATCHED},
     "osf": {"method": "osf", **MATCHED},
     "olora": {"method": "olora", **MATCHED},

@@ -46,11 +46,13 @@ class SculptConfig:
         coordinates: of the compact engine. `"thin"`: `C` is `t x t`, trailing singular vectors on
             both sides; `"full"`: the longer side of a matrix keeps its whole complement, `C` is
             `max(m, n) x t`.
-        protect: what a task finds preserved. `"redecompose"`: the leading subspaces of the weights
-            as they are, as in the paper; `"accumulate"` (engine compact, coordinates thin): those
-            of the first task, and what every task since has learned.
-        learned_energy: for `"accumulate"`: share of `‖ΔW‖²_F` of a task whose directions join what
-            is preserved, in (0, 1).
+        subspaces: where the bases come from. `"weights"`: singular vectors of the weights, as in
+            the paper; `"curvature"`: eigenvectors of the second moments of what each layer reads,
+            and of the gradients at its output, over the rows that `Sculptor.protect` and
+            `end_task` were given; `"auto"`: curvature as soon as something is protected.
+        factor_bytes: memory that these second moments may take; what does not fit is sketched, the
+            longest sides first. `None`: half of what is free on the device.
+        sketch_rank: columns of a sketch.
         others: parameters that are no target: `"freeze"`, or `"train"` those that require grad,
             outside of any guarantee.
         weight_update: how bfloat16 and float16 weights follow `C`: `"stochastic"` rounds each
@@ -80,8 +82,9 @@ class SculptConfig:
     constraint: str = "strict"
     engine: str = "auto"
     coordinates: str = "thin"
-    protect: str = "redecompose"
-    learned_energy: float = 0.9
+    subspaces: str = "auto"
+    factor_bytes: int | None = None
+    sketch_rank: int = 512
     others: str = "freeze"
     weight_update: str = "stochastic"
     originals: str = "auto"
@@ -126,7 +129,10 @@ class SculptConfig:
         _check_choice("constraint", self.constraint, ("strict", "core"))
         _check_choice("engine", self.engine, ("auto", "compact", "update", "gradient"))
         _check_choice("coordinates", self.coordinates, ("thin", "full"))
-        _check_choice("protect", self.protect, ("redecompose", "accumulate"))
+        _check_choice("subspaces", self.subspaces, ("auto", "weights", "curvature"))
+        _check_count("sketch_rank", self.sketch_rank)
+        if self.factor_bytes is not None:
+            _check_count("factor_bytes", self.factor_bytes)
         _check_choice("others", self.others, ("freeze", "train"))
         _check_choice("weight_update", self.weight_update, ("stochastic", "recompute"))
         _check_choice("originals", self.originals, ("auto", "cpu", "disk"))
@@ -134,7 +140,6 @@ class SculptConfig:
         if not isinstance(self.skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be True or False; got {self.skip_nonfinite!r}")
         self._check_engine()
-        self._check_protect()
         if not isinstance(self.subspace_cache, str | os.PathLike | None):
             raise TypeError(f"subspace_cache must be a path or None; got {self.subspace_cache!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -158,17 +163,6 @@ class SculptConfig:
             raise ValueError(
                 f"coordinates={self.coordinates!r} is for engine='compact'; "
                 f"engine={self.chosen_engine!r} moves in the whole allowed set already"
-            )
-
-    def _check_protect(self) -> None:
-        energy = self.learned_energy
-        if not isinstance(energy, float) or not 0.0 < energy < 1.0:
-            raise ValueError(f"learned_energy must be a float in (0, 1); got {energy!r}")
-        way = (self.chosen_engine, self.coordinates)
-        if self.protect == "accumulate" and way != ("compact", "thin"):
-            raise ValueError(
-                "protect='accumulate' needs engine='compact' and coordinates='thin'; got "
-                f"engine={way[0]!r}, coordinates={way[1]!r}"
             )
 
 
@@ -235,6 +229,13 @@ def check_preserved(name: str, rank: Any) -> None:
         )
     if rank < 0 or (isinstance(rank, float) and not 0.0 < rank < 1.0):
         raise ValueError(f"{name} must be an int >= 1 or a float in (0, 1); got {rank!r}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
 
 
 def _check_patterns(name: str, patterns: Any, more: str) -> None:

@@ -45,6 +45,13 @@ def available_memory_bytes() -> int | None:
     return None
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated on a device, in bytes; None where it is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory_bytes() if device.type == "cpu" else None
+
+
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in the optimizer's state, e.g. both moments of AdamW."""
     return sum(

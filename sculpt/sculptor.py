@@ -18,19 +18,25 @@ from torch.optim.optimizer import Optimizer
 from sculpt.certificate.leak import Certificate
 from sculpt.certificate.running import certify
 from sculpt.config import SculptConfig, config_to_json
+from sculpt.curvature.collect import collect
+from sculpt.curvature.generated import share_of_distinct, written_by
+from sculpt.curvature.memory import Memory
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, reshard, sharded_modules
 from sculpt.messages import SculptWarning, some
 from sculpt.storage import task as state
 from sculpt.storage.background import Background, Saving
-from sculpt.task.accumulate import Learned
 from sculpt.task.agreement import check_agreement
 from sculpt.task.choose import choose
 from sculpt.task.engines import warn_that_gradients_leak
 from sculpt.task.running import RunningTask
+from sculpt.task.supported import refuse_model
 from sculpt.task.table import TaskRow, TaskTable
 from sculpt.task.targets import find_targets
 from sculpt_kernels import Subspace
+
+DISTINCT = 0.5
+"""Share of distinct runs of tokens below which generated text repeats itself."""
 
 Progress = Callable[[int, int, str], None]
 FilePath = str | os.PathLike[str]
@@ -59,7 +65,7 @@ class Sculptor:
             initialised; default: all of them.
 
     Attributes:
-        learned: with `protect="accumulate"`: what tasks have learned, and the room that is left.
+        memory: what earlier tasks use, as `protect` and `end_task` have added it up.
 
     Raises:
         ValueError: nothing in the model fits the configuration.
@@ -75,7 +81,7 @@ class Sculptor:
         find_targets(model, config)
         self.model = model
         self.config = config
-        self.learned = Learned(config) if config.protect == "accumulate" else None
+        self.memory = Memory()
         self._task: RunningTask | None = None
         self._group = group
         self._background = Background()
@@ -91,10 +97,12 @@ class Sculptor:
         """Choose ranks and subspaces from the current weights and make the model trainable in them.
 
         Args:
-            calibration: batches of the task before (for the first task, of its own) for ranks that
-                adapt to data; others take none. A batch is a mapping of keyword arguments of the
-                model, a tensor, a tuple, or a function of the model (one that returns a loss, for
-                `importance="fisher"`). In several processes each passes its own.
+            calibration: batches of this task, where something is protected: its directions are
+                then those that it uses most for each unit that earlier tasks need; without them
+                those that earlier tasks use least. Ranks that adapt to data need batches, too.
+                A batch is a mapping of keyword arguments of the model, a tensor, a tuple, or a
+                function of the model that returns the summed loss of its rows. In several processes
+                each passes its own.
             name: of the task, for tables and certificates.
             subspaces: trailing bases by module name, where they are known already; float32 for
                 float32, bfloat16 and float16 weights, float64 for float64.
@@ -119,14 +127,96 @@ class Sculptor:
         processes = Processes(self._group, device_of(targets.chosen[0].parameter))
         check_agreement(processes, self.config, name, targets.chosen)
         chosen = choose(
-            self.model, targets.chosen, self.config, self.learned, calibration,
+            self.model, targets.chosen, self.config, self.memory, calibration,
             dict(subspaces or {}), processes, progress,
         )  # fmt: skip
         task = RunningTask(self.model, self.config, chosen.targets, chosen.bases, name, self._group)
         self._start(task)
         rows = [TaskRow.of(m, chosen.importance.get(m.name)) for m in task.matrices.values()]
-        left_out, seconds = targets.left_out | chosen.full, time.perf_counter() - start
-        return TaskTable(name, rows, left_out, seconds, list(task.others))
+        seconds = time.perf_counter() - start
+        return TaskTable(name, rows, targets.left_out, seconds, list(task.others))
+
+    def protect(self, batches: Any, name: str = "") -> None:
+        """Add rows to what later tasks must not forget: sums over them, no row is kept.
+
+        Args:
+            batches: mappings of keyword arguments of the model with labels, or functions of the
+                model that return the summed loss of their rows. In several processes each passes
+                its own.
+            name: under which the rows are counted.
+
+        Raises:
+            RuntimeError: a task is running; `end_task(batches)` protects its rows.
+            TypeError, ValueError: the batches cannot be used. Nothing has been changed then.
+        """
+        targets = find_targets(self.model, self.config).chosen
+        reshard(sharded_modules(self.model))
+        processes = Processes(self._group, device_of(targets[0].parameter))
+        self.memory.check(targets)
+        found = collect(self.model, targets, batches, self.memory, self.config, processes, name)
+        self.memory.merge(found)
+        missed = [target.name for target in targets if self.memory.of(target.name) is None]
+        if missed:
+            warnings.warn(
+                f"no row of what is protected reached {some(missed)}: their subspaces stay those "
+                "of the weights",
+                SculptWarning,
+                stacklevel=2,
+            )
+
+    def protect_generated(
+        self, tokenizer: Any, tokens: int = 20_000, *, length: int = 128, seed: int = 0
+    ) -> None:
+        """Protect what the model can do now, by text that it writes itself: no data is needed.
+
+        Args:
+            tokenizer: of the causal language model.
+            tokens: how many are written at least; length: of a row at most; seed: of the text.
+
+        Raises:
+            RuntimeError: a task is running.
+            TypeError, ValueError: the model does not write text, or an argument does not fit.
+        """
+        refuse_model(self.model)
+        batches = written_by(self.model, tokenizer, tokens, length, seed)
+        distinct = share_of_distinct(batches)
+        if distinct < DISTINCT:
+            warnings.warn(
+                f"the text that the model wrote repeats itself: {distinct:.0%} of its runs of 4 "
+                "tokens are distinct. It protects little; protect(batches) takes text of yours",
+                SculptWarning,
+                stacklevel=2,
+            )
+        self.protect(batches, "generated")
+
+    def save_memory(self, path: FilePath) -> None:
+        """Write what is protected to a safetensors file, atomically: it goes beside the model.
+
+        Args:
+            path: the file, or a directory, in which it is `sculpt_memory.safetensors`.
+
+        Raises:
+            RuntimeError: nothing is protected.
+        """
+        if not self.memory:
+            raise RuntimeError("nothing is protected: call protect() or end_task(batches) first")
+        self.memory.save(Path(path), self.model)
+
+    def load_memory(self, path: FilePath) -> None:
+        """Add what `save_memory` wrote to what later tasks must not forget.
+
+        Args:
+            path: as for `save_memory`.
+
+        Raises:
+            RuntimeError: a task is running.
+            FileNotFoundError, ValueError: there is no such file, it is damaged, or it is of another
+                model or other targets. Nothing has been changed then.
+        """
+        targets = find_targets(self.model, self.config).chosen
+        loaded = Memory.load(Path(path), self.model, device_of(targets[0].parameter))
+        loaded.check(targets)
+        self.memory.merge(loaded)
 
     def _start(self, task: RunningTask) -> None:
         self._task = task
@@ -196,9 +286,14 @@ class Sculptor:
         Raises:
             RuntimeError: no task is running, or none of its steps has changed anything.
         """
-        if independent and self.learned is not None and self.learned.rooms:
-            raise ValueError("independent=True cannot find what protect='accumulate' has learned")
         task = self._running()
+        if independent and any(
+            m.bases.method.startswith("curvature") for m in task.matrices.values()
+        ):
+            raise ValueError(
+                "independent=True decomposes the weights before the task, and this one has its "
+                "subspaces from curvature; use independent=False"
+            )
         matrices = list(task.checked().values())
         task.settle(refuse=False)
         task.refuse_idle_steps()
@@ -207,16 +302,20 @@ class Sculptor:
             self.config.constraint,
             task.name,
             tuple(task.others),
+            self.memory,
             task.processes,
             independent=independent,
             progress=progress,
         )
 
     @torch.no_grad()
-    def end_task(self) -> None:
+    def end_task(self, batches: Any = None) -> None:
         """Round what was learned into the weights, once; the model is a plain one again.
 
         Keys, shapes, dtypes and `requires_grad` flags are those from before the task.
+
+        Args:
+            batches: rows of this task that later ones must not forget, as for `protect`.
 
         Raises:
             RuntimeError: no task is running; or none of its steps has changed anything, or a weight
@@ -224,15 +323,15 @@ class Sculptor:
                 running then, and `undo_task` ends it.
         """
         task = self._running()
-        matrices = list(task.checked().values())
+        task.checked()
         task.settle(refuse=True)
         task.refuse_idle_steps()
         if self.config.chosen_engine == "gradient":
             warn_that_gradients_leak(max(self.verify().rows, key=lambda row: row.leak))
-        if self.learned is not None:
-            self.learned.add(matrices)
         task.leave()
         self._task = None
+        if batches is not None:
+            self.protect(batches, task.name or "")
 
     @torch.no_grad()
     def undo_task(self) -> None:
@@ -301,9 +400,9 @@ class Sculptor:
             "requires_grad": state.flags_by_name(self.model, task.flags),
             "matrices": state.describe(matrices, task.processes),
         }
-        learned = None if self.learned is None else self.learned.tensors()
         last = None if previous is None else Path(previous)
-        return about, state.Parts.of(matrices, learned, task.id, last, task.processes)
+        memory = self.memory.tensors()
+        return about, state.Parts.of(matrices, memory, task.id, last, task.processes)
 
     @property
     def weights_follow(self) -> bool:
@@ -348,8 +447,8 @@ class Sculptor:
         weights = {target.name: parts["task"][f"{target.name}/original"] for target in targets}
         task = RunningTask(model, sculptor.config, targets, found, about["task"], group, weights)
         sculptor._start(task)
-        if sculptor.learned is not None:
-            sculptor.learned.restore(parts["learned"], processes.device)
+        if "memory" in parts:
+            sculptor.memory = Memory.from_tensors(parts["memory"], processes.device)
         task.id, task.skipped_steps = about["id"], about["skipped_steps"]
         task.seeds += about["seed"] - int(task.seeds[0])
         matrices = list(task.checked().values())

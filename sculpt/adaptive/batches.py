@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ class Run:
 
     call: passes it, and returns what the model does, or the loss.
     own: it was given as a function of the model: a scalar that it returns is a loss.
+    inputs: keyword arguments of the model, where it was given as these.
     """
 
     call: Function
     own: bool = False
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def loss_of(output: Any) -> Tensor | None:
@@ -127,7 +129,7 @@ def _check_value(value: Any, name: str, device: torch.device) -> None:
 
 def _run(batch: Any) -> Run:
     if isinstance(batch, Mapping):
-        return Run(lambda model: model(**batch))
+        return Run(lambda model: model(**batch), inputs=batch)
     if isinstance(batch, list | tuple):
         return Run(lambda model: model(*batch))
     if isinstance(batch, Tensor):

@@ -31,6 +31,9 @@ class LeakRow:
             where the weights themselves are judged.
         constraint: which one is judged.
         rounding_limit: the distance that rounding explains, see `rounding_bound`.
+        outputs: how far the outputs of the layer moved on the rows that are protected:
+            `tr(ΔW A ΔWᵀ) / tr(W₀ A W₀ᵀ)` with the second moment `A` of its inputs there; infinite
+            where that is not known.
     """
 
     name: str
@@ -42,6 +45,7 @@ class LeakRow:
     rounding: float
     constraint: str = "strict"
     rounding_limit: float = math.inf
+    outputs: float = math.inf
 
     @property
     def leak(self) -> float:
@@ -134,6 +138,13 @@ class Certificate:
                 if self.protected == STORED
                 else "This is the leak of the float32 weights W₀ + ΔW. The stored 16-bit ones are "
                 f"at most {share} of the distance from them that rounding explains ({far.name})."
+            )
+        moved = [row for row in self.rows if math.isfinite(row.outputs)]
+        if moved:
+            most = max(moved, key=lambda row: row.outputs)
+            header += (
+                f"\nOn the rows that are protected the outputs of the layers moved by "
+                f"{most.outputs:.1e} of their squares at most ({most.name})."
             )
         if self.unmoved:
             header += (

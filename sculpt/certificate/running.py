@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sculpt.certificate.leak import Certificate, LeakRow, measure, severity
+from sculpt.curvature.memory import Memory
 from sculpt.distributed.processes import Processes, rounds
 from sculpt.distributed.sharding import whole
 from sculpt.task.matrix import Matrix, Side
@@ -21,6 +22,7 @@ def certify(
     constraint: str,
     task: str | None,
     others: tuple[str, ...],
+    memory: Memory,
     processes: Processes,
     *,
     independent: bool,
@@ -36,7 +38,9 @@ def certify(
             ):
                 passing = Evidence.of(matrices[index], independent)
                 own = passing if owner == processes.rank else own
-        row = None if own is None else asdict(_row(own, constraint))
+        row = None
+        if own is not None:
+            row = asdict(_row(own, constraint, memory))
         for index, values in zip(indices, processes.tell(row), strict=True):
             if index is not None:
                 rows[index] = LeakRow(**values)
@@ -56,7 +60,7 @@ class Evidence:
         sides: bases of the left and the right side; `None`: to be found again, at rank `preserved`.
     """
 
-    name: str
+    target: str
     before: Tensor
     weight: Tensor
     truth: Tensor | None
@@ -83,7 +87,7 @@ class Evidence:
         )
 
 
-def _row(matrix: Evidence, constraint: str) -> LeakRow:
+def _row(matrix: Evidence, constraint: str, memory: Memory) -> LeakRow:
     """The leak of a matrix; of a stack, that of its worst member."""
     weight, truth = matrix.weight, matrix.truth
     rows = []
@@ -96,7 +100,7 @@ def _row(matrix: Evidence, constraint: str) -> LeakRow:
                 (torch.linalg.qr(basis[at].double()).Q, protected)
                 for basis, protected in matrix.sides
             )
-        name = matrix.name if at is ... else f"{matrix.name}[{at}]"
+        name = matrix.target if at is ... else f"{matrix.target}[{at}]"
         rows.append(
             measure(
                 name,
@@ -109,7 +113,14 @@ def _row(matrix: Evidence, constraint: str) -> LeakRow:
                 constraint=constraint,
             )
         )
-    return max(rows, key=severity)
+    worst = max(rows, key=severity)
+    outputs = memory.outputs(matrix.target, matrix.before)
+    if outputs is None:
+        return worst
+    change = (weight if truth is None else truth).double() - matrix.before
+    moved = memory.outputs(matrix.target, change)
+    assert moved is not None
+    return replace(worst, outputs=float((moved / outputs).nan_to_num(0.0).max()))
 
 
 def _leading(W: Tensor, preserved: int) -> Subspace:

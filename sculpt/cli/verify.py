@@ -143,6 +143,12 @@ def run_fields(run: Path) -> dict[str, Any]:
                 f"--run {run}: its ranks adapt to each matrix and task; results.json has them "
                 "under 'subspaces': give --ratio and --rank-pattern"
             )
+        if section["sculpt"].get("subspaces", "weights") != "weights":
+            raise ValueError(
+                f"--run {run}: from its second task on its subspaces come from what earlier tasks "
+                "use, which two checkpoints do not tell; results.json has its certificates. For "
+                "its first task give --ratio"
+            )
         return dict(section["sculpt"])
     if isinstance(section, dict) and isinstance(section.get("ratio"), float):
         return {"unfreeze_rank_ratio": section["ratio"]}

@@ -83,7 +83,6 @@ class DemoSettings:
             sculpt=SculptConfig(unfreeze_rank_ratio=self.ratio, seed=self.seed),
             # Minutes long, so nobody resumes it; only the model that sculpt trained is of interest.
             checkpoint=CheckpointConfig(keep=0, models="last" if method == "sculpt" else "none"),
-            certificate="independent",
             device="cpu",
             seed=self.seed,
         )

@@ -15,7 +15,7 @@ from sculpt.metrics import METRICS
 from sculpt.report import charts
 from sculpt.report.charts import as_svg, place_of
 from sculpt.report.results import ACCURACIES, Results, figures, matrix, read_results
-from sculpt.runs.layer_files import ROOM, adapted
+from sculpt.runs.layer_files import adapted
 from sculpt.runs.state import MethodResult
 from sculpt.storage.weights import StoredWeights, StoredWeightsError
 from sculpt.task.table import TaskRow, table_of
@@ -226,7 +226,7 @@ def _leaks(column: Column) -> dict[str, Any]:
 
 
 def _layers(run: Run) -> dict[str, str]:
-    """Ranks of the last task where they adapt, and what tasks that accumulate leave; or nothing."""
+    """Ranks of the last task where they adapt, or nothing."""
     found = {}
     rows = run.chosen
     if adapted(rows):
@@ -235,9 +235,6 @@ def _layers(run: Run) -> dict[str, str]:
             "ranks": as_svg(charts.ranks(rows), f"ranks of {run.name}"),
             "table": table_of(rows),
         }
-    files = sorted((run.path / ROOM).glob("[!.]*.txt"))
-    if files:
-        found |= {"after": files[-1].stem, "room": files[-1].read_text(encoding="utf-8")}
     return found
 
 

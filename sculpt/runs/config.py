@@ -135,9 +135,11 @@ class RunConfig(Section):
         `sculpt.runs.method`.
     options: what that class can be told.
     sculpt: fields of `SculptConfig`; the methods take their matrices from it too.
-    calibration_rows: of the task before (the first task: its own), for ranks that adapt to data.
+    calibration_rows: of each task: at its begin its directions are compared with what earlier tasks
+        need, at its end they join that; ranks that adapt to data take them from the task before.
     dtype: of the weights. device: "auto" is a GPU where there is one. seed: of everything random.
-    certificate: "complement" is cheap; "independent" decomposes every weight afresh in float64.
+    certificate: "complement" is cheap; "independent" decomposes every weight afresh in float64, and
+        needs `sculpt.subspaces` of "weights".
     loggers: services that are told loss, scores and leaks: "tensorboard", "wandb", "mlflow", ...
     """
 
@@ -182,21 +184,21 @@ class RunConfig(Section):
         except TypeError as error:  # pydantic passes on nothing but ValueError
             raise ValueError(str(error)) from error
 
+    @model_validator(mode="after")
+    def _can_be_certified(self) -> Self:
+        if self.certificate == "independent" and self.sculpt.subspaces != "weights":
+            raise ValueError(
+                "certificate='independent' decomposes weights, and from the second task on "
+                f"subspaces={self.sculpt.subspaces!r} come from what earlier tasks use; use "
+                "certificate='complement', or sculpt.subspaces='weights'"
+            )
+        return self
+
     @field_validator("loggers")
     @classmethod
     def _known_loggers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         check_names(value)
         return value
-
-    @model_validator(mode="after")
-    def _provable(self) -> Self:
-        accumulates = self.method == "sculpt" and self.sculpt.protect == "accumulate"
-        if accumulates and self.certificate == "independent":
-            raise ValueError(
-                "certificate='independent' cannot find what sculpt.protect='accumulate' has "
-                "learned; use certificate='complement'"
-            )
-        return self
 
     @field_serializer("sculpt")
     def _plain_sculpt(self, value: SculptConfig) -> dict[str, Any]:

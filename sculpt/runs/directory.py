@@ -4,7 +4,6 @@ config.json     all settings, versions, a digest of the data, and the rows left 
 status.json     "running", "finished", "failed" or "interrupted", and where
 checkpoints/    while the run goes on; see `sculpt.storage.checkpoint`
 ranks/          of each task whose ranks adapt: a table of what each matrix got and why
-room/           after each task of those that accumulate: what each matrix has left
 results.json    everything measured
 model/          the model after the last task, a plain Hugging Face directory
 models/         the models after each task, where asked for
@@ -100,7 +99,7 @@ class RunDirectory:
 
     def remove_unfinished(self) -> None:
         """Remove what a killed run was about to write."""
-        folders = [self.path, *(self.path / name for name in ("models", "ranks", "room"))]
+        folders = [self.path, *(self.path / name for name in ("models", "ranks"))]
         hidden = [path for folder in folders for path in folder.glob(".*")]
         for path in hidden:
             if path.is_dir():

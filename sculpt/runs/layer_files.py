@@ -1,4 +1,4 @@
-"""What each layer got in a task and what it has left, as files of the run directory."""
+"""What each layer got in a task, as files of the run directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from sculpt.storage.files import replacing_file
 from sculpt.task.table import TaskRow, table_of
 
-RANKS, ROOM = "ranks", "room"
+RANKS = "ranks"
 
 
 def file_of(task: int, name: str) -> str:
@@ -31,9 +31,3 @@ def write_ranks(folder: Path, file: str, rows: Sequence[TaskRow]) -> None:
     """`ranks/FILE.txt`, where ranks adapt: every matrix with its importance and its ranks."""
     if adapted(rows):
         write_text(folder / RANKS / f"{file}.txt", table_of(rows))
-
-
-def write_room(folder: Path, file: str, room: str) -> None:
-    """`room/FILE.txt`, where tasks accumulate: what each took, what is left, the forecast."""
-    if room:
-        write_text(folder / ROOM / f"{file}.txt", room)

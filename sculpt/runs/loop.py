@@ -22,7 +22,7 @@ from sculpt.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_m
 from sculpt.models.encoding import Encoded
 from sculpt.report.results import Results
 from sculpt.runs.directory import RunDirectory, RunError, versions
-from sculpt.runs.layer_files import file_of, write_ranks, write_room
+from sculpt.runs.layer_files import file_of, write_ranks
 from sculpt.runs.lm_eval import general_ability
 from sculpt.runs.logged import RunLog
 from sculpt.runs.method import Advance
@@ -185,7 +185,6 @@ class Run:
         with self._clock("certify"):
             certificate = self.strategy.certify(self._advance("certify"))
             self.strategy.end_task(state.task)
-        write_room(self.directory.path, self._file(), self.strategy.room())
         if certificate is not None:
             state.result.certificates.append(certificate)
         self._log.certified(state, certificate)

@@ -165,6 +165,10 @@ class Strategy(ABC):
         """What one matrix takes between steps; as full fine-tuning where nothing else is said."""
         return plain(Matrix.of(target), Storage.of(target, self.config.sculpt))
 
+    def memory_bytes(self) -> int:
+        """How many bytes `memory` takes at most."""
+        return 0
+
     def chosen(self) -> list[TaskRow]:
         """What the task that just began chose for each matrix."""
         return []
@@ -172,10 +176,6 @@ class Strategy(ABC):
     def certify(self, advance: Advance) -> Certificate | None:
         """Measure what moved since `begin_task`; None where nothing was promised."""
         return None
-
-    def room(self) -> str:
-        """What each layer has left for later tasks, after one ended; "" where nothing runs out."""
-        return ""
 
 
 def freeze(parameters: Sequence[nn.Parameter]) -> None:

@@ -95,7 +95,7 @@ def _ranks(strategy: Strategy) -> str:
 def _space(memory: Memory, disk: Disk, free: int) -> str:
     rows = (
         ("weights", memory.weights),
-        ("what stays in a task: weights before it, bases", memory.fixed),
+        ("what stays in a task: weights before it, bases, sums", memory.fixed),
         ("trained values, gradients, moments", memory.trained),
         ("together, without activations", memory.total),
         ("disk: checkpoints while it runs, at most", disk.checkpoints),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sculpt.adaptive.batches import Function
 from sculpt.certificate.leak import Certificate
-from sculpt.messages import SculptWarning
+from sculpt.curvature.collect import bytes_of_all
+from sculpt.curvature.memory import Memory
+from sculpt.models.encoding import Encoded
+from sculpt.models.learner import Learner
 from sculpt.runs.method import Advance, Setting, Strategy, batches_of, freeze
 from sculpt.sculptor import Sculptor
 from sculpt.task.cost import Cost, cost_of
@@ -21,13 +23,28 @@ from sculpt.task.table import TaskRow
 from sculpt.task.targets import Target
 
 
+@dataclass(frozen=True)
+class Summed:
+    """The summed loss of some rows, as a function of the model; `len` is their number."""
+
+    learner: Learner
+    rows: Sequence[Encoded]
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        return self.learner.loss(self.rows)[0] * sum(row.learned for row in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 class Sculpt(Strategy):
-    """Moves only in the trailing singular subspaces, chosen anew for every task."""
+    """Moves only in subspaces that earlier tasks do not need, chosen anew for every task."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._sculptor = Sculptor(self.model, self.config.sculpt)
         self._chosen: list[TaskRow] = []
+        self._in_task = False
 
     def cost(self, target: Target) -> Cost:
         return cost_of(target, self.config.sculpt)
@@ -44,29 +61,39 @@ class Sculpt(Strategy):
     def chosen(self) -> list[TaskRow]:
         return self._chosen
 
-    def _calibration(self, task: int) -> list[Function] | None:
-        """Rows of the task before, or of the first one for itself, one by one: no padding."""
-        ranks = self.config.sculpt.ranks
-        learned = self._sculptor.learned
-        if ranks is None or (learned is not None and learned.rooms):
-            return None
-        rows = self.setting.rows[max(0, task - 1)]
-        count = min(self.config.calibration_rows, len(rows))
-        drawn = islice(batches_of(rows, self.config.training, self.config.seed, size=1), count)
-        learner = self.setting.learner
-        return [lambda _, row=row: learner.loss(row)[0] for row in drawn]  # type: ignore[misc]
+    def _calibration(self, task: int) -> list[Summed] | None:
+        """Rows of this task; of the one before (the first: its own) for ranks that adapt to data
+        where nothing is protected."""
+        if self._sculptor.memory:
+            return self._rows(task)
+        if self.config.sculpt.ranks is not None:
+            return self._rows(max(0, task - 1), size=1)
+        return None
+
+    def _rows(self, task: int, size: int | None = None) -> list[Summed]:
+        rows, training = self.setting.rows[task], self.config.training
+        size = training.batch_size if size is None else size
+        count = min(self.config.calibration_rows, len(rows)) // size or 1
+        drawn = islice(batches_of(rows, training, self.config.seed, size=size), count)
+        return [Summed(self.setting.learner, batch) for batch in drawn]
 
     def save(self, folder: Path, previous: Path | None) -> None:
         """Bases and coordinates: subspaces are not searched again."""
         self._sculptor.save(folder, previous=previous)
 
     def memory(self) -> dict[str, Tensor]:
-        learned = self._sculptor.learned
-        return {} if learned is None else learned.tensors()
+        """Inside of a task `save` writes it."""
+        return {} if self._in_task else self._sculptor.memory.tensors()
+
+    def memory_bytes(self) -> int:
+        config = self.config.sculpt
+        if config.subspaces == "weights":
+            return 0
+        return bytes_of_all(self.targets, config, next(self.model.parameters()).device)
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
-        assert self._sculptor.learned is not None
-        self._sculptor.learned.restore(memory, next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        self._sculptor.memory = Memory.from_tensors(memory, device)
 
     def weights_follow(self) -> bool:
         config = self.config.sculpt
@@ -88,20 +115,14 @@ class Sculpt(Strategy):
         )
 
     def end_task(self, task: int) -> None:
-        self._sculptor.end_task()
+        protects = self.config.sculpt.subspaces != "weights"
+        last = task + 1 == len(self.setting.names)
+        self._sculptor.end_task(self._rows(task) if protects and not last else None)
+        self._in_task = False
         freeze(self.free)
-        learned = self._sculptor.learned
-        if learned is not None:
-            capacity, to_come = learned.capacity(), len(self.setting.names) - task - 1
-            if capacity.tasks_left < to_come:
-                text = f"room may not last for what is to come ({to_come}): {capacity.forecast()}"
-                warnings.warn(text, SculptWarning, stacklevel=2)
-
-    def room(self) -> str:
-        learned = self._sculptor.learned
-        return "" if learned is None else str(learned.capacity())
 
     def _optimizer(self) -> torch.optim.Optimizer:
+        self._in_task = True
         optimizer = self.adamw(self._sculptor.parameters())
         self._sculptor.attach(optimizer)
         return optimizer

@@ -18,7 +18,8 @@ AROUND = 20 * 2**20
 class Memory:
     """Bytes that a method holds beside activations.
 
-    weights: of the model. fixed: what stays during a task, such as weights before it and bases.
+    weights: of the model.
+    fixed: what stays during a task: weights before it, bases, what earlier tasks use.
     trained: values that train beside the weights, their gradients and the optimizer's moments.
     """
 
@@ -47,7 +48,8 @@ def memory_of(strategy: Strategy) -> Memory:
     """An estimate from shapes and ranks alone."""
     weights = sum(p.numel() * p.element_size() for p in strategy.model.parameters())
     costs = [strategy.cost(target) for target in strategy.targets]
-    return Memory(weights, sum(cost.fixed for cost in costs), sum(cost.moving for cost in costs))
+    fixed = strategy.memory_bytes() + sum(cost.fixed for cost in costs)
+    return Memory(weights, fixed, sum(cost.moving for cost in costs))
 
 
 def disk_of(strategy: Strategy, memory: Memory) -> Disk:

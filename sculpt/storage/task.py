@@ -3,7 +3,7 @@
 path/sculptor.json        written last: the save is what it names, whatever else is there
 path/task-ID...           bases and original weights: fixed for the length of a task
 path/coordinates-ID...    coordinates, and what the engine keeps beside the weights
-path/learned-ID...        what earlier tasks have learned, where that is protected
+path/memory-ID...         what earlier tasks use, where something is protected: fixed, too
 
 Each is a safetensors file, or a folder of shards where the weights are divided over processes.
 """
@@ -60,7 +60,7 @@ class Parts:
     def of(
         cls,
         matrices: list[Matrix],
-        learned: Mapping[str, Tensor] | None,
+        memory: Mapping[str, Tensor],
         identity: str,
         previous: Path | None,
         processes: Processes,
@@ -77,10 +77,10 @@ class Parts:
             if known is None:
                 fixed = {k: t for matrix in matrices for k, t in fixed_tensors(matrix).items()}
             moving = {k: t for matrix in matrices for k, t in moving_tensors(matrix).items()}
-        parts = {"task": fixed, "coordinates": moving}
-        return cls(
-            parts if learned is None else parts | {"learned": learned}, previous, known, divided
-        )
+        parts: dict[str, Mapping[str, Tensor] | None] = {"task": fixed, "coordinates": moving}
+        if memory:
+            parts["memory"] = memory if known is None else None
+        return cls(parts, previous, known, divided)
 
     def copied(self, processes: Processes) -> Parts:
         """In host memory of their own."""
@@ -137,7 +137,7 @@ class Parts:
 def _clear(path: Path, keep: Mapping[str, str]) -> None:
     """Take away what earlier saves left in `path`."""
     for old in path.iterdir():
-        if old.name.startswith(("task-", "coordinates-", "learned-")):
+        if old.name.startswith(("task-", "coordinates-", "memory-")):
             if old.name in keep.values():
                 continue
             if old.is_dir():
@@ -189,26 +189,34 @@ def read(
     for part, name in about["files"].items():
         if about["divided"]:
             parts[part] = {
-                key: _empty(by_name, key, tuple(shape), getattr(torch, dtype))
+                key: _empty(by_name, key, tuple(shape), getattr(torch, dtype), processes.device)
                 for key, (shape, dtype) in about["tensors"][part].items()
             }
             tensors_on_disk.read_folder(path / name, parts[part], processes)
             continue
         parts[part] = tensors_on_disk.read_file(path / name)
-        if part == "learned":
+        if part == "memory":
             continue
         for key, tensor in parts[part].items():
             if is_divided(by_name[key.rsplit("/", 1)[0]].parameter):
-                empty = _empty(by_name, key, tuple(tensor.shape), tensor.dtype)
+                shape = tuple(tensor.shape)
+                empty = _empty(by_name, key, shape, tensor.dtype, processes.device)
                 parts[part][key] = fill(empty, tensor)
     return parts
 
 
 def _empty(
-    targets: Mapping[str, Target], key: str, shape: tuple[int, ...], dtype: torch.dtype
+    targets: Mapping[str, Target],
+    key: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    """For the tensor that is saved as `key`: divided as the weight is, or as bases are."""
+    """For the tensor that is saved as `key`: divided as the weight is, or as bases are; whole
+    where it is of no target."""
     name, part = key.rsplit("/", 1)
+    if name not in targets:
+        return torch.empty(shape, dtype=dtype, device=device)
     stored = targets[name].parameter.detach()
     if part == "original":
         return torch.empty_like(stored)
@@ -225,6 +233,7 @@ def describe(matrices: list[Matrix], processes: Processes) -> dict[str, dict[str
             "complement": matrix.bases.complement,
             "energy": matrix.bases.energy,
             "method": matrix.bases.method,
+            "gain": matrix.bases.gain,
             "weight": checksums.get(matrix.name),
             "random_roundings": matrix.roundings() or 0,
         }
@@ -291,7 +300,9 @@ def bases_of(target: Target, about: Mapping[str, Any], fixed: Mapping[str, Tenso
         None if part is None else part.to(device, copy=True)
         for part in (fixed.get(f"{target.name}/{key}") for key in ("U", "V", "removed"))
     )
-    return Bases(U, V, removed, about["complement"], about["energy"], about["method"])
+    return Bases(
+        U, V, removed, about["complement"], about["energy"], about["method"], about.get("gain", 1.0)
+    )
 
 
 @torch.no_grad()

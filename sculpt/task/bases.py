@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sculpt.config import SculptConfig
+from sculpt.curvature.directions import Directions
 from sculpt.task.targets import Target
 from sculpt_kernels import Subspace, SubspaceCache, plan, split
 
@@ -25,7 +26,10 @@ class Bases:
             longer side. Other engines: what `project_` takes.
         removed: compact with full coordinates: preserved directions of the longer side.
         complement: other engines: `"both"` where the bases are those of what trains.
-        energy: share of `‖W‖²_F` in the preserved directions; method: how they were found.
+        energy: share of `‖W‖²_F` in the preserved directions, or of `tr S tr A` for curvature;
+            method: how they were found.
+        gain: by what coordinates move the weight further than orthonormal bases would, so that the
+            outputs of the layer move as far as by dense steps.
     """
 
     U: Tensor | None
@@ -34,6 +38,7 @@ class Bases:
     complement: str
     energy: float
     method: str
+    gain: float = 1.0
 
 
 def splitter(config: SculptConfig) -> Split:
@@ -47,11 +52,13 @@ def find_bases(
     split: Split,
     given: Subspace | None = None,
     stored: Tensor | None = None,
+    directions: Directions | None = None,
 ) -> Bases:
     """The bases that the configured engine needs for `target`.
 
     Args:
         stored: the weight as its module stores it, where the module itself has only a part.
+        directions: those that earlier tasks do not need, where the bases come from curvature.
 
     Raises:
         TypeError, ValueError: the weight is not finite, or `given` does not fit.
@@ -59,6 +66,8 @@ def find_bases(
     weight = target.oriented(target.parameter.detach() if stored is None else stored)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     basis = weight.dtype if config.basis_dtype == "weight" else dtype
+    if directions is not None and directions.has(target.name):
+        return _from_curvature(target, config, directions, basis)
     find = partial(_split_each, target, split, weight, basis)
     m, n = weight.shape[-2:]
     if config.chosen_engine == "compact":
@@ -83,6 +92,27 @@ def find_bases(
         complement = "both" if best.complement == "both" else "none"
     found = find("low" if complement == "both" else "high")
     return Bases(found.U, found.V, None, complement, found.energy, found.method)
+
+
+def _from_curvature(
+    target: Target, config: SculptConfig, directions: Directions, dtype: torch.dtype
+) -> Bases:
+    """The same, in directions that earlier tasks do not need."""
+    name, (m, n) = target.name, target.shape[-2:]
+    method = "curvature, ratio" if directions.compares(name) else "curvature, trailing"
+    U, V = directions.trainable(name, target.trainable_rank)
+    energy = 1 - directions.touched(name, U, V)
+    low_U, low_V = (basis.to(dtype).contiguous() for basis in (U, V))
+    full = config.coordinates == "full" and m != n
+    if config.chosen_engine == "compact" and not full:
+        return Bases(low_U, low_V, None, "none", energy, method, directions.gain(name, U, V))
+    preserved = directions.preserved(name, target.preserved)
+    high_U, high_V = (basis.to(dtype).contiguous() for basis in preserved)
+    if config.chosen_engine != "compact":
+        return Bases(high_U, high_V, None, "none", energy, method)
+    if m > n:
+        return Bases(None, low_V, high_U, "none", energy, method, directions.gain(name, U, V))
+    return Bases(low_U, None, high_V, "none", energy, method)
 
 
 def _split_each(

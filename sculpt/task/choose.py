@@ -15,28 +15,29 @@ from torch import Tensor, nn
 from sculpt.adaptive.allocate import adapt
 from sculpt.adaptive.importance import Importance
 from sculpt.config import SculptConfig
+from sculpt.curvature.collect import collect
+from sculpt.curvature.directions import Directions
+from sculpt.curvature.memory import Memory
 from sculpt.distributed.processes import Processes, rounds
 from sculpt.distributed.sharding import like_shards, whole
-from sculpt.task.accumulate import Learned
 from sculpt.task.bases import Bases, find_bases, splitter
 from sculpt.task.targets import Target
 from sculpt_kernels import Subspace
 
 
 class Choice(NamedTuple):
-    """Targets, their bases, importance by name where it was measured, and full layers."""
+    """Targets, their bases, and importance by name where it was measured."""
 
     targets: list[Target]
     bases: list[Bases]
     importance: dict[str, Importance]
-    full: dict[str, str]
 
 
 def choose(
     model: nn.Module,
     targets: list[Target],
     config: SculptConfig,
-    learned: Learned | None,
+    memory: Memory,
     calibration: Any,
     given: Mapping[str, Subspace],
     processes: Processes,
@@ -50,17 +51,24 @@ def choose(
     unknown = sorted(set(given) - {target.name for target in targets})
     if unknown:
         raise ValueError(f"subspaces names {unknown[0]!r}, which is no target of this model")
-    left = None if learned is None else learned.begin(targets, processes)
-    if left is None:
-        ranked, importance = adapt(model, targets, config, calibration, processes)
-        return Choice(ranked, find_all(ranked, config, given, processes, progress), importance, {})
-    if calibration is not None or given:
+    curved = config.subspaces != "weights" and bool(memory) and not given
+    if config.subspaces == "curvature" and not curved:
         raise ValueError(
-            "protect='accumulate' keeps ranks and subspaces of the first task: later ones take no "
-            "calibration and no subspaces"
+            "subspaces='curvature' needs something to protect, and finds its subspaces itself: "
+            "call protect(batches) or load_memory(path) before begin_task(), without subspaces"
         )
-    chosen, bases, full = left
-    return Choice(chosen, bases, {}, full)
+    memory.check(targets)
+    new = None
+    if curved and calibration is not None:
+        batches = list(calibration)
+        new = collect(model, targets, batches, memory, config, processes)
+        calibration = batches if config.ranks is not None else None
+    elif config.subspaces == "auto" and config.ranks is None:
+        calibration = None  # There is nothing yet that its directions could be compared with.
+    ranked, importance = adapt(model, targets, config, calibration, processes)
+    directions = Directions(memory, new) if curved else None
+    bases = find_all(ranked, config, given, directions, processes, progress)
+    return Choice(ranked, bases, importance)
 
 
 PARTS = ("U", "V", "removed")
@@ -70,6 +78,7 @@ def find_all(
     targets: list[Target],
     config: SculptConfig,
     given: Mapping[str, Subspace],
+    directions: Directions | None,
     processes: Processes,
     progress: Callable[[int, int, str], None] | None,
 ) -> list[Bases]:
@@ -92,7 +101,9 @@ def find_all(
         if mine is not None:
             target = targets[mine]
             try:
-                bases = find_bases(target, config, split, given.get(target.name), weight)
+                bases = find_bases(
+                    target, config, split, given.get(target.name), weight, directions
+                )
             except (TypeError, ValueError) as problem:
                 error = problem
         processes.fail_together(error)
@@ -134,7 +145,7 @@ def _describe(bases: Bases) -> dict[str, Any]:
     return {
         "shapes": {name: list(part.shape) for name, part in parts.items()},
         "dtype": str(next(iter(parts.values())).dtype),
-        "about": [bases.complement, bases.energy, bases.method],
+        "about": [bases.complement, bases.energy, bases.method, bases.gain],
     }
 
 

@@ -229,7 +229,12 @@ class CompactMatrix(CoordinateMatrix):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         C = zeros(weight, (*weight.shape[:-2], rows, columns), dtype)
         state = Coordinates(
-            nn.Parameter(C), U, V, bases.removed, torch.zeros_like(C), scale_of(weight, C)
+            nn.Parameter(C),
+            U,
+            V,
+            bases.removed,
+            torch.zeros_like(C),
+            bases.gain * scale_of(weight, C),
         )
         super().__init__(target, bases, original, state, recompute)
 

@@ -191,7 +191,7 @@ def test_given_subspaces_are_used_and_checked():
 
 def test_order_of_calls_is_checked():
     model = small_model()
-    sculptor = Sculptor(model, SculptConfig())
+    sculptor = Sculptor(model, SculptConfig(subspaces="weights"))
     for call in (sculptor.end_task, sculptor.verify, sculptor.parameters):
         with pytest.raises(RuntimeError, match="call begin_task"):
             call()

@@ -297,7 +297,7 @@ def test_fisher_needs_a_loss() -> None:
 
 def test_calibration_that_nobody_uses_is_refused() -> None:
     with pytest.raises(ValueError, match="not used by uniform ranks"):
-        Sculptor(random_model(), SculptConfig()).begin_task(data())
+        Sculptor(random_model(), SculptConfig(subspaces="weights")).begin_task(data())
 
 
 @pytest.mark.parametrize("importance", ["cosine", "fisher"])

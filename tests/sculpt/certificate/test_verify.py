@@ -172,7 +172,8 @@ def test_the_core_constraint_is_judged_by_its_own_leak(tmp_path):
 
 
 def test_the_models_of_a_run_say_what_its_certificates_said(tmp_path):
-    run(run_config(tmp_path, checkpoint={"models": "each"}, certificate="independent"))
+    made = {"checkpoint": {"models": "each"}, "certificate": "independent"}
+    run(run_config(tmp_path, sculpt={"subspaces": "weights"}, **made))
     folder = tmp_path / "run"
     results = json.loads((folder / "results.json").read_text())
     written = results["methods"]["sculpt"]["certificates"]

@@ -75,17 +75,6 @@ def test_a_run_goes_on_from_any_folder(
     assert results["config"] == described
 
 
-def test_a_stream_longer_than_the_room_is_noted_and_ends_with_an_error(run_file: Path) -> None:
-    sculpt = ("sculpt.protect=accumulate", "sculpt.unfreeze_rank_ratio=0.04")
-    sculpt += ("sculpt.learned_energy=0.999999",)
-    done = invoke("train", str(run_file), *sculpt)
-    assert done.exit_code == 2
-    assert "note: room may not last for what is to come (1): room for about 0" in done.output
-    assert "error: every layer is full after 1 tasks" in done.output
-    checkpoints = run_file.parent / "run" / "checkpoints"
-    assert any(checkpoints.glob("*/model.safetensors"))
-
-
 def test_a_broken_constraint_is_a_negative_verdict(run_file: Path) -> None:
     done = invoke("train", str(run_file), "sculpt.engine=gradient")
     assert done.exit_code == 1

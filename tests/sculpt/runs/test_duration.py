@@ -37,7 +37,7 @@ def test_methods_pay_for_what_they_do(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(duration, "_seconds_of_one", lambda *_: (1.0, 10.0))
     for changes, each in (
         ({}, (1, 10)),
-        ({"certificate": "independent"}, (1, 11)),
+        ({"certificate": "independent", "sculpt": {"subspaces": "weights"}}, (1, 11)),
         ({"method": "plain"}, (0, 0)),
     ):
         config = run_config(tmp_path, **changes)

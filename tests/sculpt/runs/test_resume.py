@@ -62,7 +62,7 @@ def stopped_and_resumed(config: RunConfig, event: int) -> dict[str, str]:
         {"dtype": "bfloat16"},
         {"dtype": "bfloat16", "sculpt": {"weight_update": "recompute"}},
         {"sculpt": {"ranks": {"mrr": 0.1, "trr": 0.7}}, "calibration_rows": 3},
-        {"sculpt": {"protect": "accumulate", "ranks": {"mrr": 0.1, "trr": 0.5}}},
+        {"sculpt": {"subspaces": "weights"}},
     ],
     ids=lambda changes: "-".join(filter(None, map(changes.get, ("method", "dtype")))) or "sculpt",
 )

@@ -53,6 +53,7 @@ def test_methods_see_the_same_rows_and_train_the_same_matrices(
     before, batches = None, {}
     for method, path in (METHODS | BASELINES).items():
         more = {"options": {"share": 0.5}} if method == "replay" else {}
+        more["sculpt"] = {"subspaces": "weights"}  # Rows that are only protected are no batches.
         config = run_config(tmp_path, method=path, out=str(tmp_path / method), seed=5, **more)
         results = run(config)
         steps = 0 if method == "frozen" else 3
@@ -220,7 +221,8 @@ def test_ranks_adapt_to_rows_of_the_task_before(
     tmp_path: Path, seen: list[tuple[tuple[int, ...], ...]], importance: str
 ) -> None:
     ranks = {"mrr": 0.2, "trr": 0.6, "importance": importance}
-    config = run_config(tmp_path, sculpt={"ranks": ranks}, calibration_rows=2)
+    sculpt = {"ranks": ranks, "subspaces": "weights"}
+    config = run_config(tmp_path, sculpt=sculpt, calibration_rows=2)
     results = run(config)
     prepared = Prepared(config)
     first = {row.ids for row in prepared.rows[0]}
@@ -245,18 +247,4 @@ def test_uniform_ranks_leave_no_files_of_layers(tmp_path: Path) -> None:
     config = run_config(tmp_path)
     run(config)
     assert not (config.out / "ranks").exists()
-    assert not (config.out / "room").exists()
     assert "What each layer got" not in report([config.out])
-
-
-def test_the_room_that_is_left_is_written_after_each_task(tmp_path: Path) -> None:
-    sculpt = {"unfreeze_rank_ratio": 0.5, "protect": "accumulate"}
-    config = run_config(tmp_path, sculpt=sculpt)
-    run(config)
-    for number, file in enumerate(("01-very", "02-short")):
-        room = (config.out / "room" / f"{file}.txt").read_text()
-        assert "until half of the layers are full" in room
-        assert (" + " in room) == bool(number)  # what each of two tasks took
-    page = report([config.out])
-    assert "after task 02-short" in page
-    assert "until half of the layers are full" in page

@@ -304,8 +304,9 @@ def test_certificates_that_a_later_task_could_not_have_are_refused_before_the_fi
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(GOOD.replace("sculpt:\n", "sculpt:\n  protect: accumulate\n"))
-    assert read_config(path).sculpt.protect == "accumulate"
+    path.write_text(GOOD.replace("sculpt:\n", "sculpt:\n  subspaces: weights\n"))
     path.write_text(path.read_text() + "certificate: independent\n")
+    assert read_config(path).certificate == "independent"
+    path.write_text(GOOD + "certificate: independent\n")
     with pytest.raises(ConfigError, match="use certificate='complement'"):
         read_config(path)

@@ -1,0 +1,1 @@
+"""What earlier tasks use, as second moments, and the directions that they leave free."""

@@ -1,0 +1,224 @@
+"""The trainable bases of a weight from its factors: which directions earlier tasks do not need.
+
+`F_old` is a factor of everything that must not be forgotten, `F_new` the same of the task that
+begins, `d` their size. Two choices of `t` directions:
+
+- trailing: the eigenvectors of `F_old` with the smallest eigenvalues;
+- ratio: the leading solutions of `F_new v = λ (F_old + ε tr(F_old)/d I) v`, orthonormalised: what
+  the new task uses most for each unit that the earlier ones need.
+
+Of a sketch the leading eigenvectors are known and the rest is not told apart, so that directions
+beyond its rank are random ones of the complement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sculpt.curvature.factors import Diagonal, Factor, Full, Sketch
+from sculpt.curvature.memory import Memory
+from sculpt_kernels import orthonormalize, split
+
+RIDGE = 1e-3
+"""`ε`."""
+
+ITERATIONS = 4
+
+LARGEST_GAIN = 30.0
+"""Directions that no input uses would have an infinite one."""
+
+
+class Directions:
+    """The bases of every target, found once for each factor that targets share.
+
+    Args:
+        old: what earlier tasks use.
+        new: what the task that begins uses; `None` where there are no rows of it.
+    """
+
+    def __init__(self, old: Memory, new: Memory | None) -> None:
+        self.old, self.new = old, new
+        self._found: dict[tuple[str, int], Tensor] = {}
+
+    def has(self, name: str) -> bool:
+        return self.old.of(name) is not None
+
+    def compares(self, name: str) -> bool:
+        """Whether the bases of this target are chosen by the ratio."""
+        return self.new is not None and self.new.of(name) is not None
+
+    def trainable(self, name: str, t: int) -> tuple[Tensor, Tensor]:
+        """Left and right basis `(..., m, t)`, `(..., n, t)` of what may train."""
+        keys = self.old.sides[name]
+        return self._trainable(name, keys.left, t), self._trainable(name, keys.right, t)
+
+    def _trainable(self, name: str, key: str, t: int) -> Tensor:
+        if (key, t) not in self._found:
+            old = self.old.factors[key]
+            if self.compares(name):
+                assert self.new is not None
+                self._found[key, t] = by_ratio(old, self.new.factors[key], t)
+            else:
+                self._found[key, t] = trailing(old, t)
+        return self._found[key, t]
+
+    def preserved(self, name: str, h: int) -> tuple[Tensor, Tensor]:
+        """Left and right basis `(..., m, h)`, `(..., n, h)` of what earlier tasks use most."""
+        keys = self.old.sides[name]
+        left, right = (leading(self.old.factors[key], h) for key in (keys.left, keys.right))
+        return left, right
+
+    def touched(self, name: str, U: Tensor, V: Tensor) -> float:
+        """Share of `tr S tr A` of earlier tasks in the span of both bases; the most of a stack."""
+        left, right = (
+            self.old.factors[self.old.sides[name].left],
+            self.old.factors[self.old.sides[name].right],
+        )
+        return float((share_of_trace(left, U) * share_of_trace(right, V)).max())
+
+    def used(self, name: str, U: Tensor, V: Tensor) -> float:
+        """Share of the inputs' second moment in the span of the basis on their side.
+
+        That of the task that begins, where its rows are known.
+        """
+        memory = self.new if self.compares(name) else self.old
+        assert memory is not None
+        keys = self.old.sides[name]
+        key, basis = (keys.left, U) if keys.reads_left else (keys.right, V)
+        return float(share_of_trace(memory.factors[key], basis).mean())
+
+    def gain(self, name: str, U: Tensor, V: Tensor) -> float:
+        """`√(t/d / (tr Vᵀ A V / tr A))` of the basis `(d, t)` on the side of the inputs.
+
+        In directions that earlier tasks hardly use inputs are smaller than in the mean. With this
+        factor a step of an optimizer that normalises its elements moves the outputs of the layer,
+        over inputs with the second moment `A`, as far as a dense step with random signs would.
+        """
+        d, t = (U if self.old.sides[name].reads_left else V).shape[-2:]
+        share = self.used(name, U, V)
+        return min(LARGEST_GAIN, math.sqrt(t / d / share)) if share > 0 else 1.0
+
+
+def trailing(old: Factor, t: int) -> Tensor:
+    """Basis `(..., d, t)` of the directions that `old` uses least, float64, orthonormal columns."""
+    if isinstance(old, Full):
+        return _each(old.total, lambda F: _extreme(F, t, leading=False))
+    if isinstance(old, Diagonal):
+        return _units(-old.total, t)
+    assert isinstance(old, Sketch)
+    Q, _ = old.eigenpairs()
+    return _complete(Q[..., :0], t, away_from=Q)
+
+
+def leading(old: Factor, h: int) -> Tensor:
+    """Basis `(..., d, h)` of the directions that `old` uses most, as `trailing`.
+
+    Of a sketch at most as many as it has columns.
+    """
+    if isinstance(old, Full):
+        return _each(old.total, lambda F: _extreme(F, h, leading=True))
+    if isinstance(old, Diagonal):
+        return _units(old.total, h)
+    assert isinstance(old, Sketch)
+    Q, _ = old.eigenpairs()
+    return Q[..., :h]
+
+
+def by_ratio(old: Factor, new: Factor, t: int, ridge: float = RIDGE) -> Tensor:
+    """Basis `(..., d, t)` of what `new` uses most beside what `old` needs, as `trailing`."""
+    if isinstance(old, Diagonal):
+        assert isinstance(new, Diagonal)
+        mean = old.total.double().mean(-1, keepdim=True)
+        return _units(new.total.double() / (old.total.double() + ridge * mean), t)
+    if isinstance(old, Full):
+        pairs = torch.stack([old.total, new.total], dim=-3)
+        return _each(pairs, lambda pair: _ratio(pair[0].double(), pair[1].double(), t, ridge), 3)
+    assert isinstance(old, Sketch)
+    assert isinstance(new, Sketch)
+    return _ratio_of_sketches(old, new, t, ridge)
+
+
+def share_of_trace(factor: Factor, V: Tensor) -> Tensor:
+    """`tr(Vᵀ F V) / tr F` `(...)` of a basis `V` `(..., d, t)`, float64; 0 where `F` is zero."""
+    trace = factor.trace()
+    share = factor.quadratic(V.mT) / trace.clamp_min(torch.finfo(trace.dtype).tiny)
+    return torch.where(trace > 0, share, 0.0)
+
+
+def _ratio(old: Tensor, new: Tensor, t: int, ridge: float) -> Tensor:
+    """By subspace iteration with `B⁻¹ F_new` on a few columns more, `B` as above."""
+    d = len(old)
+    B = old.clone()
+    B.diagonal().add_(ridge * old.trace() / d)
+    root = torch.linalg.cholesky(B)
+    V = _random(d, min(d, t + max(16, t // 4)), B)
+    for _ in range(ITERATIONS):
+        V = orthonormalize(torch.cholesky_solve(new @ V, root))
+    small = torch.linalg.cholesky(V.mT @ (B @ V))
+    inner = torch.linalg.solve_triangular(small, V.mT @ (new @ V), upper=False)
+    inner = torch.linalg.solve_triangular(small, inner.mT, upper=False)
+    _, Y = torch.linalg.eigh((inner + inner.mT) / 2)
+    return orthonormalize(V @ torch.linalg.solve_triangular(small.mT, Y[:, -t:], upper=True))
+
+
+def _random(d: int, count: int, like: Tensor) -> Tensor:
+    """Independent standard normal numbers `(d, count)`, the same ones everywhere."""
+    generator = torch.Generator().manual_seed(d)
+    return torch.randn(d, count, generator=generator, dtype=like.dtype).to(like.device)
+
+
+def _extreme(F: Tensor, t: int, *, leading: bool) -> Tensor:
+    """The eigenvectors `(d, t)` of the largest or smallest eigenvalues of a matrix `F >= 0`."""
+    d = len(F)
+    if t == d:
+        return torch.eye(d, dtype=torch.float64, device=F.device)
+    rank, part = (t, "high") if leading else (d - t, "low")
+    return split(F.double(), rank=rank, part=part).V
+
+
+def _ratio_of_sketches(old: Sketch, new: Sketch, t: int, ridge: float) -> Tensor:
+    """All solutions with `λ > 0` are in the span of `B⁻¹ Q_new`, with `B` as above."""
+    Q, values = old.eigenpairs()
+    floor = (ridge * old.trace() / Q.shape[-2])[..., None]
+    P, weights = new.eigenpairs()
+    X = P * weights.sqrt()[..., None, :]
+    # B⁻¹ X, where B = Q diag(values) Qᵀ + floor I.
+    inverse = X / floor[..., None]
+    inverse = inverse - Q @ ((values / (floor * (values + floor)))[..., None] * (Q.mT @ X))
+    inner = X.mT @ inverse
+    _, Y = torch.linalg.eigh((inner + inner.mT) / 2)
+    found = min(t, int((weights > 0).sum(-1).min()))
+    V = inverse @ Y[..., Y.shape[-1] - found :]
+    return _complete(orthonormalize(V), t, away_from=Q)
+
+
+def _complete(V: Tensor, t: int, away_from: Tensor) -> Tensor:
+    """`V` and the random directions that it lacks of `t`, away from `away_from` where they fit."""
+    d, found = V.shape[-2:]
+    if found == t:
+        return V
+    more = _random(d, t - found, V).expand(*V.shape[:-1], t - found)
+    known = V if d - t < away_from.shape[-1] else torch.cat([V, away_from], dim=-1)
+    known = orthonormalize(known) if known.shape[-1] else known
+    for _ in range(2):
+        more = more - known @ (known.mT @ more)
+        more = orthonormalize(more)
+    return torch.cat([V, more], dim=-1)
+
+
+def _units(weights: Tensor, t: int) -> Tensor:
+    """Unit vectors `(..., d, t)` of the `t` largest weights."""
+    at = weights.topk(t, dim=-1).indices.sort(dim=-1).values
+    basis = torch.zeros(*weights.shape, t, dtype=torch.float64, device=weights.device)
+    return basis.scatter_(-2, at[..., None, :], 1.0)
+
+
+def _each(stack: Tensor, function: Callable[[Tensor], Tensor], dims: int = 2) -> Tensor:
+    """`function` of every matrix of a stack, or of every `dims - 1` of them."""
+    if stack.ndim == dims:
+        return function(stack)
+    return torch.stack([_each(one, function, dims) for one in stack])
