@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_language import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
@@ -69,36 +68,39 @@ def arguments(out: Path, **more: Any) -> TrainingArguments:
 
 
 def trainer(
-    out: Path, model: Any = None, callbacks: list[Any] | None = None, **more: Any
+    out: Path,
+    model: Any = None,
+    callbacks: list[Any] | None = None,
+    sculpted: SculptCallback | None = None,
+    given: dict[str, Any] | None = None,
+    **more: Any,
 ) -> tuple[Trainer, SculptCallback]:
-    callback = SculptCallback(CONFIG, name="first")
-    return Trainer(
-        model or tiny_model(),
-        arguments(out, **more),
-        data_collator=Collator(),
-        train_dataset=rows(),
-        eval_dataset=rows(8, seed=1),
-        callbacks=[callback, *(callbacks or [])],
-    ), callback
+    """A trainer of these arguments, beside which it may be `given` what a `Trainer` takes."""
+    sculpted = sculpted or SculptCallback(CONFIG, name="first")
+    usual = {
+        "model": model or tiny_model(),
+        "args": arguments(out, **more),
+        "data_collator": Collator(),
+        "train_dataset": rows(),
+        "eval_dataset": rows(8, seed=1),
+        "callbacks": [sculpted, *(callbacks or [])],
+    }
+    return Trainer(**(usual | (given or {}))), sculpted
 
 
 def losses(made: Trainer) -> list[float]:
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_losses_are_those_of_a_plain_loop(accumulate, tmp_path):
-    made, callback = trainer(tmp_path, gradient_accumulation_steps=accumulate)
-    made.train()
-
+def plain_loop(
+    batches: list[dict[str, torch.Tensor]], rates: list[float], decay: float, accumulate: int = 1
+) -> tuple[list[float], Any]:
+    """Losses and the model of the same steps in a loop of one's own."""
     model = tiny_model().train()
-    sculptor, optimizer = begin(model, CONFIG, lr=LR, weight_decay=0.01)
-    batches = made.data_collator.batches
-    expected = []
-    for step in range(8):
-        factor = step / 2 if step < 2 else (8 - step) / 6
-        for group in optimizer.param_groups:
-            group["lr"] = LR * factor
+    sculptor, optimizer = begin(model, CONFIG, lr=0.0, weight_decay=decay)
+    losses = []
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
         total = 0.0
         for batch in batches[step * accumulate : (step + 1) * accumulate]:
             loss = model(**batch).loss / accumulate
@@ -107,9 +109,17 @@ def test_the_losses_are_those_of_a_plain_loop(accumulate, tmp_path):
         torch.nn.utils.clip_grad_norm_(sculptor.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        expected.append(total)
+        losses.append(total)
     sculptor.end_task()
+    return losses, model
 
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_losses_are_those_of_a_plain_loop(accumulate, tmp_path):
+    made, callback = trainer(tmp_path, gradient_accumulation_steps=accumulate)
+    made.train()
+    rates = [LR * (step / 2 if step < 2 else (8 - step) / 6) for step in range(8)]
+    expected, model = plain_loop(made.data_collator.batches, rates, 0.01, accumulate)
     assert losses(made) == pytest.approx(expected, rel=1e-5)
     assert all(row.change > 1e-4 for row in callback.certificate.rows)
     for name, value in made.model.state_dict().items():
@@ -181,39 +191,6 @@ def test_a_restart_ends_with_the_same_bits(dtype, start, tmp_path):
     assert fixed[0].samefile(fixed[1])
 
 
-def test_the_best_checkpoint_is_put_back_with_its_coordinates(tmp_path):
-    # A rate at which the loss on other rows gets worse and worse.
-    made, callback = trainer(
-        tmp_path,
-        learning_rate=3e-2,
-        warmup_steps=0,
-        save_strategy="steps",
-        save_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        load_best_model_at_end=True,
-    )
-    made.train()
-    best = Path(made.state.best_model_checkpoint)
-    assert best.name != "checkpoint-8", "expected the loss to have risen"
-    saved = load_file(best / "model.safetensors")
-    for name, value in saved.items():
-        assert torch.equal(made.model.state_dict()[name], value), name
-    assert callback.certificate.ok
-    assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric, rel=1e-6)
-
-
-def test_two_tasks_in_one_process(tmp_path):
-    model = tiny_model()
-    for task in range(2):
-        weights = {n: t.clone() for n, t in model.state_dict().items()}
-        made, callback = trainer(tmp_path / str(task), model)
-        made.train()
-        assert callback.certificate.ok
-        moved = [n for n, t in model.state_dict().items() if not torch.equal(t, weights[n])]
-        assert len(moved) == 14
-
-
 class StateInGroups(torch.optim.AdamW):
     """Counts its steps in its groups, as schedule-free optimizers and Prodigy do."""
 
@@ -224,15 +201,8 @@ class StateInGroups(torch.optim.AdamW):
 
 
 def test_optimizers_may_keep_their_state_in_groups(tmp_path):
-    callback = SculptCallback(CONFIG)
-    made = Trainer(
-        tiny_model(),
-        arguments(tmp_path),
-        data_collator=Collator(),
-        train_dataset=rows(),
-        callbacks=[callback],
-        optimizer_cls_and_kwargs=(StateInGroups, {"lr": LR}),
-    )
+    kind = (StateInGroups, {"lr": LR})
+    made, callback = trainer(tmp_path, given={"optimizer_cls_and_kwargs": kind})
     made.train()
     assert {group["k"] for group in made.optimizer.param_groups} == {8}
     assert callback.certificate.ok
@@ -277,41 +247,23 @@ def test_what_cannot_work_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="the task of this SculptCallback has ended"):
         made.train()
 
-    late = Trainer(
-        tiny_model(), arguments(tmp_path), data_collator=Collator(), train_dataset=rows()
-    )
+    late, _ = trainer(tmp_path, given={"callbacks": []})
     late.add_callback(SculptCallback(CONFIG))
     with pytest.raises(RuntimeError, match="pass it to the constructor"):
         late.train()
-
-    again = Trainer(
-        model_init=lambda: tiny_model(),
-        args=arguments(tmp_path),
-        data_collator=Collator(),
-        train_dataset=rows(),
-        callbacks=[SculptCallback(CONFIG)],
-    )
+    again, _ = trainer(tmp_path, given={"model": None, "model_init": lambda: tiny_model()})
     with pytest.raises(RuntimeError, match="model_init"):
         again.train()
-
     model = tiny_model()
-    other = Trainer(
-        model,
-        arguments(tmp_path),
-        data_collator=Collator(),
-        train_dataset=rows(),
-        callbacks=[SculptCallback(CONFIG)],
-        optimizers=(torch.optim.AdamW(list(model.parameters())[:3]), None),
-    )
+    optimizer = torch.optim.AdamW(list(model.parameters())[:3])
+    other, _ = trainer(tmp_path, model, given={"optimizers": (optimizer, None)})
     with pytest.raises(ValueError, match="holds 0 of the 14"):
         other.train()
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3}
-    plain = Trainer(
-        tiny_model(), arguments(tmp_path / "plain", **saving), Collator(), rows(), callbacks=[]
-    )
+    plain, _ = trainer(tmp_path / "plain", given={"callbacks": []}, **saving)
     plain.train()
     made, _ = trainer(tmp_path / "out", **saving)
     made.train()
@@ -331,13 +283,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     made.train(resume_from_checkpoint=str(moved))
     assert made.state.global_step == 8
     # Made with another configuration.
-    callback = SculptCallback(SculptConfig(unfreeze_rank_ratio=0.25, seed=7))
-    made = Trainer(
-        tiny_model(),
-        arguments(tmp_path / "out", **saving),
-        Collator(),
-        rows(),
-        callbacks=[callback],
-    )
+    other = SculptCallback(SculptConfig(unfreeze_rank_ratio=0.25, seed=7))
+    made, _ = trainer(tmp_path / "out", sculpted=other, **saving)
     with pytest.raises(ValueError, match="another configuration"):
         made.train(resume_from_checkpoint=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 import sculpt
 from sculpt import SculptCallback
@@ -16,8 +16,12 @@ from tests.sculpt.test_trainer import CONFIG, Collator, arguments, rows, trainer
 from tests.sculpt.tiny_language import tiny_model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_best_weights_come_back_without_coordinates_beside_them(dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "only_model"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)],
+    ids=["with coordinates", "plain models", "plain models of bfloat16"],
+)
+def test_the_best_weights_come_back(dtype, only_model, tmp_path):
     """`save_only_model` leaves plain models alone on the disk."""
     before = {n: t.clone() for n, t in tiny_model().to(dtype).state_dict().items()}
     made, callback = trainer(
@@ -27,7 +31,7 @@ def test_the_best_weights_come_back_without_coordinates_beside_them(dtype, tmp_p
         warmup_steps=0,
         save_strategy="steps",
         save_steps=2,
-        save_only_model=True,
+        save_only_model=only_model,
         eval_strategy="steps",
         eval_steps=2,
         load_best_model_at_end=True,
@@ -35,16 +39,17 @@ def test_the_best_weights_come_back_without_coordinates_beside_them(dtype, tmp_p
     made.train()
     best = Path(made.state.best_model_checkpoint)
     assert best.name != "checkpoint-8", "expected the loss to have risen"
-    assert not (best / "sculptor").exists()
-    saved = load_file(best / "model.safetensors")
+    assert (best / "sculptor").exists() is not only_model
     assert callback.certificate.ok
-    for name, value in saved.items():
+    for name, value in load_file(best / "model.safetensors").items():
         after = made.model.state_dict()[name]
         if dtype == torch.float32:
             assert torch.equal(after, value), name
         else:  # Random roundings of the steps are gone, as after any task.
             change = (value.float() - before[name].float()).norm()
             assert float((after.float() - value.float()).norm()) <= 0.2 * float(change), name
+    if dtype == torch.float32:
+        assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric, rel=1e-6)
 
 
 class FullMemory(Collator):
@@ -64,14 +69,9 @@ class FullMemory(Collator):
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_smaller_batch_is_found(after, tmp_path):
     """At the first batch, and when steps were taken already; rates are never stacked."""
-    callback = SculptCallback(CONFIG)
-    made = Trainer(
-        tiny_model(),
-        arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8),
-        data_collator=FullMemory(4, after),
-        train_dataset=rows(),
-        callbacks=[callback],
-    )
+    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 8}
+    given = {"data_collator": FullMemory(4, after)}
+    made, callback = trainer(tmp_path, given=given, **options)
     made.train()
     assert made.state.global_step == 8
     assert made.state.train_batch_size <= 4
@@ -102,10 +102,7 @@ def test_masked_labels_end_in_an_error(tmp_path):
     model = tiny_model()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     masked = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows()]
-    callback = SculptCallback(CONFIG)
-    made = Trainer(
-        model, arguments(tmp_path), Collator(), train_dataset=masked, callbacks=[callback]
-    )
+    made, callback = trainer(tmp_path, model, given={"train_dataset": masked})
     with pytest.raises(RuntimeError, match=r"none of the \d steps .*Are all labels masked"):
         made.train()
     assert callback.certificate is None

@@ -9,11 +9,8 @@ import pytest
 import torch
 from tiny_language import tiny_model, tiny_tokenizer
 
-from sculpt import SculptCallback, SculptConfig
-from tests.sculpt.small_models import begin
-
-CONFIG = SculptConfig(unfreeze_rank_ratio=0.25)
-LR = 1e-3
+from sculpt import SculptCallback
+from tests.sculpt.test_trainer import CONFIG, LR, losses, plain_loop
 
 
 def make_trainer(folder: Path, callback: SculptCallback, **options: Any) -> Any:
@@ -68,18 +65,8 @@ def test_the_losses_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     trainer.train()
     assert callback.certificate is not None
     assert callback.certificate.ok
-    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-    model = tiny_model().train()
-    sculptor, optimizer = begin(model, CONFIG, lr=LR, weight_decay=0.0)
-    expected = []
-    for batch in batches[:6]:
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(sculptor.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
+    found = losses(trainer)
+    expected, _ = plain_loop(batches, [LR] * 6, decay=0.0)
     assert len(found) == 6
     assert found == pytest.approx(expected, rel=1e-5)
     assert found[-1] < found[0]
