@@ -50,6 +50,27 @@ def mean(loss: torch.Tensor) -> float:
     return float(total)
 
 
+def started(
+    model: nn.Module, config: SculptConfig | None = None, *, kind: Any = torch.optim.AdamW, lr=0.01
+) -> tuple[Sculptor, torch.optim.Optimizer]:
+    """A running task, and its attached optimizer."""
+    sculptor = Sculptor(model, config or SculptConfig())
+    sculptor.begin_task(name="first")
+    optimizer = kind(sculptor.parameters(), lr=lr)
+    sculptor.attach(optimizer)
+    return sculptor, optimizer
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """On the rows of this process, in the dtype of the weights."""
+    dtype = next(model.parameters()).dtype
+    for step in range(first, last):
+        x, y = (share(part).to(dtype) for part in batch(0, step))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x).float(), y.float()).backward()
+        optimizer.step()
+
+
 def waiting(wrapped: nn.Module, more: bool) -> Any:
     """Leaves the averaging of gradients to the last piece of a step, where that can be said."""
     if hasattr(wrapped, "set_requires_gradient_sync"):
@@ -65,11 +86,10 @@ def train(
     accumulate: int = 1,
     tasks: int = 2,
     steps: int = STEPS,
-    sculptor: Sculptor | None = None,
 ) -> dict[str, Any]:
     """Losses, worst leaks with their limits, and the weights at the end."""
     losses, leaks = [], []
-    sculptor = sculptor or Sculptor(model, config)
+    sculptor = Sculptor(model, config)
     for task in range(tasks):
         sculptor.begin_task()
         wrapped = wrap(model)

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from launch import SECONDS, launch
-from tasks import batch, share
+from tasks import batch, share, started, steps
 from test_shards import divided, whole
-from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.multiprocessing.spawn import ProcessException
 
@@ -54,10 +53,7 @@ def worker(folder: Path, death: float | None) -> dict[str, torch.Tensor]:
         dcp.load(moments(sculptor, optimizer), checkpoint_id=previous / "optimizer")
     sculptor.attach(optimizer)
     for step in range(begin, STEPS):
-        x, y = (share(part) for part in batch(0, step))
-        optimizer.zero_grad()
-        nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
+        steps(model, optimizer, step, step + 1)
         now = folder / f"step-{step + 1}"
         saving = sculptor.save_async(now, previous=previous)
         dcp.save(moments(sculptor, optimizer), checkpoint_id=now / "optimizer")
@@ -115,10 +111,7 @@ def die(*_):
 def save_twice(folder, how):
     """A save, a step, and another one into the same directory while the last process dies."""
     model = divided()
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.05)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = started(model, kind=torch.optim.SGD, lr=0.05)
     for number in range(2):
         model(share(batch(0, number)[0])).square().mean().backward()
         optimizer.step()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from launch import launch
-from tasks import batch, network, share, train
+from tasks import batch, network, share, started, steps, train
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -20,16 +22,11 @@ class Unused(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = network()
+        self.inner = network()  # sets the seed
         self.idle = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x)
-
-
-def unused() -> nn.Module:
-    torch.manual_seed(0)
-    return Unused()
 
 
 def replicas(build, config, options, accumulate):
@@ -68,9 +65,9 @@ def test_same_training_as_in_one_process(size, accumulate, config, tmp_path):
 
 
 def test_layers_that_no_batch_reaches(tmp_path):
-    alone = train(unused(), SculptConfig())
+    alone = train(Unused(), SculptConfig())
     options = {"find_unused_parameters": True}
-    for result in launch(2, replicas, tmp_path, unused, SculptConfig(), options, 1):
+    for result in launch(2, replicas, tmp_path, Unused, SculptConfig(), options, 1):
         for name, weight in alone["weights"].items():
             torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=1e-6)
 
@@ -78,16 +75,9 @@ def test_layers_that_no_batch_reaches(tmp_path):
 def sharded_optimizer():
     """ZeRO stage 1: every process keeps the moments of some coordinates."""
     model = network()
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    wrapped = DistributedDataParallel(model)
-    optimizer = ZeroRedundancyOptimizer(sculptor.parameters(), torch.optim.AdamW, lr=0.01)
-    sculptor.attach(optimizer)
-    for step in range(5):
-        x, y = (share(part) for part in batch(0, step))
-        optimizer.zero_grad()
-        nn.functional.mse_loss(wrapped(x), y).backward()
-        optimizer.step()
+    kind = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
+    sculptor, optimizer = started(model, kind=kind)
+    steps(DistributedDataParallel(model), optimizer, 0, 5)
     assert sculptor.verify().ok
     sculptor.end_task()
     return model.state_dict()
@@ -95,15 +85,8 @@ def sharded_optimizer():
 
 def test_optimizer_state_may_be_divided(tmp_path):
     model = network()
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=0.01)
-    sculptor.attach(optimizer)
-    for step in range(5):
-        x, y = batch(0, step)
-        optimizer.zero_grad()
-        nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
+    _, optimizer = started(model)
+    steps(model, optimizer, 0, 5)
     for weights in launch(2, sharded_optimizer, tmp_path):
         for name, weight in model.state_dict().items():
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
@@ -161,8 +144,7 @@ def unreadable(*_):
 
 def saved(folder):
     model = network()
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task(name="first")
+    sculptor, _ = started(model)
     sculptor.save(folder / "save")
     sculptor.end_task()
     loaded = Sculptor.load(model, folder / "save")

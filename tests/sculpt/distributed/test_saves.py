@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import launch
-from tasks import batch, network, share
+from tasks import network, started, steps
 from test_shards import divided, whole
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from sculpt import SculptConfig, Sculptor
+from sculpt.storage.tensors import fill
 
 CONFIGS = [
     (torch.float32, SculptConfig(others="train")),
@@ -22,26 +23,10 @@ CONFIGS = [
 ]
 
 
-def steps(model, sculptor, optimizer, first, last):
-    for step in range(first, last):
-        x, y = (share(part).to(model[0].weight.dtype) for part in batch(0, step))
-        optimizer.zero_grad()
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-
-
-def optimizer_of(sculptor):
-    # Without a state of its own, whose saving is the loop's.
-    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.05)
-    sculptor.attach(optimizer)
-    return optimizer
-
-
 def begin(folder, model, config):
-    sculptor = Sculptor(model, config)
-    sculptor.begin_task(name="first")
-    optimizer = optimizer_of(sculptor)
-    steps(model, sculptor, optimizer, 0, 3)
+    # SGD has no state, whose saving is the loop's.
+    sculptor, optimizer = started(model, config, kind=torch.optim.SGD, lr=0.05)
+    steps(model, optimizer, 0, 3)
     sculptor.save(folder)
     return sculptor, optimizer
 
@@ -49,17 +34,15 @@ def begin(folder, model, config):
 def resume(folder, model, weights):
     with torch.no_grad():
         for name, parameter in model.state_dict().items():
-            full = weights[name]
-            if hasattr(parameter, "device_mesh"):
-                full = torch.distributed.tensor.distribute_tensor(
-                    full, parameter.device_mesh, parameter.placements, src_data_rank=None
-                )
-            parameter.copy_(full)
+            fill(parameter, weights[name])
     return Sculptor.load(model, folder)
 
 
 def end(model, sculptor, optimizer=None):
-    steps(model, sculptor, optimizer or optimizer_of(sculptor), 3, 6)
+    if optimizer is None:
+        optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.05)
+        sculptor.attach(optimizer)
+    steps(model, optimizer, 3, 6)
     certificate = sculptor.verify()
     sculptor.end_task()
     weights = model.state_dict()
@@ -144,7 +127,7 @@ def save_again(folder):
     assert len(list((folder / "a").iterdir())) == 3, "the earlier save is taken away"
 
     about = (folder / "a" / "sculptor.json").read_text()
-    steps(model, sculptor, optimizer, 3, 4)
+    steps(model, optimizer, 3, 4)
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
             patch.setattr(HuggingFaceStorageWriter, "write_data", full_disk)

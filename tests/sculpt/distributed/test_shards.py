@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from launch import launch
 from small_models import KINDS
-from tasks import batch, network, share, train
+from tasks import batch, network, share, started, train
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -123,10 +123,7 @@ def half_and_replicas():
             results[name, engine]["weights"] = weights
     # Random roundings: replicas of a shard must get the same.
     model = divided(mesh=mesh, dtype=torch.bfloat16)
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = torch.optim.SGD(sculptor.parameters(), lr=1.0)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = started(model, kind=torch.optim.SGD, lr=1.0)
     model(torch.ones(4, 13, dtype=torch.bfloat16)).square().sum().backward()
     optimizer.step()
     assert sculptor.verify().ok
@@ -174,18 +171,10 @@ def adapt(make):
     return found
 
 
-def adapt_divided():
-    return adapt(divided)
-
-
-def adapt_without_resharding():
-    return adapt(partial(divided, reshard_after_forward=False))
-
-
-@pytest.mark.parametrize("function", [adapt_divided, adapt_without_resharding])
-def test_ranks_adapt_as_in_one_process(function, tmp_path):
+@pytest.mark.parametrize("reshard", [True, False])
+def test_ranks_adapt_as_in_one_process(reshard, tmp_path):
     alone = adapt(network)
-    for found in launch(2, function, tmp_path):
+    for found in launch(2, adapt, tmp_path, partial(divided, reshard_after_forward=reshard)):
         for name, (rows, ok) in found.items():
             assert ok, name
             ranks, importance = zip(*rows, strict=True)
@@ -227,11 +216,7 @@ def train_kind(name, wrap):
     """Three steps on the same rows in every process."""
     kind = KINDS[name]
     model = wrap(kind.build())
-    config = SculptConfig(target_modules=kind.targets)
-    sculptor = Sculptor(model, config)
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=0.01)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = started(model, SculptConfig(target_modules=kind.targets))
     for step in range(3):
         optimizer.zero_grad()
         kind.loss(model, step).backward()
@@ -292,11 +277,11 @@ def refusals():
     refused(ValueError, lambda: Sculptor(flat, SculptConfig()).begin_task())
 
     late = network()
-    begun = Sculptor(late, SculptConfig())
-    begun.begin_task()
+    plain = Sculptor(late, SculptConfig())
+    plain.begin_task()
     first = {"device_id": torch.device("cpu"), "use_orig_params": True}
     flat = FullyShardedDataParallel(late, **first)
-    refused(RuntimeError, begun.parameters)
+    refused(RuntimeError, plain.parameters)
     refused((RuntimeError, ValueError), lambda: flat(torch.ones(2, 13)))
 
     zero = network()
@@ -311,8 +296,8 @@ def refusals():
     twice = distribute_tensor(torch.ones(10, 24), mesh, [Shard(0), Shard(1)])
     both[2].weight = nn.Parameter(twice)
     refused(ValueError, lambda: Sculptor(both, SculptConfig(target_modules=["2"])))
-    accumulate = Sculptor(divided(), SculptConfig(protect="accumulate"))
-    refused(ValueError, accumulate.begin_task)
+    curvature = Sculptor(divided(), SculptConfig(subspaces="curvature"))
+    refused(ValueError, curvature.begin_task)
 
     broken = divided()
     with torch.no_grad():
@@ -328,10 +313,7 @@ def refusals():
     refused(RuntimeError, lambda: lost(torch.ones(2, 13)))
 
     skipping = divided()
-    careful = Sculptor(skipping, SculptConfig())
-    careful.begin_task()
-    optimizer = torch.optim.AdamW(careful.parameters(), lr=0.1)
-    careful.attach(optimizer)
+    careful, optimizer = started(skipping)
     rows = torch.full((2, 13), torch.nan if dist.get_rank() == 1 else 1.0)
     skipping(rows).sum().backward()
     with pytest.warns(UserWarning, match="a step was left out"):
@@ -349,6 +331,6 @@ def test_refusals_name_the_way_out(tmp_path):
         assert "2.weight is partitioned by DeepSpeed ZeRO-3" in said[5]
         assert "0.weight is divided, and no part of the model by fully_shard: tensor" in said[6]
         assert "'2', which cannot be sculpted: its weight is divided as" in said[7]
-        assert "protect='accumulate' works in one process, on whole matrices" in said[8]
+        assert "subspaces='curvature' needs something to protect" in said[8]
         assert "4.weight cannot be split" in said[9]
         assert "Call sculptor.attach(optimizer)" in said[10]

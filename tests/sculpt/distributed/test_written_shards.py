@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from launch import launch
-from tasks import batch, network, share
+from tasks import network, started, steps
 from test_shards import by_columns, divided, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from sculpt import SculptConfig, Sculptor, abandon
+from sculpt import SculptConfig, abandon
 from sculpt.certificate.leak import rounding_bound
 from sculpt.task.matrix import WeightChangedError
 
@@ -59,15 +59,6 @@ LOADS = (by_distributed_checkpoint, by_state_dict)
 WRITERS = (*LOADS, in_place, through_data)
 
 
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, count: int) -> None:
-    dtype = next(model.parameters()).dtype
-    for step in range(first, first + count):
-        x, y = (share(part).to(dtype) for part in batch(0, step))
-        optimizer.zero_grad()
-        nn.functional.mse_loss(model(x).float(), y.float()).backward()
-        optimizer.step()
-
-
 def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """In roundings of the weights."""
     return max(float((a[n].double() - b[n].double()).norm()) / rounding_bound(a[n]) for n in a)
@@ -80,13 +71,10 @@ def kept(names):
         dtype, options, sharding = CASES[name]
         for write in WRITERS:
             model = divided(dtype=dtype, **sharding)
-            sculptor = Sculptor(model, SculptConfig(**options))
-            sculptor.begin_task()
-            optimizer = torch.optim.AdamW(sculptor.parameters(), lr=3e-3)
-            sculptor.attach(optimizer)
+            sculptor, optimizer = started(model, SculptConfig(**options), lr=3e-3)
             steps(model, optimizer, 0, 4)
             best = {n: v.clone() for n, v in get_model_state_dict(model).items()}
-            steps(model, optimizer, 4, 4)
+            steps(model, optimizer, 4, 8)
             last = whole(model.state_dict())
             write(model, best)
             assert sculptor.verify().ok, str(sculptor.verify())
@@ -116,16 +104,13 @@ def rolled_back():
             ends = []
             for detour in (4, 0):
                 model = divided(dtype=dtype, **sharding)
-                sculptor = Sculptor(model, SculptConfig(**options))
-                sculptor.begin_task()
-                optimizer = torch.optim.AdamW(sculptor.parameters(), lr=3e-3)
-                sculptor.attach(optimizer)
+                sculptor, optimizer = started(model, SculptConfig(**options), lr=3e-3)
                 steps(model, optimizer, 0, 3)
                 saved = {n: v.clone() for n, v in get_model_state_dict(model).items()}
-                steps(model, optimizer, 3, detour)
+                steps(model, optimizer, 3, 3 + detour)
                 load(model, saved)
                 optimizer.state.clear()
-                steps(model, optimizer, 7, 2)
+                steps(model, optimizer, 7, 9)
                 assert sculptor.verify().ok, str(sculptor.verify())
                 sculptor.end_task()
                 ends.append({n: v for n, v in whole(model.state_dict()).items() if v.ndim == 2})
@@ -145,10 +130,7 @@ def refused_and_undone():
         dtype, options, sharding = CASES[name]
         model = divided(dtype=dtype, **sharding)
         before = whole(model.state_dict())
-        sculptor = Sculptor(model, SculptConfig(**options))
-        sculptor.begin_task()
-        optimizer = torch.optim.AdamW(sculptor.parameters(), lr=3e-3)
-        sculptor.attach(optimizer)
+        sculptor, optimizer = started(model, SculptConfig(**options), lr=3e-3)
         steps(model, optimizer, 0, 2)
         other = {n: v + 0.1 for n, v in get_model_state_dict(model).items()}
         set_model_state_dict(model, other)
