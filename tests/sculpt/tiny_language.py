@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sculpt.data.examples import Example, Task
@@ -17,11 +17,19 @@ WORDS = TEXT.split()
 END, UNKNOWN = "<end>", "<unk>"
 
 
-def tiny_tokenizer() -> Any:
-    """One token for each word; pads with the end-of-sequence token, as many models do."""
+def tiny_tokenizer(around: str | None = None) -> Any:
+    """One token for each word; pads with the end-of-sequence token, as many models do.
+
+    around: what the tokenizer adds to a text `$A`; nothing by default.
+    """
     vocabulary = {word: index for index, word in enumerate([END, UNKNOWN, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if around is not None:
+        special = [(END, 0), (UNKNOWN, 1)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=around, special_tokens=special
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=END, unk_token=UNKNOWN
     )

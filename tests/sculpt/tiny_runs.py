@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny_language import SHORT, VERY, tiny_model, tiny_tokenizer
 
 from sculpt.data.examples import Task
 from sculpt.models.causal import CausalLearner
 from sculpt.runs.config import RunConfig
+from sculpt.runs.start import resume, run
+from sculpt.runs.state import Progress
 
 
 def save_tiny_model(path: Path) -> Path:
@@ -55,3 +58,18 @@ def run_values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def run_config(folder: Path, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(run_values(folder, **changes))
+
+
+def run_and_resume(config: RunConfig, step: int) -> None:
+    """Run, stop at the training step of this number, counted over all tasks, and resume."""
+    steps = 0
+
+    def stop(now: Progress) -> None:
+        nonlocal steps
+        steps += now.phase == "train"
+        if steps == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop)
+    resume(config.out)

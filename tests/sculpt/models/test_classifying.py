@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_language import SHORT, VERY, WORDS, tiny_model, tiny_tokenizer
-from tiny_runs import run_config
+from tiny_runs import run_and_resume, run_config
 from transformers import BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
 
 from sculpt.config import SculptConfig
 from sculpt.data.examples import DataError, Example, Task
 from sculpt.models.classifying import ClassificationLearner
 from sculpt.models.load import kind_of
-from sculpt.runs.start import resume, run
+from sculpt.runs.start import run
 from sculpt.task.targets import find_targets
 
 TASKS = [VERY, SHORT]
@@ -24,14 +24,9 @@ TASKS = [VERY, SHORT]
 def bert() -> Any:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(WORDS) + 2,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        initializer_range=0.3,
-        num_labels=2,
-    )
+        vocab_size=len(WORDS) + 2, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, initializer_range=0.3, num_labels=2,
+    )  # fmt: skip
     return BertForSequenceClassification(config)
 
 
@@ -99,18 +94,8 @@ def test_a_run_trains_the_head_and_is_resumed_to_the_same_bits(folder: Path, met
             training={"steps": 3, "batch_size": 2, "lr": 1e-2, "dropout": True},
             checkpoint={"every_steps": 1},
         )
-        steps = 0
-
-        def report(now: Any) -> None:
-            nonlocal steps
-            steps += now.phase == "train"
-            if stop and steps == 5:
-                raise KeyboardInterrupt
-
         if stop:
-            with pytest.raises(KeyboardInterrupt):
-                run(config, report)
-            resume(config.out)
+            run_and_resume(config, 5)
         else:
             result = run(config).methods[method]
             assert all(certificate.ok for certificate in result.certificates)

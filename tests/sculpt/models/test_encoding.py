@@ -44,12 +44,10 @@ def test_an_answer_and_its_end_are_learned_and_nothing_else() -> None:
         words("the film is good Verdict :", False) + words(f"very good {END}", True)
     )
     assert row.learned == 3
-
-
-def test_a_document_is_learned_from_its_second_token_on() -> None:
-    tokenizer = tiny_tokenizer()
     row = Encoder(tokenizer).causal(Example(answer="the film is good"))
     assert shown(tokenizer, row) == words("the", False) + words(f"film is good {END}", True)
+    with pytest.raises(ValueError, match="expected a fast tokenizer"):
+        Encoder(object())
 
 
 def test_a_long_document_is_cut_into_pieces_and_loses_nothing() -> None:
@@ -115,12 +113,8 @@ def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
     turns = [Message("user", "film"), Message("assistant", "good")] * 2
     with pytest.raises(DataError, match=r"f:3: the chat template writes message 2 differently"):
         Encoder(chat_tokenizer(forgetful)).causal(Example(messages=tuple(turns), where="f:3"))
-
-
-def test_a_chat_without_a_template_says_so() -> None:
-    row = Example(messages=(Message("user", "a"), Message("assistant", "b")), where="f:1")
-    with pytest.raises(DataError, match="f:1: the tokenizer has no chat template"):
-        Encoder(tiny_tokenizer()).causal(row)
+    with pytest.raises(DataError, match="f:3: the tokenizer has no chat template"):
+        Encoder(tiny_tokenizer()).causal(Example(messages=tuple(turns), where="f:3"))
 
 
 LONG = Example(
@@ -173,8 +167,3 @@ def test_a_long_chat_loses_the_tail_of_what_is_asked() -> None:
     assert tokenizer.convert_ids_to_tokens(list(row.ids)) == (
         f"<|user|> the film is {END} <|assistant|> quite {END}".split()
     )
-
-
-def test_a_slow_tokenizer_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected a fast tokenizer"):
-        Encoder(object())

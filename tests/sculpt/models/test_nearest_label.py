@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_language import SHORT, VERY, WORDS
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tiny_language import END, SHORT, UNKNOWN, VERY, WORDS, tiny_tokenizer
+from transformers import BertConfig, BertModel
 
 from sculpt.data.examples import Task
 from sculpt.models.classifying import NearestLabelLearner
@@ -19,30 +18,13 @@ TASKS = [VERY, SHORT]
 
 @pytest.fixture
 def learner() -> NearestLabelLearner:
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        unk_token="[UNK]",
-    )
+    tokenizer = tiny_tokenizer(f"{UNKNOWN} $A {END}")
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        initializer_range=0.3,
-    )
-    return NearestLabelLearner(BertModel(config, add_pooling_layer=False).eval(), fast, TASKS)
+        vocab_size=len(WORDS) + 2, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, initializer_range=0.3,
+    )  # fmt: skip
+    return NearestLabelLearner(BertModel(config, add_pooling_layer=False).eval(), tokenizer, TASKS)
 
 
 def embedding(learner: NearestLabelLearner, ids: tuple[int, ...]) -> torch.Tensor:
@@ -55,7 +37,7 @@ def test_head_holds_the_embeddings_of_all_labels(learner: NearestLabelLearner) -
     assert learner.head.shape == (5, 32)
     assert not learner.head.requires_grad
     with torch.no_grad():
-        ids = (1, *learner.encoder.plain(" Topic : tech"), 2)
+        ids = (1, *learner.encoder.plain(" Topic : tech"), 0)
         torch.testing.assert_close(learner.head[4], embedding(learner, ids))
 
 

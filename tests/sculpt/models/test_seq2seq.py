@@ -8,72 +8,43 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_language import END, UNKNOWN, VERY, WORDS
-from tiny_runs import run_config
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_language import END, VERY, WORDS, tiny_tokenizer
+from tiny_runs import run_and_resume, run_config
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from sculpt.data.examples import DataError, Example, Message, Task
 from sculpt.models.seq2seq import Seq2SeqLearner
-from sculpt.runs.start import resume, run
+from sculpt.runs.config import RunConfig
+from sculpt.runs.start import run
 
 
 def tokenizer() -> Any:
-    """One token a word, and an end token after each text, as T5 has it."""
-    vocabulary = {word: index for index, word in enumerate([END, UNKNOWN, *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(
-        single=f"$A {END}", special_tokens=[(END, 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token=END, pad_token=END, unk_token=UNKNOWN
-    )
+    """An end token after each text, as T5 has it."""
+    return tiny_tokenizer(f"$A {END}")
 
 
 def t5() -> Any:
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=len(WORDS) + 2,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.1,
-        pad_token_id=0,
-        eos_token_id=0,
-        decoder_start_token_id=1,
-        initializer_factor=2.0,
-    )
+        vocab_size=len(WORDS) + 2, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        pad_token_id=0, eos_token_id=0, decoder_start_token_id=1, initializer_factor=2.0,
+    )  # fmt: skip
     return T5ForConditionalGeneration(config).eval()
 
 
 def bart() -> Any:
     torch.manual_seed(0)
     config = BartConfig(
-        vocab_size=len(WORDS) + 2,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=0,
-        forced_eos_token_id=None,
-        decoder_start_token_id=1,
-        init_std=0.3,
-    )
+        vocab_size=len(WORDS) + 2, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+        eos_token_id=0, forced_eos_token_id=None, decoder_start_token_id=1, init_std=0.3,
+    )  # fmt: skip
     return BartForConditionalGeneration(config).eval()
 
 
@@ -136,35 +107,23 @@ def test_a_run_of_an_encoder_decoder_is_resumed_to_the_same_bits(
 ) -> None:
     learner = Seq2SeqLearner(t5(), tokenizer())
     learner.save(tmp_path / "t5")
-    training = {"steps": 4, "batch_size": 2, "lr": 1e-2, "dropout": True}
 
-    def weights(out: str, stop: int | None) -> dict[str, torch.Tensor]:
-        config = run_config(
+    def config(out: str) -> RunConfig:
+        return run_config(
             tmp_path,
             model=str(tmp_path / "t5"),
             out=str(tmp_path / out),
             method=method,
-            training=training,
+            training={"steps": 4, "batch_size": 2, "lr": 1e-2, "dropout": True},
             checkpoint={"every_steps": 1},
         )
-        steps = 0
 
-        def report(now: Any) -> None:
-            nonlocal steps
-            steps += now.phase == "train"
-            if steps == stop:
-                raise KeyboardInterrupt
-
-        if stop is None:
-            run(config, report)
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                run(config, report)
-            resume(config.out)
-        loaded = Seq2SeqLearner.from_directory(config.out / "model")
-        return dict(loaded.model.state_dict())
-
-    whole, resumed = weights("whole", None), weights("resumed", 6)
+    run(config("whole"))
+    run_and_resume(config("resumed"), 6)
+    whole, resumed = (
+        Seq2SeqLearner.from_directory(tmp_path / out / "model").model.state_dict()
+        for out in ("whole", "resumed")
+    )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     start = learner.model.state_dict()
     changed = {name for name in whole if not torch.equal(whole[name], start[name])}
