@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,16 +52,35 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]
     return folder / "before", folder / "after", certificate.to_dict()
 
 
-def edited(source: Path, target: Path, **changes: torch.Tensor | None) -> Path:
-    """A copy of the checkpoint `source` in one file, with tensors replaced or (None) left out."""
-    tensors = {}
-    for file in source.glob("*.safetensors"):
-        tensors |= load_file(file)
-    tensors |= {name: value for name, value in changes.items() if value is not None}
-    target.mkdir()
-    kept = {n: t for n, t in tensors.items() if changes.get(n, t) is not None}
-    save_file(kept, target / "model.safetensors")
-    return target
+def load_all(path: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def only(folder: Path, name: str) -> Path:
+    """Empties the folder but for one empty file."""
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / name).touch()
+    return folder / name
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes the tensors of a checkpoint, which is one file afterwards."""
+    tensors = load_all(folder)
+    change(tensors)
+    save_file(tensors, only(folder, "model.safetensors"))
+
+
+def reindex(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    """Changes which file the index names for a tensor."""
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    change(content["weight_map"])
+    index.write_text(json.dumps(content))
+
+
+def first_shard(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
 
 
 def verify(before: Path, after: Path, **fields):
@@ -123,31 +145,21 @@ def test_rank_deficient_matrices_protect_what_they_have(tmp_path):
 )
 def test_one_edited_number_is_seen(trained, tmp_path, name):
     before, after, _ = trained
-    tensor = load_all(after)[name].clone()
-    tensor.view(-1)[3] += 1e-2
-    found = verify(before, edited(after, tmp_path / "edited", **{name: tensor}))
+    copy = shutil.copytree(after, tmp_path / "copy")
+    edit(copy, lambda tensors: tensors[name].view(-1)[3].add_(1e-2))
+    found = verify(before, copy)
     assert found.broken
     broken = [row.name for row in found.certificate.rows if not row.ok]
     assert [*found.moved, *broken] in ([name], [name.removesuffix(".weight")])
     assert "BROKEN" in str(found) or "none may" in str(found)
 
 
-def load_all(path: Path) -> dict[str, torch.Tensor]:
-    return {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
-
-
-def test_named_targets(trained):
+def test_named_targets_and_what_trains_beside_them(trained):
     before, after, _ = trained
     moved = verify(before, after, target_modules=["q_proj"])
     assert moved.broken
     assert len(moved.moved) == 12
     assert "12 of " in str(moved)
-    with pytest.raises(ValueError, match=r"'nothing' matches nothing; .* has"):
-        verify(before, after, target_modules=["nothing"])
-
-
-def test_tensors_that_train_freely(trained):
-    before, after, _ = trained
     free = verify(before, after, target_modules=["q_proj"], others="train")
     assert free.ok
     assert len(free.free) == 12
@@ -214,87 +226,42 @@ def test_the_same_checkpoint_twice(trained):
     assert "Nothing changed" in str(verify(before, before))
 
 
-def damaged(kind: str, before: Path, after: Path, folder: Path) -> tuple[Path, str]:
-    name = "model.layers.0.mlp.up_proj.weight"
-    tensor = load_all(after)[name]
-    if kind == "missing layer":
-        return edited(after, folder / "x", **{name: None}), rf"lacks {name}"
-    if kind == "foreign":
-        target = folder / "x"
-        target.mkdir()
-        save_file({"other": tensor}, target / "model.safetensors")
-        return target, "0 tensors are in both"
-    if kind == "other shape":
-        return edited(after, folder / "x", **{name: tensor[:4].clone()}), rf"{name} has shape"
-    if kind == "not finite":
-        tensor = tensor.clone()
-        tensor[0, 0] = math.nan
-        return edited(after, folder / "x", **{name: tensor}), "not finite, after"
-    if kind == "nothing there":
-        return folder / "nowhere", "does not exist"
-    if kind == "empty":
-        (folder / "x").mkdir()
-        return folder / "x", r"has no model\.safetensors"
-    if kind == "pickle":
-        (folder / "x").mkdir()
-        (folder / "x" / "pytorch_model.bin").touch()
-        return folder / "x", "a pickle"
-    if kind == "adapter":
-        (folder / "x").mkdir()
-        (folder / "x" / "adapter_model.safetensors").touch()
-        return folder / "x", "merge_and_unload"
-    target = folder / "sharded"
-    target.mkdir()
-    for file in after.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    shards = sorted(target.glob("*.safetensors"))
-    index = target / "model.safetensors.index.json"
-    if kind == "truncated":
-        shards[0].write_bytes(shards[0].read_bytes()[:-7])
-        return target, "truncated"
-    if kind == "not safetensors":
-        shards[0].write_bytes(b"hello")
-        return target, "truncated, damaged or no safetensors"
-    if kind == "missing shard":
-        shards[0].unlink()
-        return target, "1 of 4 files are missing"
-    weight_map = json.loads(index.read_text())
-    if kind == "index names another":
-        weight_map["weight_map"]["extra"] = shards[0].name
-        expected = "names extra in"
-    elif kind == "index forgets one":
-        del weight_map["weight_map"]["model.norm.weight"]
-        expected = r"has model\.norm\.weight, which"
-    else:
-        assert kind == "index is none"
-        weight_map = {"weight_map": {"a": "../b"}}
-        expected = "without a directory"
-    index.write_text(json.dumps(weight_map))
-    return target, expected
+UP = "model.layers.0.mlp.up_proj.weight"
+DAMAGES = {
+    "missing layer": (lambda f: edit(f, lambda t: t.pop(UP)), f"lacks {UP}"),
+    "foreign": (lambda f: edit(f, lambda t: (t.clear(), t.update(a=torch.ones(1)))), "0 tensors"),
+    "other shape": (lambda f: edit(f, lambda t: t.update({UP: t[UP][:4].clone()})), "has shape"),
+    "not finite": (lambda f: edit(f, lambda t: t[UP].fill_(math.nan)), "not finite, after"),
+    "nothing there": (shutil.rmtree, "does not exist"),
+    "empty": (lambda f: only(f, "x"), r"has no model\.safetensors"),
+    "pickle": (lambda f: only(f, "pytorch_model.bin"), "a pickle"),
+    "adapter": (lambda f: only(f, "adapter_model.safetensors"), "merge_and_unload"),
+    "truncated": (
+        lambda f: os.truncate(first_shard(f), first_shard(f).stat().st_size - 7),
+        "truncated, damaged or no safetensors",
+    ),
+    "missing shard": (lambda f: first_shard(f).unlink(), "1 of 4 files are missing"),
+    "index names another": (
+        lambda f: reindex(f, lambda w: w.update(extra=first_shard(f).name)),
+        "names extra in",
+    ),
+    "index forgets one": (
+        lambda f: reindex(f, lambda w: w.pop("model.norm.weight")),
+        r"has model\.norm\.weight, which",
+    ),
+    "index leads away": (
+        lambda f: reindex(f, lambda w: w.update(a="../b")),
+        "without a directory",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "missing layer",
-        "foreign",
-        "other shape",
-        "not finite",
-        "nothing there",
-        "empty",
-        "pickle",
-        "adapter",
-        "truncated",
-        "not safetensors",
-        "missing shard",
-        "index names another",
-        "index forgets one",
-        "index is none",
-    ],
-)
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_damaged_checkpoints_are_refused_by_name(kind, trained, tmp_path):
     before, after, _ = trained
-    path, message = damaged(kind, before, after, tmp_path)
+    path = shutil.copytree(after, tmp_path / "copy")
+    damage, message = DAMAGES[kind]
+    damage(path)
     with pytest.raises((StoredWeightsError, ValueError), match=message):
         verify(before, path)
     result = CliRunner().invoke(app, ["verify", str(before), str(path), "--ratio", "0.25"])
@@ -305,27 +272,23 @@ def test_damaged_checkpoints_are_refused_by_name(kind, trained, tmp_path):
 
 def test_the_command(trained, tmp_path):
     before, after, _ = trained
-    call = ["verify", str(before), str(after)]
-    result = CliRunner().invoke(app, [*call, "--ratio", "0.25"])
-    assert result.exit_code == 0
-    assert "The constraint holds" in result.output
-    result = CliRunner().invoke(app, [*call, "--effective-rank", "0.75", "--json"])
-    assert result.exit_code == 0
-    assert json.loads(result.output)["ok"] is True
-    result = CliRunner().invoke(app, [*call, "--effective-rank", "31"])
-    assert result.exit_code == 2
-    assert "preserves all 16 directions" in result.output
-    result = CliRunner().invoke(app, [*call, "--effective-rank", "15"])
-    assert result.exit_code == 1
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text('{"ratio": 0.25}')
-    assert CliRunner().invoke(app, [*call, "--run", str(run)]).exit_code == 0
-    (run / "config.json").write_text(
-        '{"format": 1, "config": {"sculpt": {"effective_rank": 0.75}}}'
-    )
-    patterns = ["--rank-pattern", "down_proj=31"]
-    assert CliRunner().invoke(app, [*call, "--run", str(run), *patterns]).exit_code == 1
+    contents = {"run": {"config": {"sculpt": {"effective_rank": 0.75}}}, "demo": {"ratio": 0.25}}
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    of_run, of_demo = (["--run", str(tmp_path / name)] for name in contents)
+    for code, said, *options in (
+        (0, "The constraint holds", "--ratio", "0.25"),
+        (0, '"ok": true', "--effective-rank", "0.75", "--json"),
+        (2, "preserves all 16 directions", "--effective-rank", "31"),
+        (1, "BROKEN", "--effective-rank", "15"),
+        (0, "The constraint holds", *of_run),
+        (0, "The constraint holds", *of_demo),
+        (1, "BROKEN", *of_run, "--rank-pattern", "down_proj=31"),
+    ):
+        result = CliRunner().invoke(app, ["verify", str(before), str(after), *options])
+        assert result.exit_code == code, result.output
+        assert said in result.output
 
 
 @pytest.mark.parametrize(
