@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import run_until
 
 from bench import continual, gpu, pictures
 from bench.continual import VARIANTS, Plan, compute, describe, fields, run_config, searched
@@ -76,15 +77,7 @@ def test_an_interrupted_run_is_taken_up(here: Path) -> None:
     work = here / "work" / plan.name(here / "tiny")
     config = run_config(plan, {**BASE, "model": str(here / "tiny")}, here / "data", work)
 
-    class Stopped(BaseException):
-        pass
-
-    def stop(now: Any) -> None:
-        if (now.task, now.phase) == ("yahoo", "train"):
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        run(config, stop)
+    run_until(config, lambda now: (now.task, now.phase) == ("yahoo", "train"))
     assert call(here, "--orders", "1", "--variants", "plain") == 0
     one = json.loads((here / "out" / f"{plan.name(here / 'tiny')}.json").read_text())
     whole = run(config.model_copy(update={"out": here / "whole"}))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,23 @@ def run_values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def run_config(folder: Path, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(run_values(folder, **changes))
+
+
+class Stopped(BaseException):
+    """Stands for the end of the process: nothing may catch it and tidy up."""
+
+
+def run_until(config: RunConfig, when: int | Callable[[Progress], bool]) -> None:
+    """Run up to the event of this number, or the first one of which `when` is true."""
+    events = count(1)
+
+    def report(now: Progress) -> None:
+        event = next(events)
+        if event == when if isinstance(when, int) else when(now):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(config, report)
 
 
 def run_and_resume(config: RunConfig, step: int) -> None:

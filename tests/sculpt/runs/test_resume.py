@@ -3,47 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kills import fingerprint, left_alone, processes, until_finished
-from tiny_runs import run_config, run_values
+from tiny_runs import run_config, run_until, run_values
 
 from bench.baselines import BASELINES
 from sculpt.runs.config import RunConfig
-from sculpt.runs.directory import RunDirectory, RunError
+from sculpt.runs.directory import RunError
 from sculpt.runs.start import resume, run
 from sculpt.runs.state import Progress
-from sculpt.storage import checkpoint as checkpoint_module
-from sculpt.storage.checkpoint import CheckpointError
 
 CHECKPOINT = {"every_steps": 2, "models": "each"}
 TRAINING = {"steps": 3, "batch_size": 2, "lr": 1e-2, "dropout": True, "order": "bucketed"}
 
 
-class Stopped(BaseException):
-    """Stands in for the end of the process: nothing may catch it and tidy up."""
-
-
-def stop_at(event: int) -> Callable[[Progress], None]:
-    seen = 0
-
-    def report(now: Progress) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == event:
-            raise Stopped
-
-    return report
-
-
-def stopped_and_resumed(config: RunConfig, event: int) -> dict[str, str]:
-    with pytest.raises(Stopped):
-        run(config, stop_at(event))
+def ends_alike(config: RunConfig) -> None:
+    """The run can be taken up, and ends as one that is left alone."""
     assert resume(config.out) is not None
-    return fingerprint(config.out)
+    whole = config.out.with_name("whole")
+    if not whole.exists():
+        run(config.model_copy(update={"out": whole}))
+    assert fingerprint(config.out) == fingerprint(whole)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +59,6 @@ def test_stopped_in_every_phase_it_ends_with_the_same_bits(
         return run_config(tmp_path, out=str(tmp_path / out), **sections)
 
     run(config("whole"), lambda now: events.append(now.phase))
-    expected = fingerprint(tmp_path / "whole")
     # In each phase of both tasks: its first event and its last one.
     edges = [
         number
@@ -84,13 +66,13 @@ def test_stopped_in_every_phase_it_ends_with_the_same_bits(
         if number == len(events) or phase != events[number] or phase != events[number - 2]
     ]
     for event in edges:
-        assert stopped_and_resumed(config(f"at-{event}"), event) == expected, events[event - 1]
+        run_until(config(f"at-{event}"), event)
+        ends_alike(config(f"at-{event}"))
 
 
-def test_no_subspace_is_searched_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_subspace_is_searched_twice(tmp_path: Path) -> None:
     config = run_config(tmp_path)
-    with pytest.raises(Stopped):
-        run(config, stop_at(16))  # the second step; there are 14 matrices
+    run_until(config, 16)  # the second step; there are 14 matrices
     phases: list[tuple[str, str]] = []
     resume(config.out, lambda now: phases.append((now.task, now.phase)))
     assert ("very", "subspaces") not in phases
@@ -100,12 +82,9 @@ def test_no_subspace_is_searched_twice(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_run_without_any_checkpoint_begins_anew(tmp_path: Path) -> None:
     config = run_config(tmp_path, checkpoint={"keep": 0})
-    with pytest.raises(Stopped):
-        run(config, stop_at(20))
+    run_until(config, 20)
     assert not (config.out / "checkpoints").exists()
-    assert resume(config.out) is not None
-    run(config.model_copy(update={"out": tmp_path / "whole"}))
-    assert fingerprint(config.out) == fingerprint(tmp_path / "whole")
+    ends_alike(config)
 
 
 def test_only_the_newest_checkpoints_are_kept_and_none_in_the_end(tmp_path: Path) -> None:
@@ -130,8 +109,7 @@ def test_weights_that_follow_are_written_once_for_a_task(
     tmp_path: Path, changes: dict[str, Any], linked: bool
 ) -> None:
     config = run_config(tmp_path, checkpoint={"every_steps": 1, "keep": 2}, **changes)
-    with pytest.raises(Stopped):
-        run(config, lambda now: stop_at(1)(now) if (now.phase, now.done) == ("train", 3) else None)
+    run_until(config, lambda now: (now.phase, now.done) == ("train", 3))
     one, two = sorted((config.out / "checkpoints").iterdir())
     assert one.joinpath("model.safetensors").samefile(two / "model.safetensors") == linked
     assert not one.joinpath("random.safetensors").samefile(two / "random.safetensors")
@@ -163,36 +141,11 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
 
 def test_changed_data_are_noticed(tmp_path: Path) -> None:
     config = run_config(tmp_path)
-    with pytest.raises(Stopped):
-        run(config, stop_at(20))
+    run_until(config, 20)
     file = tmp_path / "short-train.jsonl"
     file.write_text(file.read_text().replace("money for people", "money for games"))
     with pytest.raises(RunError, match="the data have changed since the run began"):
         resume(config.out)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = run_config(tmp_path, checkpoint=CHECKPOINT)
-    flush, flushed = checkpoint_module.flush, 0
-
-    def full(path: Path) -> None:
-        nonlocal flushed
-        flushed += 1
-        if flushed > 20:
-            raise OSError(28, "No space left on device")
-        flush(path)
-
-    monkeypatch.setattr(checkpoint_module, "flush", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*sculpt resume"):
-        run(config)
-    assert RunDirectory(config.out).status() == "failed"
-    assert not list((config.out / "checkpoints").glob(".*"))
-    monkeypatch.setattr(checkpoint_module, "flush", flush)
-    assert resume(config.out) is not None
-    run(config.model_copy(update={"out": tmp_path / "whole"}))
-    assert fingerprint(config.out) == fingerprint(tmp_path / "whole")
 
 
 def test_killed_at_random_instants_it_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 from kills import fingerprint
-from tiny_runs import run_config
+from tiny_runs import run_config, run_until
 
 from bench.baselines import BASELINES
 from sculpt.runs.config import RunConfig
-from sculpt.runs.directory import RunError
+from sculpt.runs.directory import RunDirectory, RunError
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.space import AROUND, Disk, space_of
 from sculpt.runs.start import resume, run
@@ -92,12 +92,7 @@ def test_what_an_interrupted_run_has_there_is_room(
 ) -> None:
     config = run_config(tmp_path, training=TRAINING)
 
-    def stop(now: Progress) -> None:
-        if now.phase == "train":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(config, stop)
+    run_until(config, lambda now: now.phase == "train")
     left = disk_of(config).total - bytes_of(config.out)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(left, 1, left - 1))
     with pytest.raises(RunError, match="are free on its disk"):
@@ -128,6 +123,7 @@ def test_a_disk_that_fills_up_within_a_file_leaves_the_checkpoint_before(
             run(config, fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert RunDirectory(config.out).status() == "failed"
     assert not list((config.out / "checkpoints").glob(".*"))
     assert resume(config.out) is not None
     run(config.model_copy(update={"out": tmp_path / "whole"}))

@@ -8,12 +8,11 @@ import textwrap
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import run_config, run_values
+from tiny_runs import run_config, run_until, run_values
 
 from sculpt.runs import method
 from sculpt.runs.config import RunConfig
@@ -54,16 +53,8 @@ def test_the_example_trains_what_it_says_and_is_resumed_with_the_same_bits(folde
     last = [target.name for target in Prepared(config).strategy.targets[-2:]]
     assert changed(config) == {f"{name}.weight" for name in last}
 
-    class Stopped(BaseException):
-        pass
-
-    def stop(now: Any) -> None:
-        if (now.task, now.phase, now.done) == ("short", "train", 2):
-            raise Stopped
-
     again = config.model_copy(update={"out": folder / "again"})
-    with pytest.raises(Stopped):
-        run(again, stop)
+    run_until(again, lambda now: (now.task, now.phase, now.done) == ("short", "train", 2))
     described = json.loads((again.out / "config.json").read_text())["config"]
     assert (described["method"], described["options"]) == (EXAMPLE, {"count": 2})
     results = resume(again.out)
