@@ -70,11 +70,8 @@ def of_shape(
     size = f"{m}x{n} r={r},{s}"
     for form in FORMS:
         given = (G, None if form == "right" else U, None if form == "left" else V)
-        yield f"{form} {size}", name, partial(_project, *given, form, "auto"), limit
-        if device.type == "cuda":
-            yield f"{form} triton {size}", name, partial(_project, *given, form, "triton"), limit
+        yield f"{form} {size}", name, partial(_project, *given, form), limit
         yield f"{form} many {size}", name, partial(_many, *given, form), limit
-    yield f"exact {size}", name, partial(_exact, G, U, V), limit
     yield f"compress {size}", name, partial(_compress, G, U, V), 2e-5
     yield f"expand_add {size}", name, partial(_expand_add, G, U, V), unit + 2e-5
     for kind in ("update", "gradient"):
@@ -98,9 +95,9 @@ def _wide(*tensors: Tensor | None) -> list[Any]:
     return [None if X is None else X.double() for X in tensors]
 
 
-def _project(G: Tensor, U: Tensor | None, V: Tensor | None, form: str, backend: str) -> float:
+def _project(G: Tensor, U: Tensor | None, V: Tensor | None, form: str) -> float:
     want = reference.project(*_wide(G, U, V), form)
-    return off(project(G, U, V, form=form, backend=backend), want)
+    return off(project(G, U, V, form=form), want)
 
 
 def _many(G: Tensor, U: Tensor | None, V: Tensor | None, form: str) -> float:
@@ -108,11 +105,6 @@ def _many(G: Tensor, U: Tensor | None, V: Tensor | None, form: str) -> float:
     many = [G.clone() for _ in range(3)]
     project_many_(many, [U] * 3, [V] * 3, form=form)
     return max(off(X, want) for X in many)
-
-
-def _exact(G: Tensor, U: Tensor, V: Tensor) -> float:
-    P, Q = (B @ torch.linalg.solve(B.T @ B, B.T) for B in _wide(U, V))
-    return off(project(G, U, V, precision="exact"), G.double() - P @ G.double() @ Q)
 
 
 def _compress(G: Tensor, U: Tensor, V: Tensor) -> float:

@@ -15,7 +15,6 @@ from sculpt_kernels.coordinates.weight import compact_embedding, compact_weight
 from sculpt_kernels.dispatch import backends
 from sculpt_kernels.leak import Leak, leak
 from sculpt_kernels.plan.projections import Plan, plan
-from sculpt_kernels.plan.splits import SplitPlan, plan_split
 from sculpt_kernels.projection.project import project, project_, project_many_
 from sculpt_kernels.shards import is_divided
 from sculpt_kernels.subspaces.basis import orthonormalize
@@ -26,7 +25,6 @@ from sculpt_kernels.subspaces.split import Subspace, split
 __all__ = [
     "Leak",
     "Plan",
-    "SplitPlan",
     "Subspace",
     "SubspaceCache",
     "backends",
@@ -40,7 +38,6 @@ __all__ = [
     "leak",
     "orthonormalize",
     "plan",
-    "plan_split",
     "project",
     "project_",
     "project_adamw_",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels.addresses import extent, overlaps_itself, side_by_side
-from sculpt_kernels.tracing import dispatches
+from sculpt_kernels.operation import dispatches
 
 FORMS = ("core", "strict", "left", "right")
 # Sides of each form that may be given by a basis of what is kept instead of what is removed.
@@ -27,7 +27,6 @@ COMPLEMENTS = {
     "left": ("none", "left"),
     "right": ("none", "right"),
 }
-PRECISIONS = ("standard", "exact")
 PARTS = ("low", "high")
 ROUNDINGS = ("nearest", "stochastic")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +45,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"{name} must be one of {options}; got {describe(value)}")
@@ -169,6 +168,21 @@ def orthonormal(name: str, B: Tensor) -> None:
         )
 
 
+def sides(G: Any, U: Any, V: Any, form: Any, complement: Any, name: str = "G") -> None:
+    """The bases that a form uses fit the sides of the matrix, and there are no others."""
+    one_of("form", form, FORMS)
+    one_of("complement", complement, COMPLEMENTS[form])
+    matrix(name, G)
+    for which, B, side, unused in (("U", U, "left", "right"), ("V", V, "right", "left")):
+        if form == unused:
+            if B is not None:
+                raise ValueError(f"form={form!r} does not use {which}; pass {which}=None")
+        elif B is None:
+            raise ValueError(f"form={form!r} needs {which}; got None")
+        else:
+            basis(which, B, name, G, side)
+
+
 def projection(
     G: Any,
     U: Any,
@@ -179,52 +193,27 @@ def projection(
     complement: Any = "none",
     check: bool = False,
     mixed: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Validate `(G, U, V, form, complement)` of a projection; return the bases the form uses.
+) -> None:
+    """Validate `(G, U, V, form, complement)` of a projection.
 
     `mixed` allows bases in another dtype than `G`, as long as `U` and `V` agree.
     """
-    choice("form", form, FORMS)
-    choice("complement", complement, COMPLEMENTS[form])
-    matrix(name, G)
-    left = U if form != "right" else None
-    right = V if form != "left" else None
-    for which, B, side, unused in (("U", U, "left", "right"), ("V", V, "right", "left")):
-        if form == unused:
-            if B is not None:
-                raise ValueError(f"form={form!r} does not use {which}; pass {which}=None")
-        elif B is None:
-            raise ValueError(f"form={form!r} needs {which}; got None")
-        else:
-            basis(which, B, name, G, side)
-    if mixed:
-        same_dtype(U=left, V=right)
-    else:
-        same_dtype(**{name: G}, U=left, V=right)
-    no_wrapper(**{name: G}, U=left, V=right)
-    same_device(**{name: G}, U=left, V=right)
-    for which, B in (("U", left), ("V", right)):
-        if B is None:
-            continue
-        if check:
-            orthonormal(which, B)
-        else:
-            free_of_nan(which, B)
-    return left, right
-
-
-def sums_to_number(X: Tensor) -> bool:
-    """`False` if any element is NaN or infinite (or the sum overflows, which is looked into)."""
-    total = X.sum().item()
-    return total - total == 0.0
+    sides(G, U, V, form, complement, name)
+    operands = {name: G, "U": U, "V": V}
+    same_dtype(**({"U": U, "V": V} if mixed else operands))
+    no_wrapper(**operands)
+    same_device(**operands)
+    for which, B in (("U", U), ("V", V)):
+        if B is not None:
+            (orthonormal if check else free_of_nan)(which, B)
 
 
 def free_of_nan(name: str, B: Tensor) -> None:
     """Refuse NaN and infinity in a basis on the CPU, where one vectorised sum tells.
 
-    Elsewhere looking would wait for the device.
+    Elsewhere looking would wait for the device. A sum that overflows is looked into.
     """
-    if B.is_cpu and not sums_to_number(B):
+    if B.is_cpu and not math.isfinite(B.sum().item()):
         finite(name, B)
 
 
@@ -342,7 +331,7 @@ def scalar(
 
 def rounding(value: Any, seed: Any, name: str, X: Tensor) -> None:
     """Validate `rounding` and `seed` for a result in the dtype of `X`."""
-    choice("rounding", value, ROUNDINGS)
+    one_of("rounding", value, ROUNDINGS)
     if value == "nearest":
         if seed is not None:
             raise ValueError(f"seed is only for rounding='stochastic'; got seed={seed!r}")
@@ -359,12 +348,3 @@ def rounding(value: Any, seed: Any, name: str, X: Tensor) -> None:
         raise TypeError(
             f"rounding='stochastic' needs seed, an int or a 0-d int64 tensor; got {seed!r}"
         )
-
-
-def number_or_tensor(value: Any) -> tuple[float, Tensor | None]:
-    """A scalar as the two arguments that an operator takes for it."""
-    return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
-
-
-def int_or_tensor(value: Any) -> tuple[int | None, Tensor | None]:
-    return (None, value) if isinstance(value, Tensor) else (value, None)

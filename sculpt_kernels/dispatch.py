@@ -8,6 +8,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from sculpt_kernels import checks, native
 
@@ -27,12 +28,12 @@ def backends() -> dict[str, str]:
 def choose(
     backend: str,
     device: torch.device,
-    supports: Callable[[], str | None],
+    refused: Callable[[], str | None],
     rounding: str = "nearest",
 ) -> str:
     """Resolve `backend` to the one that runs this call.
 
-    `supports` tells why the Triton kernel cannot take the arguments, or `None`. `"auto"` takes
+    `refused` tells why the Triton kernel cannot take the arguments, or `None`. `"auto"` takes
     Triton on CUDA, torch elsewhere; `"native"`, and `"auto"` where it is there, is torch with the
     stochastic `rounding` of the native library.
 
@@ -44,13 +45,13 @@ def choose(
         return "torch"
     if backend == "auto" and device.type != "cuda":
         return "native" if rounding == "stochastic" and _native(device) is None else "torch"
-    checks.choice("backend", backend, ("auto", *NAMES))
+    checks.one_of("backend", backend, ("auto", *NAMES))
     if backend == "native":
         reason = _native(device)
         if reason is None and rounding != "stochastic":
             reason = "it rounds stochastically and does nothing else"
     else:
-        reason = _triton_missing() or _wrong_device(device) or supports()
+        reason = _triton_missing() or _wrong_device(device) or refused()
     if reason is None:
         return backend if backend != "auto" else "triton"
     if backend == "auto":
@@ -62,6 +63,13 @@ def _native(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the native kernels work on CPU tensors; these are on {device}"
     return native.missing()
+
+
+def unsupported(*tensors: Tensor | None) -> str | None:
+    """Why no Triton kernel can take these tensors, or `None`; only where Triton can run at all."""
+    from sculpt_kernels.triton import launcher
+
+    return launcher.unsupported(*tensors)
 
 
 def interpreted() -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks, reference
-from sculpt_kernels.doors import door
+from sculpt_kernels.operation import operation
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Leak:
         return max(self.left, self.right)
 
 
-@door()
+@operation()
 def leak(delta: Tensor, U: Tensor, V: Tensor) -> Leak:
     """Measure the leak of an update `delta` into the protected bases `U`, `V`, in float64.
 
@@ -41,9 +41,7 @@ def leak(delta: Tensor, U: Tensor, V: Tensor) -> Leak:
     Raises:
         TypeError, ValueError: an argument does not fit, or `delta` is not finite.
     """
-    checks.matrix("delta", delta)
-    checks.basis("U", U, "delta", delta, "left")
-    checks.basis("V", V, "delta", delta, "right")
+    checks.sides(delta, U, V, "core", "none", "delta")
     checks.same_device(delta=delta, U=U, V=V)
     checks.finite("delta", delta)
     if delta.numel() == 0:

@@ -1,234 +1,82 @@
 """`torch.library` operators: what `torch.compile`, fake tensors and exporters see.
 
-Each operator stands for one public function, takes its arguments flattened to a schema (a scalar
-that may be a number or a 0-d tensor becomes two arguments) and runs that function, which checks the
-arguments and chooses the implementation by device. Eager calls on plain tensors never come here:
-see `sculpt_kernels.tracing`.
+Each operator stands for one public function and runs it. A scalar that may be a number or a 0-d
+tensor is two arguments of the operator, `x` and `x_tensor`. Eager calls on plain tensors never come
+here: see `sculpt_kernels.operation.is_traced`.
 """
 
-# No postponed annotations: the schemas are read from them.
-from collections.abc import Sequence
-from typing import Optional
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from sculpt_kernels.adamw.adamw import project_adamw_
 from sculpt_kernels.coordinates.coordinates import compress, expand_add_
 from sculpt_kernels.coordinates.expand_many import expand_add_many_
 from sculpt_kernels.projection.project import project, project_, project_many_
 
-Maybe = Optional[Tensor]  # noqa: UP045  (schema inference does not know `Tensor | None`)
-MaybeInt = Optional[int]  # noqa: UP045
-MaybeDtype = Optional[torch.dtype]  # noqa: UP045
+_PROJECTION = "str form, str backend, bool check, str complement"
+_ROUNDING = "str rounding, SymInt? seed, Tensor? seed_tensor"
+
+SCHEMAS: dict[Callable[..., Any], str] = {
+    project_: f"(Tensor(a!) G, Tensor? U, Tensor? V, {_PROJECTION}) -> ()",
+    project: f"(Tensor G, Tensor? U, Tensor? V, {_PROJECTION}, ScalarType? out_dtype) -> Tensor",
+    project_many_: f"(Tensor(a!)[] Gs, Tensor?[] Us, Tensor?[] Vs, {_PROJECTION}) -> ()",
+    compress: "(Tensor G, Tensor U, Tensor V, ScalarType out_dtype, str backend) -> Tensor",
+    expand_add_: (
+        "(Tensor(a!) W, Tensor C, Tensor? U, Tensor? V, float? alpha, Tensor? alpha_tensor, "
+        f"{_ROUNDING}, Tensor? base, str backend) -> ()"
+    ),
+    expand_add_many_: (
+        "(Tensor(a!)[] Ws, Tensor[] Cs, Tensor?[] Us, Tensor?[] Vs, float? alpha, "
+        "Tensor? alpha_tensor, str rounding, Tensor? seeds, Tensor[] bases, str backend) -> ()"
+    ),
+    project_adamw_: (
+        "(Tensor(a!) W, Tensor G, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? U, Tensor? V, "
+        "str form, str project, float? lr, Tensor? lr_tensor, float? beta1, Tensor? beta1_tensor, "
+        "float? beta2, Tensor? beta2_tensor, float? eps, Tensor? eps_tensor, "
+        "float? weight_decay, Tensor? weight_decay_tensor, SymInt? step, Tensor? step_tensor, "
+        f"str complement, Tensor(d!)? copy, {_ROUNDING}, str backend, bool check) -> ()"
+    ),
+}
 
 
-@torch.library.custom_op("sculpt_kernels::project_", mutates_args={"G"})
-def _project_(
-    G: Tensor,
-    U: Maybe,
-    V: Maybe,
-    form: str,
-    backend: str,
-    check: bool,
-    complement: str,
-    precision: str,
-) -> None:
-    project_(
-        G, U, V, form=form, backend=backend, check=check, complement=complement, precision=precision
-    )
+def _register(function: Callable[..., Any], schema: str) -> Any:
+    written = re.findall(r"!\)\S* (\w+)", schema)
+
+    def run(*arguments: Any) -> Any:
+        names = [argument.name for argument in operator._opoverload._schema.arguments]
+        given = dict(zip(names, arguments, strict=True))
+        for name in [name for name in given if name.endswith("_tensor")]:
+            tensor = given.pop(name)
+            if tensor is not None:
+                given[name.removesuffix("_tensor")] = tensor
+        if "beta1" in given:
+            given["betas"] = given.pop("beta1"), given.pop("beta2")
+        if "bases" in given:
+            given["bases"] = given["bases"] or None
+        out = function(**given)
+        return None if written else out
+
+    name = f"sculpt_kernels::{function.__name__}"
+    operator = custom_op(name, run, mutates_args=written, schema=schema)
+    operator.register_fake(_FAKES.get(function, lambda *_: None))
+    return operator
 
 
-@torch.library.custom_op("sculpt_kernels::project", mutates_args=())
-def _project(
-    G: Tensor,
-    U: Maybe,
-    V: Maybe,
-    form: str,
-    backend: str,
-    check: bool,
-    complement: str,
-    precision: str,
-    out_dtype: MaybeDtype,
-) -> Tensor:
-    return project(
-        G,
-        U,
-        V,
-        form=form,
-        backend=backend,
-        check=check,
-        complement=complement,
-        precision=precision,
-        out_dtype=out_dtype,
-    )
-
-
-@torch.library.custom_op("sculpt_kernels::project_many_", mutates_args={"Gs"})
-def _project_many_(
-    Gs: Sequence[Tensor],
-    Us: Sequence[Maybe],
-    Vs: Sequence[Maybe],
-    form: str,
-    backend: str,
-    check: bool,
-    complement: str,
-    precision: str,
-) -> None:
-    project_many_(
-        Gs,
-        Us,
-        Vs,
-        form=form,
-        backend=backend,
-        check=check,
-        complement=complement,
-        precision=precision,
-    )
-
-
-@torch.library.custom_op("sculpt_kernels::compress", mutates_args=())
-def _compress(G: Tensor, U: Tensor, V: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
-    return compress(G, U, V, out_dtype=out_dtype, backend=backend)
-
-
-@torch.library.custom_op("sculpt_kernels::expand_add_", mutates_args={"W"})
-def _expand_add_(
-    W: Tensor,
-    C: Tensor,
-    U: Maybe,
-    V: Maybe,
-    alpha: float,
-    alpha_tensor: Maybe,
-    rounding: str,
-    seed: MaybeInt,
-    seed_tensor: Maybe,
-    base: Maybe,
-    backend: str,
-) -> None:
-    expand_add_(
-        W,
-        C,
-        U,
-        V,
-        alpha=_either(alpha, alpha_tensor),
-        rounding=rounding,
-        seed=seed if seed_tensor is None else seed_tensor,
-        base=base,
-        backend=backend,
-    )
-
-
-@torch.library.custom_op("sculpt_kernels::expand_add_many_", mutates_args={"Ws"})
-def _expand_add_many_(
-    Ws: Sequence[Tensor],
-    Cs: Sequence[Tensor],
-    Us: Sequence[Maybe],
-    Vs: Sequence[Maybe],
-    alpha: float,
-    alpha_tensor: Maybe,
-    rounding: str,
-    seeds: Maybe,
-    bases: Sequence[Tensor],
-    backend: str,
-) -> None:
-    expand_add_many_(
-        Ws,
-        Cs,
-        Us,
-        Vs,
-        alpha=_either(alpha, alpha_tensor),
-        rounding=rounding,
-        seeds=seeds,
-        bases=bases or None,
-        backend=backend,
-    )
-
-
-@torch.library.custom_op(
-    "sculpt_kernels::project_adamw_", mutates_args={"W", "exp_avg", "exp_avg_sq", "copy"}
-)
-def _project_adamw_(
-    W: Tensor,
-    G: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    U: Maybe,
-    V: Maybe,
-    form: str,
-    project: str,
-    lr: float,
-    lr_tensor: Maybe,
-    beta1: float,
-    beta1_tensor: Maybe,
-    beta2: float,
-    beta2_tensor: Maybe,
-    eps: float,
-    eps_tensor: Maybe,
-    weight_decay: float,
-    weight_decay_tensor: Maybe,
-    step: MaybeInt,
-    step_tensor: Maybe,
-    complement: str,
-    copy: Maybe,
-    rounding: str,
-    seed: MaybeInt,
-    seed_tensor: Maybe,
-    backend: str,
-    check: bool,
-) -> None:
-    number = step if step_tensor is None else step_tensor
-    assert number is not None
-    project_adamw_(
-        W,
-        G,
-        exp_avg,
-        exp_avg_sq,
-        U,
-        V,
-        form=form,
-        project=project,
-        lr=_either(lr, lr_tensor),
-        betas=(_either(beta1, beta1_tensor), _either(beta2, beta2_tensor)),
-        eps=_either(eps, eps_tensor),
-        weight_decay=_either(weight_decay, weight_decay_tensor),
-        step=number,
-        complement=complement,
-        copy=copy,
-        rounding=rounding,
-        seed=seed if seed_tensor is None else seed_tensor,
-        backend=backend,
-        check=check,
-    )
-
-
-def _either(number: float, tensor: Maybe) -> float | Tensor:
-    return number if tensor is None else tensor
-
-
-def _nothing(*args: object, **kwargs: object) -> None:
-    """An operator that only writes to its arguments has no output to describe."""
-
-
-for _op in (_project_, _project_many_, _expand_add_, _expand_add_many_, _project_adamw_):
-    _op.register_fake(_nothing)
-
-
-@_project.register_fake
-def _(
-    G: Tensor,
-    U: Maybe,
-    V: Maybe,
-    form: str,
-    backend: str,
-    check: bool,
-    complement: str,
-    precision: str,
-    out_dtype: MaybeDtype,
-) -> Tensor:
-    return torch.empty_like(G, dtype=out_dtype)
-
-
-@_compress.register_fake
-def _(G: Tensor, U: Tensor, V: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
+def _fake_compress(G: Tensor, U: Tensor, V: Tensor, out_dtype: torch.dtype, _: str) -> Tensor:
     return G.new_empty(*G.shape[:-2], U.shape[-1], V.shape[-1], dtype=out_dtype)
+
+
+# An operator that only writes to its arguments has no output to describe.
+_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
+    project: lambda G, *_: torch.empty_like(G, dtype=_[-1]),
+    compress: _fake_compress,
+}
+
+OPERATORS = [_register(function, schema) for function, schema in SCHEMAS.items()]

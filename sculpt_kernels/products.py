@@ -23,7 +23,7 @@ SMALL_CORE = 2**18
 REORDERED = 2**22
 
 
-def row_panels(m: int, n: int) -> Iterator[slice]:
+def panels_of(m: int, n: int) -> Iterator[slice]:
     """Consecutive row ranges of an `m x n` matrix that is converted panel by panel."""
     return _ranges(m, max(PANEL_ROWS, PANEL_ELEMENTS // max(1, n)))
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sculpt_kernels.doors import door
+from sculpt_kernels.operation import operation
 
 
-@door(transforms=True)
+@operation(transforms=True)
 def project(
     G: Tensor,
     U: Tensor | None,
@@ -48,19 +48,19 @@ def project(
 _project = project  # where an argument is called `project` too
 
 
-@door(transforms=True)
+@operation(transforms=True)
 def compress(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
     """`UᵀGV`."""
     return U.mT @ G @ V
 
 
-@door(transforms=True)
+@operation(transforms=True)
 def expand_add(W: Tensor, C: Tensor, U: Tensor, V: Tensor, alpha: float = 1.0) -> Tensor:
     """`W + alpha U C Vᵀ`."""
     return W + alpha * (U @ C @ V.mT)
 
 
-@door(transforms=True)
+@operation(transforms=True)
 def adamw_direction(
     G: Tensor,
     exp_avg: Tensor,
@@ -78,7 +78,7 @@ def adamw_direction(
     return m_hat / (v_hat.sqrt() + eps), m, v
 
 
-@door(transforms=True)
+@operation(transforms=True)
 def project_adamw(
     W: Tensor,
     G: Tensor,
@@ -110,7 +110,7 @@ def project_adamw(
     return W - lr * step_size, m, v
 
 
-@door(transforms=True)
+@operation(transforms=True)
 def linear_gradients(
     x: Tensor, W: Tensor, dy: Tensor, U: Tensor, V: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +119,7 @@ def linear_gradients(
     return dy @ W, dy.sum(0), scale * (U.mT @ dW @ V)
 
 
-@door(transforms=True)
+@operation(transforms=True)
 def embedding_gradient(
     ids: Tensor, dy: Tensor, W: Tensor, U: Tensor, V: Tensor, scale: float = 1.0
 ) -> Tensor:
@@ -128,7 +128,7 @@ def embedding_gradient(
     return scale * (U.mT @ dW @ V)
 
 
-@door(transforms=True)
+@operation(transforms=True)
 def split(W: Tensor, rank: int, part: str) -> tuple[Tensor, Tensor]:
     """Leading (`high`) or trailing (`low`) singular vectors of `W`, as columns."""
     U, _, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -136,7 +136,7 @@ def split(W: Tensor, rank: int, part: str) -> tuple[Tensor, Tensor]:
     return U[..., columns], Vh.mT[..., columns]
 
 
-@door(transforms=True)
+@operation(transforms=True)
 def leak(delta: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`‖UᵀΔV‖/‖Δ‖`, `‖UᵀΔ‖/‖Δ‖`, `‖ΔV‖/‖Δ‖` in float64, one triple per matrix."""
     D, U, V = delta.double(), U.double(), V.double()

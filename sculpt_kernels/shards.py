@@ -127,13 +127,7 @@ def project_(G: DTensor, U: Tensor | None, V: Tensor | None, form: str, compleme
     Raises:
         TypeError, ValueError: an argument does not fit; raised before `G` is changed.
     """
-    checks.choice("form", form, checks.FORMS)
-    checks.choice("complement", complement, checks.COMPLEMENTS[form])
-    for name, B, side in (("U", U, "left"), ("V", V, "right")):
-        if (B is None) != (form == {"left": "right", "right": "left"}[side]):
-            raise ValueError(f"form={form!r} and {name}={'None' if B is None else 'a basis'}")
-        if B is not None:
-            checks.basis(name, B, "G", G, side)
+    checks.sides(G, U, V, form, complement)
     division = Division.of("G", G)
     X = G.to_local()
     checks.writable("G", X)
@@ -195,9 +189,7 @@ def compress(G: DTensor, U: Tensor, V: Tensor, out_dtype: torch.dtype) -> Tensor
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    checks.matrix("G", G)
-    checks.basis("U", U, "G", G, "left")
-    checks.basis("V", V, "G", G, "right")
+    checks.sides(G, U, V, "core", "none")
     division = Division.of("G", G)
     if division.axis == 2:
         raise ValueError("G must be divided along its rows or columns, not along its stack")

@@ -22,7 +22,7 @@ from bench import cases as C
 from bench.checks import checks
 from bench.gpu_parts.graph import operations
 from bench.gpu_parts.kernels import cases, many_calls
-from bench.gpu_parts.run import Run, triton_variant
+from bench.gpu_parts.run import Run
 from bench.gpu_parts.schedule import start_method
 
 
@@ -103,9 +103,7 @@ def calls(run: Run) -> Iterator[Callable[[], object]]:
     for case in (case for part in parts for case in cases(run, part)):
         data = C.Inputs(case, run.device, seed=0)
         variants = C.variants(data)
-        if case.operation == "project":
-            variants["triton"] = triton_variant(data)
-        yield from (call for name, call in variants.items() if name.startswith(("ours", "triton")))
+        yield from (call for name, call in variants.items() if name.startswith("ours"))
         del data, variants
     for ratio in run.ratios[:2]:
         yield many_calls(run, ratio)["ours"]

@@ -142,25 +142,20 @@ def operations(device: torch.device, scalars: Scalars | None = None) -> Iterator
 
         return fresh
 
-    def projection(
-        name: str, rank: int, form: str, dtype: torch.dtype, **options: Any
-    ) -> Operation:
+    def projection(name: str, rank: int, form: str, dtype: torch.dtype) -> Operation:
         U = None if form == "right" else basis(M, rank, dtype)
         V = None if form == "left" else basis(N, rank, dtype)
 
         def call(X: list[Tensor]) -> None:
-            project_(X[0], U, V, form=form, **options)
+            project_(X[0], U, V, form=form)
 
         return Operation(name, matrices(1, dtype), call)
 
     for form in ("core", "strict", "left", "right"):
         yield projection(f"{form} small", RANK, form, BF16)
     yield projection("core small float32", RANK, "core", FP32)
-    yield projection("core small exact", RANK, "core", BF16, precision="exact")
     for form in ("core", "strict"):
         yield projection(f"{form} library", LARGE, form, BF16)
-        if device.type == "cuda":
-            yield projection(f"{form} triton", LARGE, form, BF16, backend="triton")
     U, V = basis(M, RANK, BF16), basis(N, RANK, BF16)
     yield Operation("many", matrices(3, BF16), lambda X: project_many_(X, [U] * 3, [V] * 3))
     C = random(device, RANK, RANK)

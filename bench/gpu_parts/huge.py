@@ -26,8 +26,7 @@ def part_huge(run: Run) -> None:
     if not run.needs_device("huge"):
         return
     checks: dict[str, Callable[[Run], float]] = {
-        "project small": _project_small,
-        "project triton": _project_large,
+        "project": _project,
         "compress": _compress,
         "expand_add": _expand_add,
         "adamw": _adamw,
@@ -63,23 +62,11 @@ def _core(run: Run) -> Tensor:
     return random(run.device, RANK, RANK) * (TAIL * COLUMNS) ** 0.5 / RANK
 
 
-def _projected(run: Run, backend: str) -> float:
+def _project(run: Run) -> float:
     G, U, V, tail, left = _operands(run)
-    if backend == "triton":
-        # Ranks above those of the small kernels; columns of zeros change nothing.
-        U, V = (torch.nn.functional.pad(B, (0, 160)) for B in (U, V))
-        left = U[-TAIL:].double()
     want = tail - left @ (left.T @ (tail @ V.double())) @ V.double().T
-    project_(G, U, V, backend=backend)
+    project_(G, U, V)
     return off(G[-TAIL:], want)
-
-
-def _project_small(run: Run) -> float:
-    return _projected(run, "auto")
-
-
-def _project_large(run: Run) -> float:
-    return _projected(run, "triton")
 
 
 def _compress(run: Run) -> float:

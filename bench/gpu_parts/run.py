@@ -15,7 +15,6 @@ import torch
 from bench import cases as C
 from bench.timing import Timing, captured, interleaved
 from sculpt.storage.files import write_json
-from sculpt_kernels import project_
 
 ROTATE_BYTES = 3 * 50 * 2**20
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096)]
@@ -198,17 +197,7 @@ def variant_sets(
     for seed in range(count):
         data = first if seed == 0 else first.again(seed)
         sets.append(C.variants(data, compiled=compiled))
-        if case.operation == "project" and device.type == "cuda":
-            sets[-1]["triton"] = triton_variant(data)
     return sets
-
-
-def triton_variant(data: C.Inputs) -> Callable[[], object]:
-    """The Triton kernels also where `auto` leaves the products to the library."""
-    form = data.case.form
-    U = None if form == "right" else data.U
-    V = None if form == "left" else data.V
-    return lambda: project_(data.G, U, V, form=form, backend="triton")
 
 
 def figures(timing: Timing, share: float = 1.0) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""Subspaces of the matrices of LLaMA-2-7B: the library's decompositions, each method, a model.
-
-What `sculpt_kernels.plan_split` assumes of the decompositions is settled here: predicted and
-measured seconds stand side by side.
-"""
+"""Subspaces of the matrices of LLaMA-2-7B: the library's decompositions, each method, a model."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from torch import Tensor
 
 from bench.gpu_parts.run import Run
 from bench.subspaces import planted, spectra
-from sculpt_kernels import plan_split, split
+from sculpt_kernels import split
 
 # Shape of the weights and how many of them the model has.
 MODEL = {(4096, 4096): 128, (4096, 11008): 96}
@@ -96,7 +92,6 @@ def _split(
     if part == "low":
         row |= {
             "of_optimum": found.energy / best,
-            "predicted": _predicted(run, shape, dtype, method),
         }
     run.add("subspaces", row)
 
@@ -106,8 +101,6 @@ def _library(
 ) -> None:
     spent = min(_timed(run, call)[0] for _ in range(times))
     row = {"matrix": f"{shape[0]}x{shape[1]}", "method": name, "seconds": spent}
-    if name == "svd":
-        row["predicted"] = _predicted(run, shape, F32, "svd")
     run.add("subspaces", row)
 
 
@@ -118,12 +111,11 @@ def _whole_model(run: Run) -> None:
     was measured, and the row says how many that were.
     """
     model, used = _model(run), Counter[str]()
-    total, done, predicted, lost = 0.0, 0, 0.0, 0.0
+    total, done, lost = 0.0, 0, 0.0
     # Five seconds are for the exact spectra at the end.
     left = run.left - 5
     for part, (shape, count) in enumerate(model.items()):
         rank = _preserved(shape)
-        predicted += count * _predicted(run, shape, F64, None)
         spent: list[float] = []
         share = left / (len(model) - part)
         for seed in range(count):
@@ -143,7 +135,6 @@ def _whole_model(run: Run) -> None:
         "matrix": _name(run),
         "method": "auto float64",
         "seconds": total,
-        "predicted": predicted,
         "measured_matrices": done,
         "used": ", ".join(f"{name} {count}" for name, count in used.items()),
         "of_optimum": 1 - lost,
@@ -170,11 +161,6 @@ def _weight(run: Run, shape: tuple[int, int], seed: int) -> Tensor:
     W = gaussian(m, n) / n**0.5
     W += (gaussian(m, spikes) * sizes) @ gaussian(spikes, n) / (m * n) ** 0.5
     return W.to(torch.bfloat16)
-
-
-def _predicted(run: Run, shape: tuple[int, int], dtype: torch.dtype, method: str | None) -> float:
-    plan = plan_split(shape, _preserved(shape), dtype=dtype, device=run.device)
-    return plan.seconds[method or plan.method]
 
 
 def _timed(run: Run, call: Callable[[], Any]) -> tuple[float, Any]:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from sculpt_kernels import checks, triton_backend
-from sculpt_kernels.dispatch import choose
-from sculpt_kernels.doors import door
-from sculpt_kernels.products import matrices, row_panels
-from sculpt_kernels.projection import library, panels
+from sculpt_kernels import checks
+from sculpt_kernels.dispatch import choose, unsupported
+from sculpt_kernels.operation import is_traced, number_and_tensor, operation
+from sculpt_kernels.products import matrices, panels_of
+from sculpt_kernels.projection import library, row_panels
 from sculpt_kernels.rounding import store
-from sculpt_kernels.tracing import is_traced
 
 Scalar = float | Tensor
 
@@ -42,7 +41,7 @@ class Step:
         return 1 - self.beta2**self.step
 
 
-@door()
+@operation()
 def project_adamw_(
     W: Tensor,
     G: Tensor,
@@ -99,44 +98,41 @@ def project_adamw_(
     if is_traced(W) or is_traced(G):
         torch.ops.sculpt_kernels.project_adamw_(
             W, G, exp_avg, exp_avg_sq, U, V, form, project,
-            *checks.number_or_tensor(lr), *checks.number_or_tensor(betas[0]),
-            *checks.number_or_tensor(betas[1]), *checks.number_or_tensor(eps),
-            *checks.number_or_tensor(weight_decay), *checks.int_or_tensor(step),
-            complement, copy, rounding, *checks.int_or_tensor(seed), backend, check,
+            *number_and_tensor(lr), *number_and_tensor(betas[0]), *number_and_tensor(betas[1]),
+            *number_and_tensor(eps), *number_and_tensor(weight_decay), *number_and_tensor(step),
+            complement, copy, rounding, *number_and_tensor(seed), backend, check,
         )  # fmt: skip
         return W
-    checks.choice("project", project, ("update", "gradient"))
-    left, right = checks.projection(
-        W, U, V, form, name="W", complement=complement, check=check, mixed=True
-    )
+    checks.one_of("project", project, ("update", "gradient"))
+    checks.projection(W, U, V, form, name="W", complement=complement, check=check, mixed=True)
     state = {"W": W, "G": G, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if copy is not None:
         state["copy"] = copy
-    _check_state(state, left, right)
+    _check_state(state, U, V)
     _check_scalars(W, lr, betas, eps, weight_decay, step)
     target = "W" if copy is None else "copy"
     checks.rounding(rounding, seed, target, state[target])
     scalars = Step(lr, betas[0], betas[1], eps, weight_decay, step)
-    chosen = choose(
-        backend,
-        W.device,
-        lambda: triton_backend.adamw_reason(
-            W, G, exp_avg, exp_avg_sq, left, right, copy, complement=complement
-        ),
-        rounding,
-    )
+
+    def refused() -> str | None:
+        if complement != "none":
+            return f"the Triton kernels take no complement={complement!r}"
+        return unsupported(*state.values(), U, V)
+
+    chosen = choose(backend, W.device, refused, rounding)
     if W.numel() == 0 or W.is_meta:
         return W
     with torch.no_grad():
         if chosen == "triton":
-            triton_backend.project_adamw_(
-                W, G, exp_avg, exp_avg_sq, left, right, form=form, project=project, lr=lr,
+            from sculpt_kernels.adamw import triton
+
+            return triton.project_adamw_(
+                W, G, exp_avg, exp_avg_sq, U, V, form=form, project=project, lr=lr,
                 betas=betas, eps=eps, weight_decay=weight_decay, step=step, copy=copy,
                 rounding=rounding, seed=seed,
             )  # fmt: skip
-            return W
         key = seed if rounding == "stochastic" else None
-        everything = matrices(W, G, exp_avg, exp_avg_sq, copy, left, right)
+        everything = matrices(W, G, exp_avg, exp_avg_sq, copy, U, V)
         for index, (w, g, m, v, c, a, b) in enumerate(everything):
             assert w is not None
             assert g is not None
@@ -153,8 +149,8 @@ def project_adamw_(
 def _on_cpu(
     state: _State, U: Tensor | None, V: Tensor | None, form: str, complement: str, project: str
 ) -> None:
-    source: panels.Source = _Update(state) if project == "update" else _Gradient(state)
-    panels.project_source(source, U, V, form, complement, state.wide)
+    source: row_panels.Source = _Update(state) if project == "update" else _Gradient(state)
+    row_panels.project_source(source, U, V, form, complement, state.wide)
 
 
 def _on_device(
@@ -258,7 +254,7 @@ class _State:
             store(out[rows], new, self.seed if rounds else None, row0, self.backend)
 
     def panels(self) -> Iterator[slice]:
-        return row_panels(self.W.shape[0], self.W.shape[1])
+        return panels_of(self.W.shape[0], self.W.shape[1])
 
 
 class _Update:

@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks, shards, triton_backend
-from sculpt_kernels.dispatch import choose
-from sculpt_kernels.doors import door
-from sculpt_kernels.plan.projections import arrange
-from sculpt_kernels.products import compute_dtype, matrices, product, row_panels
+from sculpt_kernels import checks, shards
+from sculpt_kernels.dispatch import choose, unsupported
+from sculpt_kernels.operation import is_traced, number_and_tensor, operation
+from sculpt_kernels.plan.projections import SMALL_RANK, arrange
+from sculpt_kernels.products import compute_dtype, matrices, panels_of, product
 from sculpt_kernels.rounding import store
-from sculpt_kernels.tracing import is_traced
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-@door()
+@operation()
 def compress(
     G: Tensor,
     U: Tensor,
@@ -49,13 +48,14 @@ def compress(
     checks.projection(G, U, V, "core")
     checks.out_dtype(out_dtype, torch.float32)
     out = G.new_empty(*G.shape[:-2], U.shape[-1], V.shape[-1], dtype=out_dtype)
-    chosen = choose(backend, G.device, lambda: triton_backend.compress_reason(G, U, V))
+    chosen = choose(backend, G.device, lambda: _refused(G, U, V))
     if G.is_meta:
         return out
     with torch.no_grad():
         if chosen == "triton":
-            triton_backend.compress(G, U, V, out)
-            return out
+            from sculpt_kernels.coordinates import triton_compress
+
+            return triton_compress.compress(G, U, V, out)
         for core, X, A, B in matrices(out, G, U, V):
             assert core is not None
             assert X is not None
@@ -63,6 +63,13 @@ def compress(
             assert B is not None
             core.copy_(_compress_matrix(X, A, B))
     return out
+
+
+def _refused(G: Tensor, U: Tensor, V: Tensor) -> str | None:
+    """Why the Triton kernel cannot take these, or `None`."""
+    if max(U.shape[-1], V.shape[-1]) > SMALL_RANK:
+        return f"the Triton kernels are for ranks up to {SMALL_RANK}"
+    return unsupported(G, U, V)
 
 
 def _compress_matrix(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
@@ -81,12 +88,12 @@ def _gather(G: Tensor, U: Tensor, V: Tensor, wide: torch.dtype) -> Tensor:
     if G.dtype == wide:
         return torch.mm(U.t(), product(G, V))
     core = torch.zeros(U.shape[1], V.shape[1], dtype=wide, device=G.device)
-    for rows in row_panels(*G.shape):
+    for rows in panels_of(*G.shape):
         core.addmm_(U[rows].to(wide).t(), product(G[rows].to(wide), V))
     return core
 
 
-@door()
+@operation()
 def expand_add_(
     W: Tensor,
     C: Tensor,
@@ -125,8 +132,8 @@ def expand_add_(
         return W
     if is_traced(W):
         torch.ops.sculpt_kernels.expand_add_(
-            W, C, U, V, *checks.number_or_tensor(alpha), rounding, *checks.int_or_tensor(seed),
-            base, backend,
+            W, C, U, V, *number_and_tensor(alpha), rounding, *number_and_tensor(seed), base,
+            backend,
         )  # fmt: skip
         return W
     check_expand_add(W, C, U, V, alpha, rounding, seed, base)
@@ -145,12 +152,7 @@ def expand_add_backend(
     base: Tensor | None,
 ) -> str:
     """Which implementation takes these arguments, which have been checked."""
-    return choose(
-        backend,
-        W.device,
-        lambda: triton_backend.expand_add_reason(W, C, U, V, base),
-        rounding,
-    )
+    return choose(backend, W.device, lambda: unsupported(W, C, U, V, base), rounding)
 
 
 @torch.no_grad()
@@ -169,7 +171,9 @@ def run_expand_add(
     if W.is_meta or W.numel() == 0:
         return
     if chosen == "triton":
-        triton_backend.expand_add_(W, C, U, V, alpha, rounding, seed, base)
+        from sculpt_kernels.coordinates import triton_expand
+
+        triton_expand.expand_add_(W, C, U, V, alpha, rounding, seed, base)
         return
     scaled = C.to(compute_dtype(W.dtype)) * alpha
     for index, (X, core, A, B, start) in enumerate(matrices(W, scaled, U, V, base)):
@@ -278,7 +282,7 @@ def _expand_add_matrix(
             W.addmm_(*factors)
         return
     source = W if base is None else base
-    for rows in row_panels(m, n):
+    for rows in panels_of(m, n):
         total = source[rows].to(wide, copy=True)
         if not empty:
             core, A = (C[rows], None) if U is None else (C, U[rows].to(wide))

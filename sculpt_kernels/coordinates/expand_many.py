@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sculpt_kernels import checks, triton_backend
+from sculpt_kernels import checks
 from sculpt_kernels.coordinates.coordinates import (
     check_expand_add,
     expand_add_,
     expand_add_backend,
     run_expand_add,
 )
-from sculpt_kernels.doors import door
+from sculpt_kernels.operation import is_traced, number_and_tensor, operation
 from sculpt_kernels.shards import is_divided
-from sculpt_kernels.tracing import is_traced
 
 _Call = tuple[
     Tensor,
@@ -30,7 +29,7 @@ _Call = tuple[
 ]
 
 
-@door()
+@operation()
 def expand_add_many_(
     Ws: Sequence[Tensor],
     Cs: Sequence[Tensor],
@@ -78,7 +77,7 @@ def expand_add_many_(
         return
     if Ws and is_traced(Ws[0]):
         torch.ops.sculpt_kernels.expand_add_many_(
-            Ws, Cs, Us, Vs, *checks.number_or_tensor(alpha), rounding, seeds, bases or [], backend
+            Ws, Cs, Us, Vs, *number_and_tensor(alpha), rounding, seeds, bases or [], backend
         )
         return
     calls: list[_Call] = [
@@ -94,8 +93,10 @@ def expand_add_many_(
         chosen.append(expand_add_backend(backend, W, C, U, V, rounding, base))
     checks.disjoint("Ws", Ws)
     if set(chosen) == {"triton"} and not Ws[0].is_meta:
+        from sculpt_kernels.coordinates import triton_expand
+
         with torch.no_grad():
-            triton_backend.expand_add_many_(Ws, Cs, Us, Vs, alpha, rounding, seeds, bases)
+            triton_expand.expand_add_many_(Ws, Cs, Us, Vs, alpha, rounding, seeds, bases)
         return
     for one, call in zip(chosen, calls, strict=True):
         run_expand_add(one, *call)

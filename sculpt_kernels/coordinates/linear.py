@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks
-from sculpt_kernels.doors import door, refuse_batched_gradient, refuse_second_derivatives
+from sculpt_kernels.operation import operation, refuse_batched_gradient, refuse_second_derivatives
 from sculpt_kernels.shards import whole
 
 
-@door(autocast=True)
+@operation(autocast=True)
 def compact_linear(
     x: Tensor,
     W: Tensor,

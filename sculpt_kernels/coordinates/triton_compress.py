@@ -5,26 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sculpt_kernels.projection import triton as project
+from sculpt_kernels.projection.triton import Operands, reduce
 from sculpt_kernels.triton import launcher
-from sculpt_kernels.triton.tiles import TileConfig
 
 
-def supports(G: Tensor, U: Tensor, V: Tensor) -> str | None:
-    """`None` if `compress` can run on these, else the reason."""
-    return project.supports(G, U, V)
-
-
-def compress(
-    G: Tensor, U: Tensor, V: Tensor, out: Tensor, *, config: TileConfig | None = None
-) -> Tensor:
+def compress(G: Tensor, U: Tensor, V: Tensor, out: Tensor) -> Tensor:
     """`out <- Uᵀ G V` at ranks up to 128; returns `out`.
 
     Args:
         G: `(..., m, n)`, float32, bfloat16 or float16, any strides.
         U: `(..., m, r)`; V: `(..., n, s)`, dtype of `G`; two-dimensional to share over the batch.
         out: `(..., r, s)`, any floating dtype and strides; accumulated in float32.
-        config: tile configuration, instead of the table's.
 
     16-bit products `G V` enter the second product as two 16-bit parts, so that the coordinates are
     as accurate as float32 accumulation allows.
@@ -40,15 +31,11 @@ def compress(
         # The kernel walks along rows; (Uᵀ G V)ᵀ = Vᵀ Gᵀ U.
         if g.stride(-1) != 1 and g.stride(-2) == 1:
             g, u, v, c = g.mT, v, u, c.mT
-        _compress(g, u, v, c, config)
+        operands = Operands(g, u, v, "core")
+        if g.dtype == torch.float32:
+            Y, _, _ = reduce(operands, 1, False, exact=False)
+            c.copy_(u.mT @ Y)
+        else:
+            _, _, C = reduce(operands, 0, True, exact=True)
+            c.copy_(C.sum(1))
     return out
-
-
-def _compress(G: Tensor, U: Tensor, V: Tensor, out: Tensor, config: TileConfig | None) -> None:
-    operands = project.Operands(G, U, V, "core", None)
-    if G.dtype == torch.float32:
-        Y, _, _ = project.reduce(operands, 1, False, False, config)
-        out.copy_(U.mT @ Y)
-    else:
-        _, _, C = project.reduce(operands, 0, True, True, config)
-        out.copy_(C.sum(1))

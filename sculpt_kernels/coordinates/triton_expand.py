@@ -8,17 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt_kernels.triton import launcher
-from sculpt_kernels.triton.tiles import TileConfig
-from sculpt_kernels.triton.update import update_
-from sculpt_kernels.triton.update_many import update_many_
-
-
-def supports(
-    W: Tensor, C: Tensor, U: Tensor | None, V: Tensor | None, base: Tensor | None = None
-) -> str | None:
-    """`None` if `expand_add_` can run on these, else the reason."""
-    return launcher.unsupported(W, C, U, V, base)
+from sculpt_kernels.triton.update import update_, update_many_
 
 
 def expand_add_(
@@ -30,9 +20,6 @@ def expand_add_(
     rounding: str = "nearest",
     seed: int | Tensor | None = None,
     base: Tensor | None = None,
-    *,
-    precision: str = "exact",
-    config: TileConfig | None = None,
 ) -> Tensor:
     """`W <- round(base + alpha U C Vᵀ)`, with `base = W` by default; in place, returns `W`.
 
@@ -45,12 +32,11 @@ def expand_add_(
         rounding: `"nearest"`, or `"stochastic"` for 16-bit `W`, with `seed`, an int or a 0-d int64
             tensor. The random bits depend on seed and position only.
         base: `(..., m, n)`, dtype of `W` or float32: start from these values, not from `W`.
-        precision: with 16-bit bases, `"exact"` keeps `C` and the small product as two 16-bit
-            parts each, so that the sum is formed in float32 accuracy; `"fast"` rounds both to 16
-            bits and does half the FLOPs.
 
-    The small product goes on the shorter side of `W`. Bytes: one read and one write of `W`, the
-    factors. FLOPs: `2 min(m, n) r s + 2 m n max`, `max` the rank that stays, twice for `"exact"`.
+    With 16-bit bases `C` and the small product are kept as two 16-bit parts each, so that the sum
+    is formed in float32 accuracy. The small product goes on the shorter side of `W`. Bytes: one
+    read and one write of `W`, the factors. FLOPs: `2 min(m, n) r s + 2 m n max`, `max` the rank
+    that stays, twice for 16-bit bases.
     """
     if W.numel() == 0:
         return W
@@ -59,20 +45,20 @@ def expand_add_(
         assert basis is not None
         return update_(
             W, basis.new_empty(W.shape[-2], 0), basis.new_empty(W.shape[-1], 0), alpha=alpha,
-            base=base, rounding=rounding, seed=seed, config=config,
+            base=base, rounding=rounding, seed=seed,
         )  # fmt: skip
     if _product_goes_left(W, U, V):
         assert V is not None
-        A, A2 = _small_product(U, C, V.dtype, precision)
+        A, A2 = _small_product(U, C, V.dtype)
         B, B2 = V, V
     else:
         assert U is not None
         A, A2 = U, U
-        B, B2 = _small_product(V, C.mT, U.dtype, precision)
+        B, B2 = _small_product(V, C.mT, U.dtype)
     once = A is A2 and B is B2
     return update_(
         W, A, B, A2=None if once else A2, B2=None if once else B2, alpha=alpha, base=base,
-        rounding=rounding, seed=seed, config=config,
+        rounding=rounding, seed=seed,
     )  # fmt: skip
 
 
@@ -89,8 +75,6 @@ def expand_add_many_(
     rounding: str = "nearest",
     seeds: Tensor | None = None,
     bases: Sequence[Tensor] | None = None,
-    *,
-    config: TileConfig | None = None,
 ) -> None:
     """`expand_add_` of many matrices, those of one layout in common launches.
 
@@ -116,13 +100,12 @@ def expand_add_many_(
             left, right = ([B[i] for i in chosen] for B in (Us, Vs))
             draws = None if seeds is None else [seeds[i] for i in chosen]
             if len(chosen) > 1:
-                _together(weights, cores, left, right, origins, alpha, rounding, draws, config)
+                _together(weights, cores, left, right, origins, alpha, rounding, draws)
             else:
                 seed = None if draws is None else draws[0]
                 expand_add_(
-                    weights[0], cores[0], left[0], right[0], alpha, rounding, seed, origins[0],
-                    config=config,
-                )  # fmt: skip
+                    weights[0], cores[0], left[0], right[0], alpha, rounding, seed, origins[0]
+                )
 
 
 def _together(
@@ -134,16 +117,13 @@ def _together(
     alpha: float | Tensor,
     rounding: str,
     seeds: list[Tensor] | None,
-    config: TileConfig | None,
 ) -> None:
     """Matrices of one layout, one launch after their small products."""
     left = _product_goes_left(Ws[0], Us[0], Vs[0])
     long = [B for B in (Vs if left else Us) if B is not None]
     short = Us if left else Vs
     cores = Cs if left else [C.mT for C in Cs]
-    products = [
-        _small_product(B, C, long[0].dtype, "exact") for B, C in zip(short, cores, strict=True)
-    ]
+    products = [_small_product(B, C, long[0].dtype) for B, C in zip(short, cores, strict=True)]
     once = products[0][0] is products[0][1]
     small = torch.stack([product[0] for product in products])
     rest = None if once else torch.stack([product[1] for product in products])
@@ -151,7 +131,7 @@ def _together(
     update_many_(
         Ws, small if left else long, long if left else small, alpha=alpha,
         A2=rest if left else again, B2=again if left else rest, bases=bases, rounding=rounding,
-        seeds=None if seeds is None else torch.stack(seeds), config=config,
+        seeds=None if seeds is None else torch.stack(seeds),
     )  # fmt: skip
 
 
@@ -160,18 +140,13 @@ def _product_goes_left(W: Tensor, U: Tensor | None, V: Tensor | None) -> bool:
     return U is None or (V is not None and W.shape[-2] <= W.shape[-1])
 
 
-def _small_product(
-    U: Tensor | None, C: Tensor, dtype: torch.dtype, precision: str
-) -> tuple[Tensor, Tensor]:
+def _small_product(U: Tensor | None, C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`U C` in `dtype`, that of the bases, as two parts that add up to it; one twice for one.
 
     `U = None` is the identity.
     """
     if dtype == torch.float32:
         product = C.float() if U is None else U @ C.float()
-        return product, product
-    if precision == "fast":
-        product = C.to(dtype) if U is None else U @ C.to(dtype)
         return product, product
     high, low = split(C, dtype)
     if U is None:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sculpt_kernels import checks
 from sculpt_kernels.coordinates.linear import scaled_
-from sculpt_kernels.doors import door, refuse_batched_gradient, refuse_second_derivatives
+from sculpt_kernels.operation import operation, refuse_batched_gradient, refuse_second_derivatives
 from sculpt_kernels.shards import whole
 
 
-@door(autocast=True)
+@operation(autocast=True)
 def compact_weight(
     W: Tensor, U: Tensor | None, V: Tensor | None, C: Tensor, *, scale: float = 1.0
 ) -> Tensor:
@@ -44,7 +44,7 @@ def compact_weight(
     return out
 
 
-@door(autocast=True)
+@operation(autocast=True)
 def compact_embedding(
     ids: Tensor,
     W: Tensor,

@@ -163,7 +163,7 @@ def plan(
     model = device_model(device)
     allowed = checks.COMPLEMENTS[form]
     if complement is not None:
-        checks.choice("complement", complement, allowed)
+        checks.one_of("complement", complement, allowed)
     direct = _cost(m, n, r, s, form, "none", dtype, model)
     if complement == "none" or direct.algorithm == "identity":
         return direct
@@ -301,7 +301,7 @@ def _check_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _check_ranks(rank: int | tuple[int, int], form: str, m: int, n: int) -> tuple[int, int]:
-    checks.choice("form", form, checks.FORMS)
+    checks.one_of("form", form, checks.FORMS)
     r, s = rank if isinstance(rank, tuple) and len(rank) == 2 else (rank, rank)
     if form != "right":
         checks.rank_in("rank", r, m, "m")

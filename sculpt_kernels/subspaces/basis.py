@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks
-from sculpt_kernels.doors import door
+from sculpt_kernels.operation import operation
 from sculpt_kernels.products import compute_dtype
 from sculpt_kernels.subspaces.symmetric import symmetric_product
 
 
-@door()
+@operation()
 def orthonormalize(Y: Tensor) -> Tensor:
     """Orthonormal basis of the column span of `Y`.
 

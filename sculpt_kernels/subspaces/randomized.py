@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks
-from sculpt_kernels.doors import door
+from sculpt_kernels.operation import operation
 from sculpt_kernels.products import compute_dtype
 from sculpt_kernels.subspaces.basis import orthonormalize
 from sculpt_kernels.subspaces.sketch import seed_from, sketch
 
 
-@door()
+@operation()
 def range_finder(
     A: Tensor,
     rank: int,
@@ -49,7 +49,7 @@ def range_finder(
     return rsvd(A, rank, oversample=oversample, power_iters=power_iters, generator=generator)[0]
 
 
-@door()
+@operation()
 def rsvd(
     A: Tensor,
     rank: int,

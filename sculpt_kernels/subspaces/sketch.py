@@ -25,11 +25,10 @@ def sketch(
     A matrix with more columns starts with the columns of the narrower one.
     """
     if dispatch.choose("auto", device, lambda: None) == "triton":
-        from sculpt_kernels import triton_backend
+        from sculpt_kernels.subspaces import triton_sketch
 
-        return triton_backend.sketch(
-            torch.empty(n, columns, dtype=dtype, device=device), seed, row0
-        )
+        out = torch.empty(n, columns, dtype=dtype, device=device)
+        return triton_sketch.sketch(out, seed, row0)
     groups = -(-columns // 4)
     rows = torch.arange(row0, row0 + n, device=device)[:, None].expand(n, groups)
     group = torch.arange(groups, device=device)[None, :].expand(n, groups)

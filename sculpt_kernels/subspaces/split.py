@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels import checks
-from sculpt_kernels.doors import door
-from sculpt_kernels.plan.splits import choose_method
+from sculpt_kernels.operation import operation
 from sculpt_kernels.products import compute_dtype
 from sculpt_kernels.subspaces import methods
 from sculpt_kernels.subspaces.sketch import seed_from
 
 METHODS = ("auto", *methods.ALGORITHMS)
+# On a GPU an eigendecomposition waits for one column after the other; `spectral` multiplies.
+SPECTRAL_ON_GPU = 1024
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Subspace:
     rank_error: float = 0.0
 
 
-@door()
+@operation()
 def split(
     W: Tensor,
     *,
@@ -88,8 +89,8 @@ def split(
     checks.matrix("W", W)
     if 0 in W.shape:
         raise ValueError(f"W must not be empty; got {checks.describe(W)}")
-    checks.choice("part", part, checks.PARTS)
-    checks.choice("method", method, METHODS)
+    checks.one_of("part", part, checks.PARTS)
+    checks.one_of("method", method, METHODS)
     if (rank is None) == (energy is None):
         raise ValueError(
             f"exactly one of rank and energy must be given; got rank={rank!r}, energy={energy!r}"
@@ -107,9 +108,7 @@ def split(
     if bool(((scale < 1e-6) | (scale > 1e6)).any()):
         A = A / scale
     tall = A.shape[-2] > A.shape[-1]
-    used = method
-    if method == "auto":
-        used = choose_method(tuple(A.shape), rank, part, A.dtype, A.device)
+    used = _fastest(min(A.shape[-2:]), A.device) if method == "auto" else method
     request = methods.Request(rank, energy, part, seed_from(generator), A.dtype)
     found = methods.ALGORITHMS[used](A.mT if tall else A, request)
     U, V = (found.V, found.U) if tall else (found.U, found.V)
@@ -123,3 +122,8 @@ def split(
         converged=found.converged,
         rank_error=found.rank_error,
     )
+
+
+def _fastest(k: int, device: torch.device) -> str:
+    """The fastest method whose subspaces are optimal, for matrices with a short side of `k`."""
+    return "spectral" if device.type == "cuda" and k >= SPECTRAL_ON_GPU else "gram"

@@ -17,17 +17,6 @@ from torch import Tensor
 BLOCK_ROWS = {"cpu": 256, "cuda": 1024}
 
 
-def symmetric_share(k: int, device_type: str) -> float:
-    """Operations of a symmetric `k x k` product over those of a full one."""
-    rows = _rows(device_type)
-    blocks = [min(rows, k - start) for start in range(0, k, rows)]
-    return sum(rows_i * (i * rows + rows_i) for i, rows_i in enumerate(blocks)) / max(1, k * k)
-
-
-def _rows(device_type: str) -> int:
-    return BLOCK_ROWS.get(device_type, BLOCK_ROWS["cuda"])
-
-
 def symmetric_product(A: Tensor, B: Tensor | None = None, *, lower: bool = False) -> Tensor:
     """`A B` `(..., k, k)` where that is symmetric; without `B`, `A Aᵀ`.
 
@@ -43,7 +32,7 @@ def symmetric_product(A: Tensor, B: Tensor | None = None, *, lower: bool = False
     if B is None:
         B = A.mT
     k = A.shape[-2]
-    rows = _rows(A.device.type)
+    rows = BLOCK_ROWS.get(A.device.type, BLOCK_ROWS["cuda"])
     if k <= rows:
         return A @ B
     out = A.new_empty(*A.shape[:-1], k)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sculpt_kernels.triton import launcher
 from sculpt_kernels.triton.common import inside, integer, offsets
-from sculpt_kernels.triton.tiles import TileConfig
 
 
 @triton.jit
@@ -30,16 +29,9 @@ def _set_bits(x):
 
 @triton.jit(do_not_specialize=["seed", "first_row"])
 def sketch_kernel(
-    X,
-    seed,
-    first_row,
-    n,
-    columns,
-    stride_xn,
-    stride_xc,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    X, seed, first_row, n, columns, stride_xn, stride_xc,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """`X[i, j] <- ones in word j mod 4 of Philox(first_row + i, j // 4) - 16`.
 
     Shapes: X `(n, columns)`. Bytes: one write of X. One generator call for four elements.
@@ -60,23 +52,20 @@ def sketch_kernel(
     values = _set_bits(tl.reshape(words, (BLOCK_M, BLOCK_N))) - 16
     at_columns = column + tl.arange(0, BLOCK_N)
     at = X + offsets(rows, at_columns, stride_xn, stride_xc)
-    tl.store(
-        at,
-        values.to(tl.float32).to(X.dtype.element_ty),
-        mask=inside(rows, at_columns, n, columns),
-    )
+    mask = inside(rows, at_columns, n, columns)
+    tl.store(at, values.to(tl.float32).to(X.dtype.element_ty), mask=mask)
 
 
-def sketch(out: Tensor, seed: int, row0: int, *, config: TileConfig | None = None) -> Tensor:
+def sketch(out: Tensor, seed: int, row0: int) -> Tensor:
     """Fill `out` `(n, columns)`, any floating dtype and strides, with rows `row0 ...` of `seed`.
 
     Every value is an integer of at most 16 in magnitude, exact in every dtype.
     """
     n, columns = out.shape
-    config = launcher.choose("sketch", out.dtype, out.device, config)
+    config = launcher.choose("sketch", out.dtype, out.device)
     launcher.launch(
         sketch_kernel,
-        triton.cdiv(n, config.block_m) * triton.cdiv(columns, config.block_n),
+        launcher.tile_count(config, out[None]),
         config,
         out.device,
         X=out,
@@ -86,7 +75,5 @@ def sketch(out: Tensor, seed: int, row0: int, *, config: TileConfig | None = Non
         columns=columns,
         stride_xn=out.stride(0),
         stride_xc=out.stride(1),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
     )
     return out

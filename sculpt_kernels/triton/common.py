@@ -26,13 +26,9 @@ def corner(X, row, column, stride_row, stride_column):
 
 @triton.jit
 def within(
-    stride_row,
-    stride_column,
-    NEAR: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    stride_row, stride_column,
+    NEAR: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Offsets from a tile's first element; NEAR says that they fit int32, in half the registers.
 
     VECTOR consecutive elements go to one thread. Where it is the same for tensors of different
@@ -106,21 +102,10 @@ def split_dot(a, wide, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    acc,
-    A,
-    B,
-    rows,
-    columns,
-    m,
-    n,
-    k,
-    stride_am,
-    stride_ak,
-    stride_bn,
-    stride_bk,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    acc, A, B, rows, columns, m, n, k,
+    stride_am, stride_ak, stride_bn, stride_bk,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """`acc + A[rows] B[columns]ᵀ` for `A` `(m, k)` and `B` `(n, k)`."""
     inner = tl.arange(0, BLOCK_K)
     a_at = A + offsets(rows, inner, stride_am, stride_ak)
@@ -221,17 +206,9 @@ def stochastic(x, bits, DTYPE: tl.constexpr):
 
 @triton.jit
 def store_rounded(
-    at,
-    x,
-    mask,
-    row,
-    column,
-    n,
-    seed,
-    STOCHASTIC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    at, x, mask, row, column, n, seed,
+    STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Store float32 `x` in the dtype of `at`, rounded to nearest or stochastically."""
     dtype: tl.constexpr = at.dtype.element_ty
     if STOCHASTIC:

@@ -65,7 +65,6 @@ def points() -> list[Point]:
     from sculpt_kernels.coordinates import triton_expand as expand_add
     from sculpt_kernels.projection import triton as project
     from sculpt_kernels.subspaces import triton_sketch as sketch
-    from sculpt_kernels.triton import update
 
     def tensors(m: int, n: int, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         def of(*shape: int) -> Tensor:
@@ -73,24 +72,17 @@ def points() -> list[Point]:
 
         return of(m, n), of(m, r), of(n, r)
 
-    def small(form: str, **options: Any) -> Callable[[torch.dtype], Any]:
+    def small(form: str) -> Callable[[torch.dtype], Any]:
         def run(dtype: torch.dtype) -> Any:
             G, U, V = tensors(4096, 11008, 128, dtype)
             left, right = U if form != "right" else None, V if form != "left" else None
-            return project.project_(G, left, right, form, **options)
+            return project.project_(G, left, right, form)
 
         return run
 
     def many(dtype: torch.dtype) -> None:
         G, U, V = tensors(4096, 4096, 128, dtype)
-        project.project_many_([G] * 8, [U] * 8, [V] * 8, "core")
-
-    def large(form: str) -> Callable[[torch.dtype], Any]:
-        def run(dtype: torch.dtype) -> Any:
-            G, U, V = tensors(4096, 4096, 2048, dtype)
-            return update.project_large_(G, U, V, form)
-
-        return run
+        project.project_many_([(G, U, V)] * 8, "core")
 
     def expand(dtype: torch.dtype) -> None:
         W, U, V = tensors(4096, 4096, 1024, dtype)
@@ -125,15 +117,10 @@ def points() -> list[Point]:
         Point("project_ right", bf16, small("right")),
         Point("project_ strict", bf16, small("strict")),
         Point("project_ strict", fp32, small("strict")),
-        Point("project_ core exact", bf16, small("core", precision="exact")),
-        Point("project_ strict exact", bf16, small("strict", precision="exact")),
         Point("project_many_ core", bf16, many),
         Point("compress", bf16, compressed),
         Point("sketch", fp32, sketched),
         Point("sketch", torch.float64, sketched),
-        Point("project_large_ core", bf16, large("core")),
-        Point("project_large_ strict", bf16, large("strict")),
-        Point("project_large_ core", fp32, large("core")),
         Point("expand_add_ stochastic", bf16, expand),
         Point("expand_add_ stochastic", fp16, expand),
         Point("expand_add_many_ stochastic", bf16, expand_many),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,12 +13,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from sculpt_kernels.triton import tiles as configs
+from sculpt_kernels.triton import tiles
 from sculpt_kernels.triton.common import INTERPRETED
 from sculpt_kernels.triton.tiles import TileConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,20 @@ class Launch:
     programs: int
     arguments: dict[str, Any]
     options: dict[str, int | bool]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Matrices that lie anywhere: the first one, for their layout, and the addresses of all."""
+
+    first: Tensor
+    addresses: Tensor
+
+    @classmethod
+    def of(cls, matrices: Sequence[Tensor]) -> Listed:
+        """Matrices `(m, n)` of one layout."""
+        pointers = tuple(X.data_ptr() for X in matrices)
+        return cls(matrices[0][None], address_table(pointers, matrices[0].device))
 
 
 _recorded: list[Launch] | None = None
@@ -47,15 +62,42 @@ def record() -> Iterator[list[Launch]]:
 def launch(
     kernel: Any, programs: int, config: TileConfig, device: torch.device, **arguments: Any
 ) -> None:
-    """Run `programs` programs of `kernel` on `device`."""
+    """Run `programs` programs of `kernel` on `device`, with the tile sizes that it asks for."""
     if programs == 0:
         return
     options = config.options()
+    sizes = config.sizes().items()
+    arguments |= {name: size for name, size in sizes if name in kernel.arg_names}
     if _recorded is not None:
         _recorded.append(Launch(kernel, programs, arguments, options))
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](**arguments, **options)
+
+
+def operands(kernel: Any, **tensors: Tensor | Listed) -> dict[str, Any]:
+    """Each `(L, rows, columns)` tensor `x` as arguments of `kernel`: `X` and its `stride_x?`.
+
+    The stride of a single matrix is 0.
+    """
+    arguments: dict[str, Any] = {}
+    for name, X in tensors.items():
+        layout = X.first if isinstance(X, Listed) else X
+        arguments[name.upper()] = X.addresses if isinstance(X, Listed) else X
+        strides = (layout.stride(0) if layout.shape[0] > 1 else 0, *layout.stride()[1:])
+        arguments |= zip(_stride_names(kernel, name), strides, strict=True)
+    return arguments
+
+
+@lru_cache
+def _stride_names(kernel: Any, name: str) -> list[str]:
+    return [key for key in kernel.arg_names if re.fullmatch(f"stride_{name}[a-z]", key)]
+
+
+def tile_count(config: TileConfig, X: Tensor) -> int:
+    """Tiles of all matrices of `X` `(L, m, n)`."""
+    count, m, n = X.shape
+    return count * -(-m // config.block_m) * -(-n // config.block_n)
 
 
 def unsupported(*tensors: Tensor | None) -> str | None:
@@ -95,14 +137,8 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
-def choose(
-    kernel: str, dtype: torch.dtype, device: torch.device, config: TileConfig | None
-) -> TileConfig:
-    return configs.choose(kernel, dtype, capability(device)) if config is None else config
-
-
-def triton_dtype(dtype: torch.dtype) -> Any:
-    return _TRITON_DTYPES[dtype]
+def choose(kernel: str, dtype: torch.dtype, device: torch.device) -> TileConfig:
+    return tiles.choose(kernel, dtype, capability(device))
 
 
 def number(x: float | Tensor, device: torch.device) -> float | Tensor:
@@ -119,22 +155,6 @@ def whole(x: int | Tensor, device: torch.device) -> int | Tensor:
         return x
     x = (int(x) + 2**63) % 2**64 - 2**63
     return torch.tensor(x) if INTERPRETED else x
-
-
-@dataclass(frozen=True)
-class Listed:
-    """Matrices that lie anywhere: the first one, for their layout, and the addresses of all."""
-
-    first: Tensor
-    addresses: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.first.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.first.dtype
 
 
 def address_table(pointers: tuple[int, ...], device: torch.device) -> Tensor:

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-# Largest rank of the small-rank kernels: 256 columns of float32 accumulators spill.
-SMALL_RANK = 128
-
 # Programs of a launch that keep a large GPU busy: two for each of 132 multiprocessors.
 BUSY_PROGRAMS = 264
 
@@ -71,6 +68,16 @@ class TileConfig:
             options["maxnreg"] = self.maxnreg
         return options
 
+    def sizes(self) -> dict[str, int]:
+        """Tile sizes in the names of the kernels' arguments."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "SUBTILES": self.subtiles,
+        }
+
 
 # Keyed by kernel and by whether the operands have 16-bit elements. In `reduce` block_n is the
 # padded rank at most and block_k the step along a row of `G`; in `apply` block_n is that step, and
@@ -102,14 +109,9 @@ TABLE: dict[tuple[str, bool], tuple[TileConfig, ...]] = {
         TileConfig(64, 128, 32, warps=8, stages=3),
     ),
     ("reduce", False): (TileConfig(32, 128, 16, warps=8, stages=2),),
-    ("subtract", False): (TileConfig(64, 64, 16, warps=4, stages=2),),
     ("apply", True): (
         TileConfig(64, 128, 128, warps=8, stages=2),
         TileConfig(64, 64, 128, warps=8, stages=1),
-    ),
-    ("apply exact", True): (
-        TileConfig(64, 128, 128, warps=8, stages=2, since=(9, 0)),
-        TileConfig(32, 128, 128, warps=8, stages=2),
     ),
     # Both sides at once: twice the operands, so half the columns.
     ("apply both", True): (

@@ -58,7 +58,6 @@ BAD = {
     "unknown form": (lambda: (G, U, V, {"form": "loose"}), ValueError, "form must be one of"),
     "form of another type": (lambda: (G, U, V, {"form": 2}), ValueError, "form must be one of"),
     "unknown backend": (lambda: (G, U, V, {"backend": "cuda"}), ValueError, "backend must be"),
-    "unknown precision": (lambda: (G, U, V, {"precision": "high"}), ValueError, "precision must"),
     "unknown complement": (lambda: (G, U, V, {"complement": True}), ValueError, "complement must"),
     "complement of a side that is not there": (
         lambda: (G, U, None, {"form": "left", "complement": "right"}),

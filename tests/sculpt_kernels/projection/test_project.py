@@ -43,12 +43,16 @@ def chain(G, U, V, form):
     return G
 
 
+def multiply_fast(monkeypatch, fast):
+    for name in ("project", "small"):
+        module = importlib.import_module(f"sculpt_kernels.projection.{name}")
+        monkeypatch.setattr(module, "has_fast_products", lambda *_: fast)
+
+
 @pytest.fixture(params=["library products", "converted panels"])
 def products(request, monkeypatch):
     """Both ways of multiplying low precision, whatever this processor is good at."""
-    module = importlib.import_module("sculpt_kernels.projection.project")
-    native = request.param == "library products"
-    monkeypatch.setattr(module, "has_fast_products", lambda *_: native)
+    multiply_fast(monkeypatch, request.param == "library products")
     monkeypatch.setattr(ways, "PANEL_ELEMENTS", 512)
     monkeypatch.setattr(ways, "PANEL_ROWS", 8)
     monkeypatch.setattr(ways, "VIEW_ROWS", 16)
@@ -188,47 +192,12 @@ def test_panel_edges(panel, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 def test_converted_panels_round_once(form, dtype, monkeypatch):
     """In float32 until the end: off the rounded truth only where that lies between two values."""
-    module = importlib.import_module("sculpt_kernels.projection.project")
-    monkeypatch.setattr(module, "has_fast_products", lambda *_: False)
+    multiply_fast(monkeypatch, False)
     m, n = 64, 80
     G, U, V = gaussian(m, n, dtype=dtype), basis(m, 20, dtype=dtype), basis(n, 20, dtype=dtype)
     want = projected(G, *sides(form, U, V), form)
     got = project(G, *sides(form, U, V), form=form)
     assert (got == want.to(dtype)).double().mean() > 0.99
-
-
-@pytest.mark.parametrize(("form", "complement"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exact_precision_on_the_span_of_rounded_bases(form, complement, dtype, products):
-    m, n, r, s = 96, 144, 48, 40
-    G = gaussian(m, n, dtype=dtype)
-    low = torch.bfloat16
-    U, V = basis(m, r, dtype=low).to(dtype), basis(n, s, dtype=low).to(dtype)
-    bases = sides(form, U, V)
-    want = projected(G, *bases, form, complement, exact=True)
-    got = project(
-        G, *bases, form=form, complement=complement, precision="exact", out_dtype=torch.float32
-    )
-    assert got.dtype == torch.float32
-    assert error(got, want) <= 4e-6
-    standard = project(G, *bases, form=form, complement=complement, out_dtype=torch.float32)
-    assert error(standard, want) > 1e-4
-    rounded = project_(G.clone(), *bases, form=form, complement=complement, precision="exact")
-    assert error(rounded, want) <= 4e-6 + EPS[dtype] / 2
-
-
-def test_split_products_are_exact_up_to_the_last_rounding():
-    """The accelerator's way, with the CPU standing in for its products."""
-    from sculpt_kernels.projection import split_precision
-
-    for m, n in ((96, 144), (144, 96)):
-        G = gaussian(m, n, dtype=torch.bfloat16)
-        U, V = basis(m, 48, dtype=torch.bfloat16), basis(n, 40, dtype=torch.bfloat16)
-        want = projected(G, U, V, "core", exact=True)
-        got = G.clone()
-        split_precision.project_(got, U, V, "core")
-        assert (got == want.bfloat16()).double().mean() > 0.98
-        assert error(got, want) <= EPS[torch.bfloat16]
 
 
 sizes = st.integers(1, 24)
@@ -293,8 +262,7 @@ def test_is_an_orthogonal_projection(m, n, ranks, case, dtype, seed):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_temporary_of_the_size_of_the_matrix(form, dtype, monkeypatch):
-    module = importlib.import_module("sculpt_kernels.projection.project")
-    monkeypatch.setattr(module, "has_fast_products", lambda *_: False)
+    multiply_fast(monkeypatch, False)
     m, n, r = 1536, 2048, 384
     G = gaussian(m, n, dtype=dtype)
     U, V = sides(form, basis(m, r, dtype=dtype), basis(n, r, dtype=dtype))

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from kernel_cases import STRIP, TILE, use_tiles
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
@@ -11,6 +12,12 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(1234)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("reduce", "update", "adamw", "adamw_both", "sketch")
+    use_tiles(monkeypatch, apply=STRIP, apply_both=STRIP, **dict.fromkeys(names, TILE))
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from sculpt_kernels.triton.tiles import TileConfig
+from sculpt_kernels.triton.tiles import TABLE, TileConfig
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMS = ("core", "strict", "left", "right")
@@ -14,6 +15,14 @@ LAYOUTS = ("rows", "columns", "strided")
 # Several small tiles in every direction, none of which divides the matrices of the tests.
 TILE = TileConfig(32, 16, 16, warps=4, stages=2, group_m=2)
 STRIP = TileConfig(16, 32, 16, warps=4, stages=2)
+
+
+def use_tiles(monkeypatch: pytest.MonkeyPatch, **configs: TileConfig) -> None:
+    """Let kernels run with these configurations instead of the table's."""
+    for name, config in configs.items():
+        for is_16_bit in (False, True):
+            monkeypatch.setitem(TABLE, (name.replace("_", " "), is_16_bit), (config,))
+
 
 # ‖error‖ / ‖result‖. The interpreter cuts bfloat16 where a device rounds to nearest, which doubles
 # the error of each rounding to 2**-7.

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import FORMS, LAYOUTS, TILE, Framed, error, orthonormal, sides
+from kernel_cases import FORMS, LAYOUTS, Framed, error, orthonormal, sides, use_tiles
 from torch import Tensor
 
 from sculpt_kernels import reference
 from sculpt_kernels.adamw.triton import project_adamw_
 from sculpt_kernels.rounding import stochastic_round
 from sculpt_kernels.triton.tiles import TileConfig
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 SCALARS: dict[str, Any] = {
     "lr": 0.1,
@@ -59,7 +61,7 @@ def test_step(project: str, form: str, dtype: torch.dtype) -> None:
     W, G, first, second = (frame.tensor for frame in framed)
     before, gradient = W.clone(), G.clone()
     want = truth(W, G, first, second, U, V, form, project, **SCALARS)
-    options = {"form": form, "project": project, "config": TILE, **SCALARS}
+    options = {"form": form, "project": project, **SCALARS}
     result = project_adamw_(W, G, first, second, *sides(form, U, V), **options)
     assert result is W
     moved = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
@@ -74,15 +76,17 @@ def test_step(project: str, form: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("subtiles", [1, 2, 4, 8])
-def test_layouts_and_parts_of_the_epilogue(layout: str, subtiles: int) -> None:
+def test_layouts_and_parts_of_the_epilogue(
+    layout: str, subtiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     framed, U, V = operands(torch.float32, layout)
     W, G, first, second = (frame.tensor for frame in framed)
     # One operand laid out unlike the others.
     odd = Framed(second.clone(), "strided")
     copy = Framed(torch.zeros(2, 50, 41).half(), layout)
     want = truth(W, G, first, second, U, V, "strict", "gradient", **SCALARS)
-    config = TileConfig(32, 128, 16, 4, 2, subtiles=subtiles)
-    options = {"form": "strict", "project": "gradient", "config": config, **SCALARS}
+    use_tiles(monkeypatch, adamw_both=TileConfig(32, 128, 16, 4, 2, subtiles=subtiles))
+    options = {"form": "strict", "project": "gradient", **SCALARS}
     project_adamw_(W, G, first, odd.tensor, U, V, copy=copy.tensor, **options)
     for result, truth_ in zip((W, first, odd.tensor), want, strict=True):
         assert error(result, truth_) < 1e-6
@@ -103,7 +107,7 @@ def test_scalars_on_the_device(project: str) -> None:
         "weight_decay": torch.tensor(0.2),
         "step": torch.tensor(100000.0),
     }
-    project_adamw_(*tensors, U, V, form="core", project=project, config=TILE, **on_device)
+    project_adamw_(*tensors, U, V, form="core", project=project, **on_device)
     for result, truth_ in zip((tensors[0], *tensors[2:]), want, strict=True):
         assert error(result, truth_) < 2e-6
 
@@ -119,7 +123,7 @@ def test_no_ranks_are_plain_adamw(project: str) -> None:
         "step": torch.tensor(6.0), "exp_avg": tensors[2].clone(), "exp_avg_sq": tensors[3].clone()
     }  # fmt: skip
     optimizer.step()
-    options = {"form": "strict", "project": project, "config": TILE, **SCALARS}
+    options = {"form": "strict", "project": project, **SCALARS}
     project_adamw_(*tensors, U[..., :0], V[..., :0], **options)
     # Decay inside the step is decay beside it, where nothing is projected.
     assert error(tensors[0], parameter.detach().double()) < 1e-6
@@ -129,7 +133,7 @@ def test_the_copy_is_rounded_like_everything_else() -> None:
     framed, U, V = operands(torch.float32)
     tensors = [frame.tensor for frame in framed]
     copy = torch.zeros(2, 50, 41, dtype=torch.bfloat16)
-    options = {"form": "core", "project": "update", "config": TILE, **SCALARS}
+    options = {"form": "core", "project": "update", **SCALARS}
     project_adamw_(*tensors, U, V, copy=copy, rounding="stochastic", seed=3, **options)
     want = stochastic_round(tensors[0].reshape(-1, 41), torch.bfloat16, 3).view_as(copy)
     assert torch.equal(copy, want)
@@ -139,6 +143,6 @@ def test_state_in_low_precision() -> None:
     framed, U, V = operands(torch.float16, state=torch.float16)
     tensors = [frame.tensor for frame in framed]
     want = truth(*tensors, U, V, "strict", "gradient", **SCALARS)
-    project_adamw_(*tensors, U, V, form="strict", project="gradient", config=TILE, **SCALARS)
+    project_adamw_(*tensors, U, V, form="strict", project="gradient", **SCALARS)
     for result, truth_ in zip((tensors[0], *tensors[2:]), want, strict=True):
         assert error(result, truth_) < 1e-3

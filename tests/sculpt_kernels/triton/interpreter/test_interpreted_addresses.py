@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import BOUNDS, FORMS, STRIP, TILE, error, orthonormal, sides
+from kernel_cases import BOUNDS, FORMS, error, orthonormal, sides
 from torch import Tensor
 
 from sculpt_kernels import reference
@@ -17,6 +17,8 @@ from sculpt_kernels.adamw import triton as adamw
 from sculpt_kernels.coordinates import triton_compress as compress
 from sculpt_kernels.projection import triton as project
 from sculpt_kernels.triton import common, update
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 STRIDE = 2**30
 
@@ -67,21 +69,21 @@ def test_project_beyond_two_billion_elements(form: str, transposed: bool, far: T
     G = far.mT if transposed else far
     U, V = (orthonormal(size, 2, dtype=G.dtype) for size in G.shape)
     want = reference.project(G.double(), U.double(), V.double(), form)
-    project.project_(G, *sides(form, U, V), form, reduce_config=TILE, apply_config=STRIP)
+    project.project_(G, *sides(form, U, V), form)
     assert error(G, want) < BOUNDS[G.dtype]
 
 
 def test_other_kernels_beyond_two_billion_elements(far: Tensor) -> None:
     U, V = orthonormal(3, 2, dtype=far.dtype), orthonormal(20, 2, dtype=far.dtype)
-    out = compress.compress(far, U, V, torch.zeros(2, 2), config=TILE)
+    out = compress.compress(far, U, V, torch.zeros(2, 2))
     assert error(out, reference.compress(far.double(), U.double(), V.double())) < 1e-5
     want = far.double() + U.double() @ V.double().mT
-    update.update_(far, U, V, config=TILE)
+    update.update_(far, U, V)
     assert error(far, want) < BOUNDS[far.dtype]
     others = [torch.rand(3, 20) for _ in range(3)]
     near = [far.clone(memory_format=torch.contiguous_format), *(X.clone() for X in others)]
     step: dict[str, Any] = {
-        "form": "core", "project": "gradient", "config": TILE, "lr": 0.1, "betas": (0.9, 0.99),
+        "form": "core", "project": "gradient", "lr": 0.1, "betas": (0.9, 0.99),
         "eps": 1e-3, "weight_decay": 0.1, "step": 3,
     }  # fmt: skip
     adamw.project_adamw_(far, others[0].half(), *others[1:], U, V, **step)
@@ -96,12 +98,12 @@ def test_one_step_of_a_walk_may_pass_two_billion_elements(form: str) -> None:
     G = sparse(20, 18, STRIDE // 8).copy_(torch.randn(20, 18))
     U, V = (orthonormal(size, 2, dtype=G.dtype) for size in G.shape)
     want = reference.project(G.double(), U.double(), V.double(), form)
-    project.project_(G, *sides(form, U, V), form, reduce_config=TILE, apply_config=STRIP)
+    project.project_(G, *sides(form, U, V), form)
     assert error(G, want) < BOUNDS[G.dtype]
     A, B = G.mT, torch.randn(5, 20).half()
-    X = update.update_(torch.zeros(18, 5), A, B, config=TILE)
+    X = update.update_(torch.zeros(18, 5), A, B)
     assert error(X, A.double() @ B.double().mT) < 1e-6
-    X = update.update_(torch.zeros(5, 18), B, A, config=TILE)
+    X = update.update_(torch.zeros(5, 18), B, A)
     assert error(X, B.double() @ A.double().mT) < 1e-6
 
 
@@ -110,8 +112,8 @@ def test_matrices_of_a_batch_may_be_two_billion_elements_apart(form: str) -> Non
     G = sparse(3, 20, STRIDE).view(3, 4, 5).copy_(torch.randn(3, 4, 5))
     U, V = (orthonormal(3, size, 2, dtype=G.dtype) for size in G.shape[1:])
     want = reference.project(G.double(), U.double(), V.double(), form)
-    project.project_(G, *sides(form, U, V), form, reduce_config=TILE, apply_config=STRIP)
+    project.project_(G, *sides(form, U, V), form)
     assert error(G, want) < BOUNDS[G.dtype]
     want = G.double() + U.double() @ V.double().mT
-    update.update_(G, U, V, config=TILE)
+    update.update_(G, U, V)
     assert error(G, want) < BOUNDS[G.dtype]

@@ -69,37 +69,17 @@ def _moments(M, S, gradient, mask, at_m, at_s, rest1, rest2):
 
 @triton.jit(do_not_specialize=["step"])
 def direction_kernel(
-    D,
-    W,
-    G,
-    M,
-    S,
-    rest1,
-    rest2,
-    eps,
-    weight_decay,
-    step,
-    m,
-    n,
-    stride_dl,
-    stride_dm,
-    stride_dn,
-    stride_wl,
-    stride_wm,
-    stride_wn,
-    stride_gl,
-    stride_gm,
-    stride_gn,
-    stride_ml,
-    stride_mm,
-    stride_mn,
-    stride_sl,
-    stride_sm,
-    stride_sn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Moments, and `D = m̂ / (sqrt(v̂) + eps) + weight_decay W`; all `(L, m, n)`.
+    D, W, G, M, S,  # [L, m, n]
+    rest1, rest2, eps, weight_decay, step,
+    m, n,
+    stride_dl, stride_dm, stride_dn,
+    stride_wl, stride_wm, stride_wn,
+    stride_gl, stride_gm, stride_gn,
+    stride_ml, stride_mm, stride_mn,
+    stride_sl, stride_sm, stride_sn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Moments, and `D = m̂ / (sqrt(v̂) + eps) + weight_decay W`.
 
     Bytes per element: G, W and both moments read, both moments and D written. FLOPs: about 15.
     """
@@ -133,41 +113,14 @@ def direction_kernel(
 
 @triton.jit
 def _step(
-    W,
-    G,
-    M,
-    S,
-    K,
-    acc,
-    lr,
-    rest1,
-    rest2,
-    eps,
-    decay,
-    seed,
-    index,
-    row,
-    column,
-    m,
-    n,
-    stride_wm,
-    stride_wn,
-    stride_gm,
-    stride_gn,
-    stride_mm,
-    stride_mn,
-    stride_sm,
-    stride_sn,
-    stride_km,
-    stride_kn,
-    GRADIENT: tl.constexpr,
-    COPY: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    NEAR: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    W, G, M, S, K, acc,
+    lr, rest1, rest2, eps, decay, seed,
+    index, row, column, m, n,
+    stride_wm, stride_wn, stride_gm, stride_gn, stride_mm, stride_mn,
+    stride_sm, stride_sn, stride_km, stride_kn,
+    GRADIENT: tl.constexpr, COPY: tl.constexpr, STOCHASTIC: tl.constexpr,
+    NEAR: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
     mask = inside(rows, columns, m, n)
@@ -202,75 +155,31 @@ def _step(
 
 @triton.jit(do_not_specialize=["step", "seed", "first_matrix"])
 def step_kernel(
-    W,
-    G,
-    M,
-    S,
-    K,
-    A,
-    B,
-    A2,
-    B2,
-    lr,
-    rest1,
-    rest2,
-    eps,
-    weight_decay,
-    step,
-    seed,
-    first_matrix,
-    m,
-    n,
-    k,
-    k2,
-    stride_wl,
-    stride_wm,
-    stride_wn,
-    stride_gl,
-    stride_gm,
-    stride_gn,
-    stride_ml,
-    stride_mm,
-    stride_mn,
-    stride_sl,
-    stride_sm,
-    stride_sn,
-    stride_kl,
-    stride_km,
-    stride_kn,
-    stride_al,
-    stride_am,
-    stride_ak,
-    stride_bl,
-    stride_bn,
-    stride_bk,
-    stride_a2l,
-    stride_a2m,
-    stride_a2k,
-    stride_b2l,
-    stride_b2n,
-    stride_b2k,
-    GRADIENT: tl.constexpr,
-    COPY: tl.constexpr,
-    ALIKE: tl.constexpr,
-    NEAR: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    SUBTILES: tl.constexpr,
-):
+    W, G, M, S, K,  # [L, m, n]; K is the low-precision copy
+    A, B,  # [L, m, k], [L, n, k]
+    A2, B2,  # [L, m, k2], [L, n, k2]
+    lr, rest1, rest2, eps, weight_decay, step, seed, first_matrix,
+    m, n, k, k2,
+    stride_wl, stride_wm, stride_wn,
+    stride_gl, stride_gm, stride_gn,
+    stride_ml, stride_mm, stride_mn,
+    stride_sl, stride_sm, stride_sn,
+    stride_kl, stride_km, stride_kn,
+    stride_al, stride_am, stride_ak,
+    stride_bl, stride_bn, stride_bk,
+    stride_a2l, stride_a2m, stride_a2k,
+    stride_b2l, stride_b2n, stride_b2k,
+    GRADIENT: tl.constexpr, COPY: tl.constexpr, ALIKE: tl.constexpr,
+    NEAR: tl.constexpr, VECTOR: tl.constexpr,
+    SEGMENTS: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
     """`P = G - A Bᵀ - A2 B2ᵀ`, then the step, one tile of one matrix.
 
     GRADIENT: moments of `P`, `W <- (1 - lr weight_decay) W - lr m̂ / (sqrt(v̂) + eps)`.
     Otherwise G is the direction of the step: `W <- W - lr P`.
 
-    Shapes: W, G, M, S and the low-precision copy K `(L, m, n)`; A `(L, m, k)`, B `(L, n, k)`,
-    A2 `(L, m, k2)`, B2 `(L, n, k2)`.
     Bytes per element: G read, W read and written, K written; with GRADIENT both moments read and
     written. FLOPs: `2 m n (k + k2)`.
     """

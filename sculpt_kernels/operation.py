@@ -1,10 +1,13 @@
-"""What a public operation does before anything else: autocast off, transforms refused by name."""
+"""What a public operation does before anything else: autocast off, transforms refused by name.
+
+And when it must be seen as one operator (`sculpt_kernels.ops`) instead of running at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch._C._functorch import (
     is_legacy_batchedtensor,
 )
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +29,7 @@ _ACCELERATOR = torch.accelerator.current_accelerator()
 _AUTOCASTING = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR.type)
 
 
-def door(
+def operation(
     *, autocast: bool = False, transforms: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function a public operation.
@@ -104,3 +108,28 @@ def refuse_batched_gradient(operation: str, gradient: Tensor) -> None:
             f"{operation} does not support torch.vmap over its backward; differentiate with "
             "is_grads_batched=False, jacobian with vectorize=False"
         )
+
+
+def is_traced(X: object) -> bool:
+    """Whether `X` goes to a compiler or a fake-tensor mode rather than to a device.
+
+    Eager calls on plain tensors do not pass the operator's dispatch, which costs tens of
+    microseconds; under `torch.compile` and for fake or functional tensors the operator is called.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    kind = type(X)
+    if kind is Tensor or kind is Parameter or not isinstance(X, Tensor):
+        return False
+    # Subclasses of others may compute the operator on a copy, where a write is lost.
+    return dispatches(X) and kind.__module__.startswith("torch.")
+
+
+def dispatches(X: Tensor) -> bool:
+    """Whether the class of `X` answers every operator itself; its elements may be elsewhere."""
+    return type(X).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def number_and_tensor(value: Any) -> tuple[Any, Tensor | None]:
+    """A number or a 0-d tensor as the two arguments that an operator takes for it."""
+    return (None, value) if isinstance(value, Tensor) else (value, None)

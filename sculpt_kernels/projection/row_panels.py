@@ -1,6 +1,6 @@
-"""Projections in two sweeps over row panels: the CPU's way, without an `m x n` temporary.
+"""Projections in two passes over panels of rows: the CPU's way, without an `m x n` temporary.
 
-The first sweep gathers the small products that need the whole matrix, the second computes each
+The first pass gathers the small products that need the whole matrix, the second computes each
 row panel of the result from that panel alone. Panels come from a `Source`, so the same code
 projects a matrix in place, a low-precision one through float32 with one rounding, and the step of
 an optimizer that exists only panel by panel.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sculpt_kernels.plan.projections import arrange, kind_of
-from sculpt_kernels.products import compute_dtype, product, row_panels, view_panels
+from sculpt_kernels.products import compute_dtype, panels_of, product, view_panels
 
 
 class Source(Protocol):
@@ -66,7 +66,7 @@ class Converted:
         self.wide = compute_dtype(G.dtype)
 
     def panels(self) -> Iterator[slice]:
-        return row_panels(*self.shape)
+        return panels_of(*self.shape)
 
     def load(self, rows: slice) -> Tensor:
         return self.G[rows].to(self.wide, copy=True)
@@ -83,7 +83,6 @@ def project_matrix(
     V: Tensor | None,
     form: str,
     complement: str = "none",
-    exact: bool = False,
 ) -> None:
     """Project one matrix `G` `(m, n)` in place."""
     if G.stride(0) == 1 and G.stride(1) != 1:
@@ -92,7 +91,7 @@ def project_matrix(
         form, complement = _MIRROR.get(form, form), _MIRROR.get(complement, complement)
     wide = compute_dtype(G.dtype)
     source: Source = InPlace(G) if G.dtype == wide else Converted(G)
-    project_source(source, U, V, form, complement, wide, exact=exact)
+    project_source(source, U, V, form, complement, wide)
 
 
 _MIRROR = {"left": "right", "right": "left"}
@@ -105,16 +104,10 @@ def project_source(
     form: str,
     complement: str,
     wide: torch.dtype,
-    *,
-    exact: bool = False,
 ) -> None:
-    """Project what `source` yields.
-
-    `exact` uses `(UᵀU)⁻¹` and `(VᵀV)⁻¹`: the bases were rounded, so `UUᵀ` is a projector only up
-    to their rounding, `U(UᵀU)⁻¹Uᵀ` is one.
-    """
-    left = None if U is None else _Left(U, wide, exact)
-    right = None if V is None else _Right(V.to(wide), exact)
+    """Project what `source` yields."""
+    left = None if U is None else _Left(U, wide)
+    right = None if V is None else V.to(wide)
     if left is None:
         assert right is not None
         _right_side(source, right, complement == "right")
@@ -125,94 +118,75 @@ def project_source(
     elif complement in ("left", "right"):
         _one_complement(source, left, right, complement, form == "strict")
     else:
-        a, b = left.columns, right.columns
+        a, b = left.columns, right.shape[1]
         left_first = arrange(form, complement, *source.shape, a, b, False).transposed
         _core(source, left, right, left_first, form == "strict")
 
 
 class _Left:
-    """The left basis, converted a panel of rows at a time. `B B⁺` projects onto its span."""
+    """The left basis, converted a panel of rows at a time; the right one is needed whole."""
 
-    def __init__(self, B: Tensor, wide: torch.dtype, exact: bool) -> None:
+    def __init__(self, B: Tensor, wide: torch.dtype) -> None:
         self.B, self.wide = B, wide
         self.columns = B.shape[1]
-        self.pseudo = dual_basis(B.to(wide)) if exact and B.shape[1] else B
 
-    def basis(self, rows: slice) -> Tensor:
+    def __getitem__(self, rows: slice) -> Tensor:
         return self.B[rows].to(self.wide)
-
-    def dual(self, rows: slice) -> Tensor:
-        return self.pseudo[rows].to(self.wide).t()
-
-
-class _Right:
-    """The right basis: every panel needs all of it."""
-
-    def __init__(self, B: Tensor, exact: bool) -> None:
-        self.columns = B.shape[1]
-        self.spread = B.t()
-        self.dual = dual_basis(B) if exact and B.shape[1] else B
-
-
-def dual_basis(B: Tensor) -> Tensor:
-    """`B (BᵀB)⁻¹` of a nearly orthonormal `B` in its own dtype."""
-    gram = B.mT @ B
-    return torch.cholesky_solve(B.mT, torch.linalg.cholesky(gram)).mT
 
 
 def _gather(source: Source, left: _Left) -> Tensor:
     """`UᵀG`, `(a, n)`."""
     total = None
     for rows in source.panels():
-        part = left.dual(rows)
+        part = left[rows].t()
         panel = source.load(rows)
         total = product(part, panel) if total is None else total.addmm_(part, panel)
     assert total is not None
     return total
 
 
-def _gather_core(source: Source, left: _Left, right: _Right, Y: Tensor | None = None) -> Tensor:
+def _gather_core(source: Source, left: _Left, right: Tensor, Y: Tensor | None = None) -> Tensor:
     """`UᵀGV`, `(a, b)`; keeps `GV` in `Y` where asked."""
     total = None
     for rows in source.panels():
-        thin = product(source.load(rows), right.dual)
+        thin = product(source.load(rows), right)
         if Y is not None:
             Y[rows] = thin
-        part = left.dual(rows)
+        part = left[rows].t()
         total = torch.mm(part, thin) if total is None else total.addmm_(part, thin)
     assert total is not None
     return total
 
 
-def _core(source: Source, left: _Left, right: _Right, left_first: bool, keep: bool) -> None:
+def _core(source: Source, left: _Left, right: Tensor, left_first: bool, keep: bool) -> None:
     """`G - U C Vᵀ` with `C = UᵀGV`, or `U C Vᵀ` alone for complements.
 
     The side that is contracted first is expanded last.
     """
     if left_first:
-        core = torch.mm(_gather(source, left), right.dual)
-        _take_rows(source, left, torch.mm(core, right.spread), keep)
+        core = torch.mm(_gather(source, left), right)
+        _take_rows(source, left, torch.mm(core, right.t()), keep)
         return
     core = _gather_core(source, left, right)
     for rows in source.panels():
-        beside = torch.mm(left.basis(rows), core)
+        beside = torch.mm(left[rows], core)
         if keep:
-            source.store(rows, torch.mm(beside, right.spread))
+            source.store(rows, torch.mm(beside, right.t()))
         else:
-            source.store(rows, source.reload(rows).addmm_(beside, right.spread, alpha=-1))
+            source.store(rows, source.reload(rows).addmm_(beside, right.t(), alpha=-1))
 
 
 def _take_rows(source: Source, left: _Left, B: Tensor, keep: bool) -> None:
     """`G - U B` or `U B`, for `B` `(a, n)`."""
     for rows in source.panels():
         if keep:
-            source.store(rows, torch.mm(left.basis(rows), B))
+            source.store(rows, torch.mm(left[rows], B))
         else:
-            source.store(rows, source.reload(rows).addmm_(left.basis(rows), B, alpha=-1))
+            source.store(rows, source.reload(rows).addmm_(left[rows], B, alpha=-1))
 
 
 def _one_complement(
-    source: Source, left: _Left, right: _Right, complement: str, strict: bool
+    source: Source, left: _Left, right: Tensor, complement: str, strict: bool
 ) -> None:
     """Forms whose `left` or `right` basis spans what is kept, the other what is removed.
 
@@ -221,41 +195,39 @@ def _one_complement(
     """
     if (complement == "left") == strict:
         rest = _gather(source, left)
-        rest.addmm_(torch.mm(rest, right.dual), right.spread, alpha=-1)
+        rest.addmm_(torch.mm(rest, right), right.t(), alpha=-1)
         _take_rows(source, left, rest, keep=strict)
         return
-    Y = right.dual.new_empty(source.shape[0], right.columns)
+    Y = right.new_empty(source.shape[0], right.shape[1])
     core = _gather_core(source, left, right, Y)
     for rows in source.panels():
-        beside = Y[rows].addmm_(left.basis(rows), core, alpha=-1)
+        beside = Y[rows].addmm_(left[rows], core, alpha=-1)
         if strict:
-            source.store(rows, torch.mm(beside, right.spread))
+            source.store(rows, torch.mm(beside, right.t()))
         else:
-            source.store(rows, source.reload(rows).addmm_(beside, right.spread, alpha=-1))
+            source.store(rows, source.reload(rows).addmm_(beside, right.t(), alpha=-1))
 
 
-def _both_sides(source: Source, left: _Left, right: _Right, keep: bool) -> None:
+def _both_sides(source: Source, left: _Left, right: Tensor, keep: bool) -> None:
     """With `X = UᵀG` and `R = G - U X`: `R - (R V) Vᵀ`, or `U X + (R V) Vᵀ` for complements."""
     kept = _gather(source, left)
     for rows in source.panels():
         panel = source.reload(rows)
-        part = torch.mm(left.basis(rows), kept) if keep else None
-        rest = (
-            panel.sub_(part) if part is not None else panel.addmm_(left.basis(rows), kept, alpha=-1)
-        )
-        thin = product(rest, right.dual)
+        part = torch.mm(left[rows], kept) if keep else None
+        rest = panel.sub_(part) if part is not None else panel.addmm_(left[rows], kept, alpha=-1)
+        thin = product(rest, right)
         if part is None:
-            source.store(rows, rest.addmm_(thin, right.spread, alpha=-1))
+            source.store(rows, rest.addmm_(thin, right.t(), alpha=-1))
         else:
-            source.store(rows, part.addmm_(thin, right.spread))
+            source.store(rows, part.addmm_(thin, right.t()))
 
 
-def _right_side(source: Source, right: _Right, keep: bool) -> None:
+def _right_side(source: Source, right: Tensor, keep: bool) -> None:
     """`G - (G V) Vᵀ`, or `(G V) Vᵀ` for a complement; each row on its own."""
     for rows in source.panels():
         panel = source.load(rows)
-        thin = product(panel, right.dual)
+        thin = product(panel, right)
         if keep:
-            source.store(rows, product(thin, right.spread))
+            source.store(rows, product(thin, right.t()))
         else:
-            source.store(rows, panel.addmm_(thin, right.spread, alpha=-1))
+            source.store(rows, panel.addmm_(thin, right.t(), alpha=-1))
