@@ -11,8 +11,7 @@ from sculpt.cli.demo import demo
 from sculpt.cli.doctor import doctor
 from sculpt.cli.inspect import inspect
 from sculpt.cli.report import report
-from sculpt.cli.resume import resume
-from sculpt.cli.train import train
+from sculpt.cli.train import resume, train
 from sculpt.cli.verify import verify
 from sculpt.installation import require_own_package
 

@@ -47,10 +47,9 @@ def orderly_exit() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED if stopped else TERMINATED) from None
 
 
-def end_by_certificates(results: Results | None) -> None:
+def end_by_certificates(results: Results) -> None:
     """End with `NEGATIVE` where a constraint is broken, and print which."""
-    methods = results.methods.values() if results is not None else ()
-    certificates = [certificate for method in methods for certificate in method.certificates]
+    certificates = [one for method in results.methods.values() for one in method.certificates]
     broken = [certificate for certificate in certificates if not certificate.ok]
     for certificate in broken:
         typer.secho(str(certificate).partition("\n")[0], fg="red", err=True)

@@ -1,4 +1,4 @@
-"""`sculpt train`: run a task sequence that a YAML file describes."""
+"""`sculpt train` and `sculpt resume`: run a task sequence of a YAML file, go on with it."""
 
 from __future__ import annotations
 
@@ -41,4 +41,22 @@ def train(
             return
         results = run(config, Lines(console))
     show(console, results, config.out)
+    end_by_certificates(results)
+
+
+@orderly_exit()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory of `sculpt train`.")],
+) -> None:
+    """Go on with a run that was killed, as if it never had been."""
+    from sculpt.cli.console import Lines, new_console, notes, show
+    from sculpt.runs import start
+
+    console = new_console()
+    with notes():
+        results = start.resume(run_dir, Lines(console))
+    if results is None:
+        console.print(f"{run_dir} is finished; nothing is left to do")
+        return
+    show(console, results, run_dir)
     end_by_certificates(results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +17,6 @@ from sculpt.cli.common import (
     progress_bar,
     suffixes_or_regex,
 )
-
-if TYPE_CHECKING:
-    from sculpt.config import SculptConfig
 
 
 @orderly_exit()
@@ -59,41 +56,6 @@ def verify(
     not told.
     """
     from sculpt.certificate.disk import verify_checkpoints
-
-    config = sculpt_config(
-        ratio=ratio,
-        effective_rank=effective_rank,
-        run=run,
-        rank_pattern=rank_pattern,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        constraint=constraint,
-        others=others,
-    )
-    with progress_bar("reading") as progress:
-        found = verify_checkpoints(before, after, config, progress=progress)
-    if as_json:
-        print_json({"before": str(before), "after": str(after), **found.to_dict()})
-    else:
-        typer.echo(str(found))
-    raise typer.Exit(NEGATIVE if found.broken else FINE if found.ok else TROUBLE)
-
-
-def sculpt_config(
-    *,
-    ratio: float | None = None,
-    effective_rank: str | None = None,
-    run: Path | None = None,
-    rank_pattern: list[str] | None = None,
-    target_modules: str | None = None,
-    exclude_modules: str | None = None,
-    **fields: Any,
-) -> SculptConfig:
-    """The configuration that command line options describe.
-
-    Raises:
-        ValueError: none or several of the three sources of ranks, or an option that cannot be read.
-    """
     from sculpt.config import SculptConfig
 
     given = {"--ratio": ratio, "--effective-rank": effective_rank, "--run": run}
@@ -103,23 +65,27 @@ def sculpt_config(
             f"exactly one of {', '.join(given)} says how much is preserved; got "
             f"{' and '.join(named) or 'none'}"
         )
-    if run is not None:
-        found = run_fields(run)
-    elif ratio is not None:
-        found = {"unfreeze_rank_ratio": ratio}
-    else:
-        assert effective_rank is not None
-        found = {"effective_rank": _rank("--effective-rank", effective_rank)}
+    fields: dict[str, Any] = {} if run is None else run_fields(run)
+    if ratio is not None:
+        fields["unfreeze_rank_ratio"] = ratio
+    if effective_rank is not None:
+        fields["effective_rank"] = _rank("--effective-rank", effective_rank)
     for entry in rank_pattern or []:
         pattern, equals, rank = entry.rpartition("=")
         if not equals or not pattern:
             raise ValueError(f"--rank-pattern {entry}: expected REGEX=RANK, e.g. 'q_proj=0.9'")
-        patterns = found.setdefault("rank_pattern", {})
-        patterns[pattern] = _rank("--rank-pattern", rank)
+        fields.setdefault("rank_pattern", {})[pattern] = _rank("--rank-pattern", rank)
     for name, text in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
         if text is not None:
-            found[name] = suffixes_or_regex(text)
-    return SculptConfig(**{**found, **fields})
+            fields[name] = suffixes_or_regex(text)
+    config = SculptConfig(**{**fields, "constraint": constraint, "others": others})
+    with progress_bar("reading") as progress:
+        found = verify_checkpoints(before, after, config, progress=progress)
+    if as_json:
+        print_json({"before": str(before), "after": str(after), **found.to_dict()})
+    else:
+        typer.echo(str(found))
+    raise typer.Exit(NEGATIVE if found.broken else FINE if found.ok else TROUBLE)
 
 
 def run_fields(run: Path) -> dict[str, Any]:

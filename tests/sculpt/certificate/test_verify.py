@@ -20,7 +20,7 @@ from sculpt import SculptConfig, Sculptor
 from sculpt.certificate.disk import verify_checkpoints
 from sculpt.certificate.streamed import bytes_for
 from sculpt.cli.app import app
-from sculpt.cli.verify import sculpt_config
+from sculpt.cli.verify import run_fields
 from sculpt.runs.start import run
 from sculpt.storage.weights import StoredWeightsError
 
@@ -192,7 +192,7 @@ def test_the_models_of_a_run_say_what_its_certificates_said(tmp_path):
     models = [tmp_path / "tiny", *sorted((folder / "models").iterdir())]
     assert len(models) == 1 + len(written)
     for before, after, during in zip(models, models[1:], written, strict=False):
-        config = sculpt_config(run=folder)
+        config = SculptConfig(**run_fields(folder))
         rows = {r.name: r for r in verify_checkpoints(before, after, config).certificate.rows}
         for row in during["rows"]:
             assert rows[row["name"]].leak == pytest.approx(row["leak"], rel=1e-6, abs=1e-10)
