@@ -51,7 +51,7 @@ def run_demo(settings: DemoSettings, console: Console, report: Report) -> Result
         tasks = demo_tasks(settings.seed, **sizes)
     check_space(settings.out, model)
     results = Results(
-        config={**settings.to_dict(), "model": _model_name(settings)},
+        config={**vars(settings), "model": _model_name(settings)},
         versions=versions(),
         tasks=[
             {"name": t.name, "labels": t.labels, "train": len(t.train), "test": len(t.test)}

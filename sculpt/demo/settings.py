@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,6 @@ class DemoSettings:
             device="cpu",
             seed=self.seed,
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in asdict(self).items()
-        }
 
 
 QUICK: dict[str, Any] = {"quick": True, "steps": 40, "lr": 5e-5}

@@ -63,22 +63,17 @@ def test_spectra_are_those_of_the_stored_weights(directory):
         assert list(spectrum.curve) == sorted(spectrum.curve, reverse=True)
 
 
-def test_a_model_in_several_files_reads_the_same(directory, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(directory)
+def test_several_files_and_those_of_the_body_alone_read_the_same(directory, tmp_path):
+    """Names may lack or have the prefix of the base model."""
+    model, body = AutoModelForCausalLM.from_pretrained(directory), tmp_path / "body"
     model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
-    one, several = (inspect_model(p, tokens=64) for p in (directory, tmp_path / "parts"))
-    assert [row.spectrum for row in one.rows] == [row.spectrum for row in several.rows]
-
-
-def test_a_body_is_read_from_the_files_of_the_whole(directory, tmp_path):
-    """Names may lack or have the prefix of the base model."""
-    body = tmp_path / "body"
-    AutoModelForCausalLM.from_pretrained(directory).model.save_pretrained(body)
+    model.model.save_pretrained(body)
     config = json.loads((body / "config.json").read_text())
     (body / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    whole, part = (inspect_model(path, tokens=64) for path in (directory, body))
-    assert [row.spectrum for row in whole.rows] == [row.spectrum for row in part.rows]
+    expected = [row.spectrum for row in inspect_model(directory, tokens=64).rows]
+    for path in (tmp_path / "parts", body):
+        assert [row.spectrum for row in inspect_model(path, tokens=64).rows] == expected
 
 
 def test_a_zero_matrix_and_a_stack_have_a_spectrum_too():

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from tiny_runs import run_values, write_lines
+from tiny_runs import run_config, run_values, write_lines
 from typer.testing import CliRunner, Result
 
 from sculpt.cli.app import app
-from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunDirectory
 from sculpt.runs.loop import Run
 
@@ -64,9 +63,7 @@ def test_a_run_goes_on_from_any_folder(
     stopped = invoke("train", "../run.yaml", "out=../run")
     assert stopped.exit_code == 130, stopped.output
     described = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
-    assert described == RunConfig.model_validate(YAML(typ="safe").load(text)).model_dump(
-        mode="json"
-    )
+    assert described == run_config(tmp_path).model_dump(mode="json")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path / "there")
     done = invoke("resume", "../run")

