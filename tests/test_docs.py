@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shlex
 import textwrap
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 DOCUMENTS = sorted([*ROOT.glob("README.md"), *DOCS.glob("**/*.md")])
 PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "bench/README.md"]
-FENCE = re.compile(r"^(?P<indent>\s*)(?P<ticks>`{3,})(?P<info>[^`]*)$")
+FENCED = re.compile(r"(?ms)^ *(?P<ticks>`{3,})(?P<info>[^`\n]*)\n(?P<code>.*?)^ *(?P=ticks)$")
 
 
 class Block(NamedTuple):
@@ -55,23 +54,16 @@ class Block(NamedTuple):
 
 def blocks(text: str) -> list[Block]:
     """The fenced blocks of a Markdown text; one that is never closed is an error."""
-    found: list[Block] = []
-    opened: re.Match[str] | None = None
-    start, code = 0, list[str]()
-    for number, line in enumerate(text.splitlines(), 1):
-        fence = FENCE.match(line)
-        if opened is None:
-            if fence:
-                opened, start, code = fence, number + 1, []
-        elif fence and not fence["info"].strip() and len(fence["ticks"]) >= len(opened["ticks"]):
-            inside = textwrap.dedent("\n".join(code)) + "\n"
-            found.append(Block(opened["info"].strip(), start, inside))
-            opened = None
-        else:
-            code.append(line)
-    if opened is not None:
-        raise ValueError(f"the block that starts at line {start - 1} is never closed")
-    return found
+    if left := re.search(r"(?m)^ *```.*$", FENCED.sub("", text)):
+        raise ValueError(f"the block {left[0]!r} is never closed")
+    return [
+        Block(
+            found["info"].strip(),
+            text.count("\n", 0, found.start("code")) + 1,
+            textwrap.dedent(found["code"]),
+        )
+        for found in FENCED.finditer(text)
+    ]
 
 
 def execute(text: str, name: str) -> int:
@@ -140,7 +132,7 @@ def test_a_failing_example_points_at_its_line() -> None:
 
 
 def test_an_open_block_is_an_error() -> None:
-    with pytest.raises(ValueError, match="line 3 is never closed"):
+    with pytest.raises(ValueError, match="never closed"):
         blocks("a\n\n```python\nx = 1\n")
 
 
@@ -211,36 +203,22 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "runs/first/model/config.json").is_file()
 
 
-def prose(text: str) -> str:
-    """The text without its fenced and indented blocks and its code spans."""
-    lines, fence = [], ""
-    for line in text.splitlines():
-        ticks = re.match(r"\s*(`{3,})", line)
-        if ticks and not fence:
-            fence = ticks[1]
-        elif fence:
-            fence = "" if line.strip() == fence else fence
-        elif not line.startswith("    "):
-            lines.append(line)
-    return re.sub(r"`[^`\n]*`", "", "\n".join(lines))
-
-
 def links(text: str) -> list[str]:
-    """Relative targets of links and pictures."""
-    targets = re.findall(r"\]\(([^()\s]+)\)", prose(text))
+    """Relative targets of links and pictures, those in code left out."""
+    prose = re.sub(r"(?m)^    .*$|`[^`\n]*`", "", FENCED.sub("", text))
+    targets = re.findall(r"\]\(([^()\s]+)\)", prose)
     return [target for target in targets if "://" not in target]
 
 
 def anchors(text: str) -> set[str]:
     """Of the headings, as the forge and the site both make them."""
-    return set(_anchors(text))
-
-
-def _anchors(text: str) -> Iterator[str]:
-    for heading in re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?ms)^```.*?^```$", "", text)):
-        kept = re.sub(r"[^\w\s-]", "", heading.lower()).strip()
-        if re.sub(r"[-\s]+", "-", kept) == kept.replace(" ", "-") and kept.isascii():
-            yield kept.replace(" ", "-")
+    headings = re.findall(r"(?m)^#+ (.*)$", FENCED.sub("", text))
+    kept = (re.sub(r"[^\w\s-]", "", heading.lower()).strip() for heading in headings)
+    return {
+        name.replace(" ", "-")
+        for name in kept
+        if name.isascii() and re.sub(r"[-\s]+", "-", name) == name.replace(" ", "-")
+    }
 
 
 def leads_somewhere(path: Path, link: str) -> bool:
