@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import run_until
 
 from bench import continual, gpu, pictures
-from bench.continual import VARIANTS, Plan, compute, describe, fields, run_config, searched
+from bench.continual import VARIANTS, Plan, compute, describe, run_config, searched
 from bench.continual_table import accuracy, runs_in, sequences
 from bench.rehearsal import tiny_data, tiny_model
 from sculpt.runs.start import run
@@ -157,12 +157,6 @@ def test_short_prompts_lose_instruction_and_options(tmp_path: Path) -> None:
     assert [row["answer"] for row in rows] == [row["answer"] for row in long]
     for row, whole in zip(rows, long, strict=True):
         assert whole["prompt"] == f"Choose one.\nOption: Health, Sports \n{row['prompt']}"
-
-
-def test_a_field_without_a_value_is_refused() -> None:
-    assert fields(["training.lr=1e-5", "method=ewc"]) == {"training.lr": 1e-5, "method": "ewc"}
-    with pytest.raises(ValueError, match="'training': expected key=value"):
-        fields(["training"])
 
 
 def test_the_gpu_part_rehearses(tmp_path: Path) -> None:
