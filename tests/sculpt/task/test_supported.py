@@ -162,14 +162,6 @@ def test_parts_of_a_convolution_are_no_stacks_of_matrices(compute):
     assert {left_out[name] for name in parts} == {"not in target_modules"}
 
 
-def test_a_bias_that_is_computed_hinders_nothing():
-    model = two_layers()
-    pruned(model["a"], "bias")
-    found = find_targets(model, SculptConfig())
-    assert [target.name for target in found.chosen] == ["a", "b"]
-    assert found.left_out["a.bias_orig"] == "bias: only matrices are sculpted"
-
-
 def test_a_layer_without_a_shape_yet_is_refused():
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"0.weight is not initialised.*call the model once"):
