@@ -67,6 +67,16 @@ def projected_sgd(sculptor: Sculptor, lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups)
 
 
+def projected(matrix: CoordinateMatrix, G: torch.Tensor) -> torch.Tensor:
+    """A dense gradient in the coordinates of a matrix, but for its scale: `Uᵀ G V`."""
+    U, V, R = matrix.bases.U, matrix.bases.V, matrix.bases.removed
+    found = G if U is None else U.mT @ G
+    found = found if V is None else found @ V
+    if R is None:
+        return found
+    return found - (R @ (R.mT @ found) if U is None else found @ R @ R.mT)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A model, the weights to sculpt, and how many of them there are."""

@@ -227,40 +227,6 @@ def test_a_dense_rate_moves_weights_as_far_as_dense_adamw(coordinates, ratio):
         assert least * far < moved(model, before)[name] < 1.01 * far
 
 
-def set_all(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-RATES = {
-    "the rate it was made with": lambda o: None,
-    "set by hand": lambda o: set_all(o, 1e-3),
-    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=10),
-}
-
-
-@pytest.mark.parametrize("how", RATES)
-def test_whatever_sets_the_rate_sets_that_of_dense_weights(how):
-    """After a step both have moved as far."""
-    distances = []
-    for sculpted in (True, False):
-        model = small_model()
-        before = {n: t.clone() for n, t in model.state_dict().items()}
-        trained = list(model.parameters())
-        if sculpted:
-            sculptor = Sculptor(model, SculptConfig())
-            sculptor.begin_task()
-            trained = list(model.parameters())  # What is frozen among them is left alone.
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-        RATES[how](optimizer)
-        if sculpted:
-            sculptor.attach(optimizer)
-        train(model, optimizer, 1)
-        distances.append(moved(model, before))
-        assert all(len(g["params"]) == len(trained) for g in optimizer.param_groups)
-    assert distances[0] == pytest.approx(distances[1], rel=1e-2)
-
-
 def test_weight_decay_pulls_toward_the_weights_before_the_task():
     """At the rate of dense weights: a step without gradients takes `lr * decay` of the change."""
     model = small_model()

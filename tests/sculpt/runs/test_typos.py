@@ -113,23 +113,16 @@ def test_a_slip_in_a_choice_names_the_nearest(tmp_path: Path, place: Place) -> N
         assert f"did you mean {choice!r}?" in said, said
 
 
-@pytest.mark.parametrize(
-    ("field", "choice"),
-    [
-        ("constraint", "strict"),
-        ("engine", "compact"),
-        ("coordinates", "full"),
-        ("others", "freeze"),
-        ("weight_update", "recompute"),
-        ("originals", "disk"),
-        ("basis_dtype", "weight"),
-    ],
-)
+CHOICES_OF_SCULPT = {
+    "constraint": "strict", "engine": "compact", "coordinates": "full", "others": "freeze",
+    "weight_update": "recompute", "originals": "disk", "basis_dtype": "weight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "choice"), CHOICES_OF_SCULPT.items())
 def test_a_slip_in_a_choice_of_sculpt_names_the_nearest(
     tmp_path: Path, field: str, choice: str
 ) -> None:
     said, line = error_of(tmp_path, ("sculpt", field), choice[:-1])
     assert f"run.yaml:{line}: " in said
     assert f"did you mean {choice!r}?" in said, said
-    with pytest.raises(ValueError, match=f"did you mean {choice!r}"):
-        SculptConfig(**{field: choice[:-1]})

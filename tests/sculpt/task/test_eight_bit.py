@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sculpt import SculptConfig, Sculptor
+from tests.sculpt.small_models import begin
 
 
 @pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
@@ -19,10 +20,7 @@ def test_8_bit_optimizers(package):
         from torchao.optim import AdamW8bit
     # 64 x 64 coordinates: smaller ones keep 32-bit states in both.
     model = torch.nn.Sequential(torch.nn.Linear(256, 256))
-    sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=0.25))
-    sculptor.begin_task()
-    optimizer = AdamW8bit(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(), AdamW8bit, lr=1e-3)
     x = torch.randn(4, 256)
     # What is compiled here is no kernel of ours.
     with torch.compiler.set_stance("force_eager"):

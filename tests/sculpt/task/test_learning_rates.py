@@ -10,7 +10,22 @@ from sculpt import SculptConfig, Sculptor
 from tests.sculpt.task.test_engines import Lion
 from tests.sculpt.test_sculptor import moved, small_model, train
 
+
+def by_hand(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    return optimizer
+
+
+def scheduled(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.0)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=10)
+    return optimizer
+
+
 NORMALISING = {
+    "by hand": by_hand,
+    "scheduled": scheduled,
     "lion": lambda trained: Lion(trained, lr=1e-3),
     "adafactor": lambda trained: torch.optim.Adafactor(trained, lr=1e-3, eps=(None, 1.0)),
     "rmsprop": lambda trained: torch.optim.RMSprop(trained, lr=1e-3),
@@ -24,12 +39,11 @@ def test_optimizers_that_normalise_each_element_move_as_far_as_on_dense_weights(
     for sculpted in (True, False):
         model = small_model()
         before = {n: t.clone() for n, t in model.state_dict().items()}
-        trained = list(model.parameters())
+        sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=ratio))
         if sculpted:
-            sculptor = Sculptor(model, SculptConfig(unfreeze_rank_ratio=ratio))
             sculptor.begin_task()
-            trained = sculptor.parameters()
-        optimizer = NORMALISING[name](trained)
+        # All parameters: what is frozen among them is left alone.
+        optimizer = NORMALISING[name](list(model.parameters()))
         if sculpted:
             sculptor.attach(optimizer)
         train(model, optimizer, 1)

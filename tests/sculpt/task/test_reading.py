@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sculpt import SculptConfig, Sculptor
 from sculpt.task.targets import find_targets
-from tests.sculpt.small_models import LLAMA, begin
+from tests.sculpt.small_models import LLAMA, begin, projected
 
 
 class Penalised(nn.Module):
@@ -119,14 +119,8 @@ def test_the_gradient_is_that_of_the_dense_weight_projected(name, coordinates):
     for matrix in sculptor._task.matrices.values():
         target, state = targets[matrix.name], matrix.state
         # A hook holds the layer that it was put on, of which this is a copy.
-        source = target.parameter.grad
-        G = target.oriented(source)
-        expected = G if state.U is None else state.U.mT @ G
-        expected = state.scale * (expected if state.V is None else expected @ state.V)
-        if state.removed is not None:
-            R = state.removed
-            inside = R @ (R.mT @ expected) if state.U is None else expected @ R @ R.mT
-            expected = expected - inside
+        G = target.oriented(target.parameter.grad)
+        expected = state.scale * projected(matrix, G)
         assert float(expected.norm()) > 1e-8
         tolerance = 1e-9 if G.dtype == torch.float64 else 1e-4
         torch.testing.assert_close(

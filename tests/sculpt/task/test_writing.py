@@ -155,21 +155,15 @@ def test_what_the_task_cannot_have_done_is_refused(kind, how):
     for call in (sculptor.end_task, sculptor.end_task):
         with pytest.raises(WeightChangedError, match=r"the weight of '\d' was written to during"):
             call()
+    if how != "an edit":  # Through `.data`, which no version counts.
+        with pytest.raises(WeightChangedError):
+            steps(model, optimizer, 1)
     assert all(torch.equal(value, bad[name]) for name, value in weights(model).items())
     # What belongs to the task makes it good.
     model.load_state_dict(good)
     assert sculptor.verify().ok
     steps(model, optimizer, 1)
     sculptor.end_task()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_refused_before_the_next_forward_or_step(kind):
-    model, _, optimizer = begun(kind)
-    steps(model, optimizer, 3)
-    model.load_state_dict({n: torch.randn_like(v) for n, v in model.state_dict().items()})
-    with pytest.raises(WeightChangedError):
-        steps(model, optimizer, 1)
 
 
 def test_weights_that_are_loaded_as_they_are_change_nothing():
