@@ -295,11 +295,6 @@ def test_fisher_needs_a_loss() -> None:
         sculptor.begin_task([lambda model: model(torch.ones(1, 48)) * math.nan])
 
 
-def test_calibration_that_nobody_uses_is_refused() -> None:
-    with pytest.raises(ValueError, match="not used by uniform ranks"):
-        Sculptor(random_model(), SculptConfig(subspaces="weights")).begin_task(data())
-
-
 @pytest.mark.parametrize("importance", ["cosine", "fisher"])
 def test_no_activation_and_no_gradient_is_kept_and_the_model_is_as_it_was(importance) -> None:
     model = random_model().train()

@@ -17,7 +17,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
     def fail(temporary: Path) -> None:
         temporary.write_text("half")
-        assert path.read_text() == "old"
         raise RuntimeError
 
     with pytest.raises(RuntimeError), replacing_file(path) as temporary:
@@ -31,20 +30,17 @@ def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, [1.5, None]], "3": "p"}
 
 
-def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+def test_a_build_happens_once_and_leaves_nothing_where_it_fails(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
-        (folder / "half").write_text("x")
+        (folder / "half").touch()
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        build_once(tmp_path / "a" / "target", fail)
-    assert list((tmp_path / "a").iterdir()) == []
-
-
-def test_a_build_happens_once(tmp_path: Path) -> None:
+        build_once(tmp_path / "a", fail)
+    assert list(tmp_path.iterdir()) == []
     built = []
     for _ in range(2):
-        folder = build_once(tmp_path / "target", lambda f: built.append((f / "x").touch()))
+        folder = build_once(tmp_path / "a", lambda f: built.append((f / "x").touch()))
     assert len(built) == 1
     assert [p.name for p in folder.iterdir()] == ["x"]
 

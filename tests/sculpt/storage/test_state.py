@@ -15,7 +15,7 @@ from tests.sculpt.small_models import KINDS
 from tests.sculpt.task.test_engines import EXACT, fit, inputs, model_of
 
 
-def begun(model, config):
+def started(model, config):
     sculptor = Sculptor(model, config)
     sculptor.begin_task(name="first")
     optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
@@ -29,7 +29,7 @@ def test_a_resumed_task_gives_the_same_bits(tmp_path, monkeypatch, engine, dtype
     config = SculptConfig(target_modules=["2", "4", "5"], others="train", **EXACT[engine])
     whole = model_of(dtype)
     whole[0].bias.requires_grad_(False)
-    sculptor, optimizer = begun(whole, config)
+    sculptor, optimizer = started(whole, config)
     fit(whole, optimizer, 3)
     saved = {name: value.clone() for name, value in whole.state_dict().items()}
     moments = copy.deepcopy(optimizer.state_dict())
@@ -65,7 +65,7 @@ def test_a_resumed_task_gives_the_same_bits(tmp_path, monkeypatch, engine, dtype
 @pytest.mark.parametrize("name", ["conv1d, fused qkv", "mixtral experts"])
 def test_other_layers_come_back_too(tmp_path, name):
     model = KINDS[name].build()
-    sculptor, optimizer = begun(model, SculptConfig())
+    sculptor, optimizer = started(model, SculptConfig())
     KINDS[name].loss(model).backward()
     optimizer.step()
     sculptor.save(tmp_path)
@@ -77,7 +77,7 @@ def test_other_layers_come_back_too(tmp_path, name):
 
 def test_damaged_and_foreign_saves_are_refused(tmp_path):
     model = model_of(torch.bfloat16)
-    sculptor, optimizer = begun(model, SculptConfig())
+    sculptor, optimizer = started(model, SculptConfig())
     fit(model, optimizer, 1)
     sculptor.save(tmp_path)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -117,7 +117,7 @@ def test_damaged_and_foreign_saves_are_refused(tmp_path):
 
 def test_a_save_in_the_background_is_the_one_of_its_moment(tmp_path, monkeypatch):
     model = model_of()
-    sculptor, optimizer = begun(model, SculptConfig())
+    sculptor, optimizer = started(model, SculptConfig())
     fit(model, optimizer, 2)
     sculptor.save(tmp_path / "expected")
     go_on, write = threading.Event(), state.tensors_on_disk.write_file
@@ -145,7 +145,7 @@ def test_a_save_in_the_background_is_the_one_of_its_moment(tmp_path, monkeypatch
 
 
 def test_what_goes_wrong_in_the_background_is_not_lost(tmp_path):
-    sculptor, _ = begun(model_of(), SculptConfig())
+    sculptor, _ = started(model_of(), SculptConfig())
     (tmp_path / "file").touch()
     sculptor.save_async(tmp_path / "file")
     with pytest.raises(OSError, match="file"):
@@ -168,7 +168,7 @@ def save_async(sculptor, path):
 def test_an_interrupted_save_leaves_the_one_before_it(tmp_path, monkeypatch, save, when):
     """Into the same directory, another task in the meantime; the first files are complete."""
     model = model_of()
-    sculptor, optimizer = begun(model, SculptConfig())
+    sculptor, optimizer = started(model, SculptConfig())
     fit(model, optimizer, 2)
     sculptor.save(tmp_path)
     saved = {name: value.clone() for name, value in model.state_dict().items()}

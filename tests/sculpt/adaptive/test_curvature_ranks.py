@@ -1,0 +1,76 @@
+"""Ranks by the curvature of what is protected, under one budget."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sculpt import AdaptiveRanks, SculptConfig, Sculptor
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = (40, 56, 56, 24)
+    layers = [nn.Linear(n, m) for n, m in zip(sizes, sizes[1:], strict=False)]
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+
+def begun(**ranks: object) -> tuple[Sculptor, dict[str, int], dict[str, float | None]]:
+    """Ranks `t` by name, after inputs that use few directions were protected."""
+    sculptor = Sculptor(model(), SculptConfig(ranks=AdaptiveRanks(trr=0.75, **ranks)))
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(256, 4, generator=generator) @ torch.randn(4, 40, generator=generator)
+    sculptor.protect([lambda model: (model(X)[:, :3].square()).sum()])
+    rows = sculptor.begin_task().rows
+    return sculptor, {r.name: r.trainable_rank for r in rows}, {r.name: r.importance for r in rows}
+
+
+def shares(F: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(F.double()).clamp_min(0).cumsum(0) / F.double().trace()
+
+
+def added(sculptor: Sculptor, name: str, t: int) -> float:
+    """What the trailing direction `t` adds to `tr S_l tr A_l`, for each number that it trains."""
+    left, right = sculptor.memory.of(name)
+    A, S = right.total / right.count, left.total
+    both = shares(S)[: min(len(S), len(A))] * shares(A)[: min(len(S), len(A))]
+    more = both[t - 1] - (both[t - 2] if t > 1 else 0)
+    return float(A.trace() * S.trace() * more) / (2 * t - 1)
+
+
+def test_no_direction_that_is_left_out_costs_less_than_one_that_trains() -> None:
+    sculptor, ranks, importance = begun(trainable_elements=900)
+    assert sum(t**2 for t in ranks.values()) == pytest.approx(900, rel=0.01)
+    last = {name: added(sculptor, name, t) for name, t in ranks.items()}
+    next_one = {name: added(sculptor, name, t + 1) for name, t in ranks.items()}
+    # To one direction of a layer: the budget ends within a layer.
+    assert sorted(last.values())[-2] <= min(next_one.values()) * (1 + 1e-6)
+    assert len(set(ranks.values())) > 1
+    assert math.fsum(importance.values()) / 3 == pytest.approx(1)
+
+
+def test_the_energy_is_that_of_the_curvature() -> None:
+    sculptor, ranks, _ = begun(protected_energy=0.95)
+    whole = touched = 0.0
+    for name, t in ranks.items():
+        left, right = sculptor.memory.of(name)
+        curvature = float(left.total.trace() * right.total.trace() / right.count)
+        whole += curvature
+        touched += curvature * float(shares(left.total)[t - 1] * shares(right.total)[t - 1])
+    assert 1 - touched / whole == pytest.approx(0.95, rel=0.01)
+
+
+def test_without_a_budget_as_many_numbers_train_as_at_uniform_ranks() -> None:
+    _, ranks, _ = begun()
+    uniform = [k - math.floor(0.75 * k) for k in (40, 56, 24)]
+    assert sum(t**2 for t in ranks.values()) == pytest.approx(sum(t**2 for t in uniform), rel=0.01)
+    assert list(ranks.values()) != uniform
+
+
+def test_before_anything_is_protected_all_layers_retain_trr() -> None:
+    ranks = AdaptiveRanks(trr=0.75, importance="curvature")
+    rows = Sculptor(model(), SculptConfig(ranks=ranks)).begin_task().rows
+    assert [row.preserved for row in rows] == [math.floor(0.75 * k) for k in (40, 56, 24)]
