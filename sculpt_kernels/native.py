@@ -10,45 +10,27 @@ import ctypes
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 NAMES = ("libsculpt_cpu.so", "libsculpt_cpu.dylib", "sculpt_cpu.dll")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 HOW_TO_BUILD = "`make native` in a checkout, or SCULPT_NATIVE=1 pip install with a C++ compiler"
 
-_i32, _i64 = ctypes.c_int32, ctypes.c_int64
+_i32, _i64, _u64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
 
 
 class Matrix(ctypes.Structure):
     """`sculpt_matrix`."""
 
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("stride_row", _i64),
-        ("stride_column", _i64),
-        ("dtype", _i32),
-        ("reserved", _i32),
-    )
+    _fields_ = (("data", ctypes.c_void_p), ("stride_row", _i64), ("stride_column", _i64))
 
     @classmethod
     def of(cls, X: Tensor) -> Matrix:
         """A two-dimensional tensor as the library takes it."""
-        return cls(X.data_ptr(), X.stride(0), X.stride(1), DTYPES[X.dtype])
-
-
-class Rounding(ctypes.Structure):
-    """`sculpt_rounding`."""
-
-    _fields_ = (
-        ("row0", _i64),
-        ("seed", ctypes.c_uint64),
-        ("stochastic", _i32),
-        ("reserved", _i32),
-    )
+        return cls(X.data_ptr(), X.stride(0), X.stride(1))
 
 
 class Library:
@@ -60,7 +42,6 @@ class Library:
         Raises:
             OSError: it cannot be loaded, is no library of ours, or is of another version.
         """
-        self.path = path
         handle = ctypes.CDLL(str(path))
         try:
             abi = int(handle.sculpt_cpu_abi())
@@ -70,34 +51,26 @@ class Library:
             raise OSError(
                 f"{path} has ABI {abi}, this version needs {ABI}; build it again: {HOW_TO_BUILD}"
             )
-        self._handle = handle
         handle.sculpt_cpu_error.restype = ctypes.c_char_p
-        handle.sculpt_cpu_isa.restype = ctypes.c_char_p
+        self._handle = handle
 
-    @property
-    def isa(self) -> str:
-        """The instruction set in use: `"avx512"`, `"avx2"` or `"scalar"`."""
-        return str(self._handle.sculpt_cpu_isa().decode())
-
-    def use_isa(self, name: str) -> None:
-        self._call(self._handle.sculpt_cpu_use_isa, name.encode())
-
-    def round(self, out: Matrix, x: Matrix, m: int, n: int, rounding: Rounding) -> None:
-        """`out <- x`, `m x n`, converted and rounded."""
-        by = ctypes.byref
-        threads = _i32(torch.get_num_threads())
-        function = self._handle.sculpt_cpu_round
-        self._call(function, by(out), by(x), _i64(m), _i64(n), by(rounding), threads)
-
-    def _call(self, function: Any, *arguments: Any) -> None:
-        if function(*arguments):
+    def round(
+        self, out: Matrix, dtype: int, x: Matrix, m: int, n: int, row0: int, seed: int
+    ) -> None:
+        """`out <- x`, `m x n`, from float32 to `dtype` by the random bits of `seed`."""
+        by, threads = ctypes.byref, _i32(torch.get_num_threads())
+        if self._handle.sculpt_cpu_round(
+            by(out), _i32(dtype), by(x), _i64(m), _i64(n), _i64(row0), _u64(seed), threads
+        ):
             raise ValueError(self._handle.sculpt_cpu_error().decode())
 
 
 def round_(out: Tensor, x: Tensor, seed: int | Tensor, row0: int) -> None:
     """`out <- x`, rounded stochastically; row 0 of both is row `row0` of what is being rounded."""
-    rounding = Rounding(row0, int(seed) % 2**64, 1)
-    library().round(Matrix.of(out), Matrix.of(x), out.shape[0], out.shape[1], rounding)
+    x = x.float()
+    m, n = out.shape
+    operands = Matrix.of(out), DTYPES[out.dtype], Matrix.of(x)
+    library().round(*operands, m, n, row0, int(seed) % 2**64)
 
 
 def missing() -> str | None:

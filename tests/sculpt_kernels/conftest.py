@@ -18,18 +18,6 @@ def library() -> native.Library:
     return native.library()
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, library: native.Library) -> Iterator[str]:
-    """Each instruction set that this CPU has."""
-    best = library.isa
-    try:
-        library.use_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    library.use_isa(best)
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
