@@ -41,6 +41,13 @@ LLAMA = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 32,
 }
+ENGINES: dict[str, dict[str, Any]] = {
+    "compact": {},
+    "full": {"coordinates": "full"},
+    "update": {"engine": "update"},
+    "core": {"constraint": "core"},
+}
+"""Whatever keeps its constraint with any optimizer."""
 EXPERTS = LLAMA | {"num_hidden_layers": 1, "num_experts_per_tok": 2}
 
 

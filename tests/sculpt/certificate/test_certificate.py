@@ -13,16 +13,10 @@ from sculpt import Certificate, SculptConfig, Sculptor
 from sculpt.certificate.leak import rounding_bound
 from sculpt_kernels import split
 from sculpt_kernels.rounding import stochastic_round
-from tests.sculpt.small_models import begin
+from tests.sculpt.small_models import ENGINES, begin
 
 X = torch.randn(16, 20, generator=torch.Generator().manual_seed(1))
-LOW = {
-    "compact": {},
-    "recompute": {"weight_update": "recompute"},
-    "full": {"coordinates": "full"},
-    "update": {"engine": "update"},
-    "core": {"constraint": "core"},
-}
+LOW = ENGINES | {"recompute": {"weight_update": "recompute"}}
 
 
 def trained(dtype: torch.dtype, steps: int = 20, lr: float = 1e-3, **options):

@@ -11,8 +11,8 @@ import torch
 
 from sculpt import SculptConfig, Sculptor
 from sculpt.storage import task as state
-from tests.sculpt.small_models import KINDS
-from tests.sculpt.task.test_engines import EXACT, fit, inputs, model_of
+from tests.sculpt.small_models import ENGINES, KINDS
+from tests.sculpt.task.test_engines import fit, inputs, model_of
 
 
 def started(model, config):
@@ -23,10 +23,10 @@ def started(model, config):
     return sculptor, optimizer
 
 
-@pytest.mark.parametrize("engine", EXACT)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_task_gives_the_same_bits(tmp_path, monkeypatch, engine, dtype):
-    config = SculptConfig(target_modules=["2", "4", "5"], others="train", **EXACT[engine])
+    config = SculptConfig(target_modules=["2", "4", "5"], others="train", **ENGINES[engine])
     whole = model_of(dtype)
     whole[0].bias.requires_grad_(False)
     sculptor, optimizer = started(whole, config)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sculpt import SculptConfig, Sculptor
-from tests.sculpt.small_models import begin, projected_sgd
+from tests.sculpt.small_models import ENGINES, begin, projected_sgd
 
 SHAPES = ((24, 16), (16, 16), (10, 16))
 
@@ -66,19 +66,13 @@ OPTIMIZERS = {
     "lion": lambda s: Lion(s.parameters(), lr=1e-3),
     "muon": lambda s: torch.optim.Muon(s.parameters(), lr=1e-2),
 }
-EXACT = {
-    "compact, thin": {},
-    "compact, full": {"coordinates": "full"},
-    "update, strict": {"engine": "update"},
-    "update, core": {"constraint": "core"},
-}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("engine", EXACT)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_exact_engines_stay_inside_after_200_steps(engine, optimizer):
     model = model_of()
-    config = SculptConfig(unfreeze_rank_ratio=0.25, **EXACT[engine])
+    config = SculptConfig(unfreeze_rank_ratio=0.25, **ENGINES[engine])
     sculptor = Sculptor(model, config)
     sculptor.begin_task()
     made = OPTIMIZERS[optimizer](sculptor)
@@ -90,18 +84,18 @@ def test_exact_engines_stay_inside_after_200_steps(engine, optimizer):
     for certificate in (sculptor.verify(), sculptor.verify(independent=True)):
         assert certificate.ok, str(certificate)
         assert all(row.change > 1e-4 for row in certificate.rows)
-    if engine == "update, core":
+    if engine == "core":
         # It is the weaker constraint that holds, not by chance the stronger.
         assert max(row.left for row in certificate.rows) > 0.1
     sculptor.end_task()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("engine", EXACT)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("basis_dtype", ["float32", "weight"])
 def test_16_bit_weights_have_an_exact_truth(engine, dtype, basis_dtype):
     model = model_of(dtype)
-    config = SculptConfig(basis_dtype=basis_dtype, **EXACT[engine])
+    config = SculptConfig(basis_dtype=basis_dtype, **ENGINES[engine])
     sculptor, optimizer = begin(model, config, lr=1e-3, eps=1e-4)
     fit(model, optimizer, 30)
     independent = sculptor.verify(independent=True)
@@ -112,7 +106,7 @@ def test_16_bit_weights_have_an_exact_truth(engine, dtype, basis_dtype):
         # Exact on its own span, which the rounding of the bases has tilted.
         spacing = torch.finfo(dtype).eps
         assert max(row.leak for row in independent.rows) < 4 * spacing
-        if "compact, thin" in engine:
+        if engine == "compact":
             assert sculptor.verify().ok, str(sculptor.verify())
     truths = [matrix.truth() for matrix in sculptor._task.matrices.values()]
     weights = [matrix.weight for matrix in sculptor._task.matrices.values()]
@@ -250,13 +244,13 @@ def test_weights_of_one_layout_follow_together(monkeypatch, coordinates, weight_
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("engine", EXACT)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_schedules_and_groups_decide_how_far_weights_move(engine):
     """Twice the rate moves twice as far, and a group whose rate is 0 stays."""
     moved = []
     for rates in ([0.0, 1e-3, 1e-3], [0.0, 1e-3, 2e-3]):
         model = model_of(torch.float64)
-        sculptor = Sculptor(model, SculptConfig(target_modules=["4", "5"], **EXACT[engine]))
+        sculptor = Sculptor(model, SculptConfig(target_modules=["4", "5"], **ENGINES[engine]))
         sculptor.begin_task()
         first, second = sculptor.parameters()
         groups = [{"params": [first]}, {"params": [second], "lr": 0.0}]

@@ -8,7 +8,7 @@ import torch
 from sculpt import SculptConfig
 from sculpt.task import compact, projected
 from tests.sculpt.small_models import begin
-from tests.sculpt.task.test_engines import EXACT, fit, inputs, model_of
+from tests.sculpt.task.test_engines import ENGINES, fit, inputs, model_of
 
 
 def fails_at(patch: pytest.MonkeyPatch, failing: int) -> None:
@@ -84,12 +84,12 @@ def test_a_failing_projection_is_made_good_by_the_next_one(monkeypatch, constrai
     assert sculptor.verify(independent=True).ok
 
 
-@pytest.mark.parametrize("engine", EXACT)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.filterwarnings("ignore:a step was left out")
 def test_a_gradient_that_overflows_halves_the_scale_and_moves_nothing(engine, fused):
     model = model_of()
-    sculptor, optimizer = begin(model, SculptConfig(**EXACT[engine]), lr=1e-3, fused=fused)
+    sculptor, optimizer = begin(model, SculptConfig(**ENGINES[engine]), lr=1e-3, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
     x, y = inputs(torch.float32)
     scales, moved = [], []

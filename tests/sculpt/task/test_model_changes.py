@@ -10,13 +10,8 @@ import torch
 from torch import nn
 
 from sculpt import SculptConfig, Sculptor
+from tests.sculpt.small_models import ENGINES, begin
 
-ENGINES = {
-    "compact": {},
-    "full": {"coordinates": "full"},
-    "update": {"engine": "update"},
-    "core": {"constraint": "core"},
-}
 PLAIN = (nn.LayerNorm(12), nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8))
 
 
@@ -110,10 +105,7 @@ def test_a_replaced_module_is_found_before_the_step(engine):
     sculptor.end_task()
     model = nn.ModuleDict({"body": inner, "head": nn.Linear(8, 4)})
     model.forward = lambda x: model["head"](model["body"](x))
-    sculptor = Sculptor(model, SculptConfig(**ENGINES[engine]))
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(**ENGINES[engine]), lr=1e-3)
     steps(model, optimizer)
     coordinates = [p.detach().clone() for p in sculptor.parameters()]
     trained, head, body = model["body"][3], model["head"], model["body"]

@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sculpt import SculptConfig, Sculptor
-from tests.sculpt.small_models import begin
-
-ENGINES = {
-    "compact": {},
-    "full": {"coordinates": "full"},
-    "update": {"engine": "update"},
-    "core": {"constraint": "core"},
-}
+from sculpt import SculptConfig
+from tests.sculpt.small_models import ENGINES, begin
 
 
 def make() -> nn.Module:
@@ -145,30 +138,3 @@ def test_an_optimizer_that_lost_coordinates_before_its_first_step():
     closure_of(model, optimizer)()
     with pytest.raises(ValueError, match=r"holds 1 of the 2 .*first missing: '2'"):
         optimizer.step()
-
-
-@pytest.mark.parametrize("constraint", ["strict", "core"])
-def test_projected_weights_without_an_attached_optimizer_are_found(constraint):
-    model = make()
-    sculptor = Sculptor(model, SculptConfig(engine="update", constraint=constraint))
-    sculptor.begin_task()
-    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
-    closure = closure_of(model, optimizer)
-    closure()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match=r"'[02]' has changed.*Call sculptor.attach"):
-        closure()
-    sculptor.update_weights()
-    closure()
-    assert sculptor.verify().ok
-    sculptor.attach(optimizer)
-    for _ in range(2):
-        optimizer.step()
-        closure()
-    sculptor.end_task()
-    # A plain model trains without us.
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    for _ in range(2):
-        closure()
-        torch.optim.SGD(model.parameters(), lr=0.1).step()

@@ -11,15 +11,9 @@ from torch import nn
 
 import sculpt
 from sculpt import SculptConfig, Sculptor
-from tests.sculpt.small_models import KINDS, begin
+from tests.sculpt.small_models import ENGINES, KINDS, begin
 
-ENGINES = {
-    "compact": {},
-    "full": {"coordinates": "full"},
-    "update": {"engine": "update"},
-    "core": {"constraint": "core"},
-    "on disk": {"originals": "disk"},
-}
+WAYS = ENGINES | {"on disk": {"originals": "disk"}}
 
 
 def trained(model: nn.Module, loss, **options) -> Sculptor:
@@ -40,13 +34,13 @@ def small(dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
 
 @pytest.mark.parametrize("by", ["the sculptor", "the model", "a part of the model"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", WAYS)
 def test_weights_flags_and_classes_are_those_from_before(engine, dtype, by):
     model, x = small(dtype)
     outer = nn.Sequential(model)
     before = copy.deepcopy(model.state_dict())
     flags = [p.requires_grad for p in model.parameters()]
-    sculptor = trained(model, lambda: model(x).float().square().mean(), **ENGINES[engine])
+    sculptor = trained(model, lambda: model(x).float().square().mean(), **WAYS[engine])
     assert not all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     if by == "the sculptor":
         sculptor.undo_task()
@@ -60,7 +54,7 @@ def test_weights_flags_and_classes_are_those_from_before(engine, dtype, by):
     with pytest.raises(RuntimeError, match="nothing to abandon"):
         sculpt.abandon(model)
     model.double()  # Free to move again.
-    again = Sculptor(model.to(dtype), SculptConfig(**ENGINES[engine]))
+    again = Sculptor(model.to(dtype), SculptConfig(**WAYS[engine]))
     again.begin_task()
     again.end_task()
 

@@ -18,16 +18,10 @@ from sculpt.task import engines
 from sculpt.task.bases import Bases
 from sculpt.task.running import RunningTask
 from sculpt.task.targets import find_targets
+from tests.sculpt.small_models import ENGINES
 
 WIDTHS = (12, 20, 20, 8)
-ENGINES = {
-    "compact": {},
-    "recompute": {"weight_update": "recompute"},
-    "full": {"coordinates": "full"},
-    "update": {"engine": "update"},
-    "core": {"constraint": "core"},
-    "gradient": {"engine": "gradient"},
-}
+MORE = {"recompute": {"weight_update": "recompute"}, "gradient": {"engine": "gradient"}}
 OPTIMIZERS = {
     "fused AdamW": lambda trained: torch.optim.AdamW(trained, fused=True, capturable=True),
     "AdamW": lambda trained: torch.optim.AdamW(trained, capturable=True),
@@ -97,9 +91,9 @@ class Captured:
 @pytest.mark.filterwarnings("ignore:engine='gradient'")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINES | MORE)
 def test_a_captured_step_looks_at_no_value(monkeypatch, engine, dtype, optimizer):
-    task = Captured(monkeypatch, dtype, ENGINES[engine])
+    task = Captured(monkeypatch, dtype, (ENGINES | MORE)[engine])
     made = OPTIMIZERS[optimizer](task.sculptor.parameters())
     task.sculptor.attach(made)
     task.step(made)
