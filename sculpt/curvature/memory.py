@@ -180,12 +180,10 @@ def _file(path: Path) -> Path:
 
 
 def _identity(model: nn.Module) -> str:
-    """A hash of the configuration of a model of transformers; empty for others."""
+    """A hash of the configuration of a model of transformers; the same for all others."""
     config = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
-        return ""
-    assert config is not None
-    values = {k: v for k, v in config.to_dict().items() if k not in VOLATILE and k[0] != "_"}
+    fields = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    values = {k: v for k, v in fields.items() if k not in VOLATILE and k[0] != "_"}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
