@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from sculpt.certificate.leak import Certificate
 from sculpt.config import SculptConfig, config_to_json
+from sculpt.curvature.memory import Memory
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, local
 from sculpt.logs import Loggers, certificate_metrics, task_metrics
@@ -28,6 +29,7 @@ from sculpt.task.guards import innermost
 from sculpt.task.supported import refuse_model
 from sculpt.task.table import TaskRow, TaskTable
 from sculpt.task.targets import find_targets
+from sculpt.trainer_rows import TaskRows, autocast
 from sculpt_kernels import is_divided
 
 FOLDER = "sculptor"
@@ -48,6 +50,11 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
     `trainer.train(resume_from_checkpoint=True)` goes on where it was. The next task takes a new
     Trainer and a new callback on the same model.
 
+    Unless `config.subspaces` is "weights", rows of the training data, with the Trainer's collator,
+    join at the end what later tasks must not forget: `output_dir/sculpt_memory.safetensors`, which
+    is the `memory` of the next callback. With a memory the task begins by comparing its rows with
+    it. What is trained on does not depend on these rows: they are drawn beside the training.
+
     The certificate is in `output_dir/certificate.json`, and what it says goes to the services that
     `TrainingArguments.report_to` names.
 
@@ -55,7 +62,11 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         config: what to sculpt and how much of it.
         name: of the task, for tables and certificates.
         independent: see `Sculptor.verify`.
-        calibration: see `Sculptor.begin_task`.
+        calibration: batches of this task, as for `Sculptor.protect`, in place of rows that are
+            drawn: where the model itself gives no loss for those, for instance.
+        calibration_rows: how many rows are drawn, by all processes together.
+        memory: what earlier tasks use: `sculptor.memory` of an earlier callback or of a `Sculptor`,
+            with which this one goes on, or a path for `Sculptor.load_memory`.
 
     Attributes:
         sculptor: None before the Trainer is made.
@@ -70,13 +81,24 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         name: str | None = None,
         independent: bool = False,
         calibration: Any = None,
+        calibration_rows: int = 64,
+        memory: Memory | str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(config, SculptConfig):
             raise TypeError(f"config must be a SculptConfig; got {type(config).__name__}")
+        if not isinstance(memory, Memory | str | os.PathLike | None):
+            raise TypeError(
+                f"memory must be that of a Sculptor or a path; got {type(memory).__name__}"
+            )
+        if independent and memory is not None and config.subspaces != "weights":
+            raise ValueError(
+                "independent=True decomposes the weights before the task, and with a memory its "
+                "subspaces are from curvature; use independent=False"
+            )
         self.config = config
         self.name = name
         self.independent = independent
-        self.calibration = calibration
+        self.memory = memory
         self.sculptor: Sculptor | None = None
         self.table: TaskTable | None = None
         self.certificate: Certificate | None = None
@@ -84,6 +106,7 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         self._saved: Path | None = None
         self._waiting = False
         self._divided = False
+        self._rows = TaskRows(config, calibration, calibration_rows)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Begin the task: the optimizer does not exist yet."""
@@ -92,16 +115,28 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
             raise RuntimeError(
                 "this SculptCallback belongs to another Trainer already: make a new one for each"
             )
+        refuse_model(more["model"])
+        self._rows.draw(self, _processes(more["model"]))
         # FSDP2 divides the model when training begins, and a task begins on the divided model.
         self._waiting = _fsdp_version(args) is not None
-        if self._waiting:
-            refuse_model(more["model"])
-        else:
-            self._begin(more["model"])
+        if not self._waiting:
+            self._begin(more["model"], args)
 
-    def _begin(self, model: nn.Module) -> None:
-        self.sculptor = Sculptor(model, self.config)
-        self.table = self.sculptor.begin_task(self.calibration, self.name)
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        sculptor = Sculptor(model, self.config)
+        if isinstance(self.memory, Memory):
+            sculptor.memory = self.memory
+        elif self.memory is not None:
+            sculptor.load_memory(self.memory)
+        if self.config.subspaces == "curvature" and not sculptor.memory:
+            raise ValueError(
+                "subspaces='curvature' needs a memory=...; the first task of a model begins with "
+                "subspaces='auto', which protects its rows at its end"
+            )
+        self._rows.check(sculptor, args)
+        with autocast(model, args):
+            self.table = sculptor.begin_task(self._rows.batches(model), self.name)
+        self.sculptor = sculptor
         logger.info(str(self.table))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -151,9 +186,10 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         weights = dict(model.named_parameters())
         path = _saved_state(args, state.global_step)
         if state.global_step > 0:
+            self._rows.check(Sculptor(model, self.config), args)
             self._load(model, path)
         else:
-            self._begin(model)
+            self._begin(model, args)
         assert self.sculptor is not None
         trained = {
             weights.get(f"{name}.weight", weights.get(name)): parameter
@@ -200,6 +236,9 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             write_json(Path(args.output_dir) / CERTIFICATE, self.certificate.to_dict())
         self.sculptor.end_task()
+        self._rows.protect(self.sculptor, self.name or "", args)
+        if state.is_world_process_zero and self.sculptor.memory:
+            self.sculptor.save_memory(args.output_dir)
 
     def _certify(self) -> None:
         assert self.sculptor is not None
