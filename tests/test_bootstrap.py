@@ -55,70 +55,56 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return setup
 
 
-def ran(setup: Any) -> list[str]:
-    """The commands since the last look, by their last words."""
-    words = [command[-1] for command in setup.calls]
+def again(setup: Any) -> str:
+    """What one more run of the set-up makes."""
     setup.calls.clear()
-    return words
-
-
-def makes_venv(setup: Any) -> bool:
-    return str(setup.venv) in ran(setup)
-
-
-def test_does_nothing_the_second_time(setup: Any) -> None:
     setup.run()
-    assert makes_venv(setup)
-    setup.run()
-    assert ran(setup) == []
+    words = [command[-1] for command in setup.calls]
+    return "everything" if str(setup.venv) in words else "packages" if words else "nothing"
 
 
-@pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
-def test_a_changed_requirement_is_installed(setup: Any, changed: str) -> None:
-    setup.run()
-    with (setup.root / changed).open("a") as file:
+def append(path: Path) -> None:
+    with path.open("a", encoding="utf-8") as file:
         file.write("# changed\n")
-    ran(setup)
-    setup.run()
-    commands = ran(setup)
-    assert commands
-    assert str(setup.venv) not in commands
 
 
-@pytest.mark.parametrize("change", ["stamp", "python", "gpu", "version", "folder"])
-def test_what_does_not_fit_is_made_again(
-    setup: Any, change: str, monkeypatch: pytest.MonkeyPatch
+CHANGES = {
+    "nothing": (lambda s: None, "nothing"),
+    "pyproject.toml": (lambda s: append(s.root / "pyproject.toml"), "packages"),
+    "constraints.txt": (lambda s: append(s.root / "constraints.txt"), "packages"),
+    "stamp": (lambda s: os.truncate(s.stamp, 20), "everything"),
+    "python": (lambda s: s.python.unlink(), "everything"),
+    "gpu": (lambda s: setattr(s, "gpu", True), "everything"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_does_not_fit_is_made_again(setup: Any, change: str) -> None:
+    assert again(setup) == "everything"
+    make, expected = CHANGES[change]
+    make(setup)
+    assert again(setup) == expected
+    assert again(setup) == "nothing"
+
+
+def test_another_python_or_folder_makes_everything_again(
+    setup: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup.run()
-    ran(setup)
-    if change == "stamp":
-        setup.stamp.write_text(setup.stamp.read_text()[:20], encoding="utf-8")
-    elif change == "python":
-        setup.python.unlink()
-    elif change == "gpu":
-        setup.gpu = True
-    elif change == "version":
-        monkeypatch.setattr(sys, "version", "3.99")
-    else:
-        elsewhere = setup.root.with_name("elsewhere")
-        setup.root.rename(elsewhere)
-        moved = bootstrap.Setup(elsewhere)
-        assert moved.noted()["venv"] != moved.description()["venv"]
-        return
-    setup.run()
-    assert makes_venv(setup)
+    monkeypatch.setattr(sys, "version", "3.99")
+    assert again(setup) == "everything"
+    elsewhere = setup.root.with_name("elsewhere")
+    setup.root.rename(elsewhere)
+    moved = bootstrap.Setup(elsewhere)
+    assert moved.noted()["venv"] != moved.description()["venv"]
 
 
 def test_a_failed_install_keeps_what_is_there(setup: Any) -> None:
     setup.fails, setup.said = "-r", "no matching distribution"
     with pytest.raises(bootstrap.SetupError, match="no matching"):
         setup.run()
-    ran(setup)
     setup.fails = None
-    setup.run()
-    commands = ran(setup)
-    assert commands
-    assert str(setup.venv) not in commands
+    assert again(setup) == "packages"
 
 
 def test_a_killed_install_starts_from_nothing(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,9 +115,7 @@ def test_a_killed_install_starts_from_nothing(setup: Any, monkeypatch: pytest.Mo
         patch.setattr(setup, "install", killed)
         with pytest.raises(KeyboardInterrupt):
             setup.run()
-    ran(setup)
-    setup.run()
-    assert makes_venv(setup)
+    assert again(setup) == "everything"
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has two builds of torch")
