@@ -1,4 +1,4 @@
-"""Words for people: warnings, the name that was meant, and plain tables."""
+"""Texts for users: the warning class, the nearest known name, plain tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says about its data."""
+"""The configuration of a run's data: task files, a folder of data sets, or the built-in ones."""
 
 from __future__ import annotations
 

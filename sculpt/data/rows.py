@@ -1,4 +1,4 @@
-"""Rows of a file, each with its place: JSON lines, a JSON list, CSV, a saved `datasets` folder.
+"""Read rows, each with its place: JSON lines, a JSON list, CSV, a saved `datasets` folder.
 
 Files are read as UTF-8. A byte that is not UTF-8 is kept as a lone surrogate, so that only the row
 it is in is bad, and can be named by its line.

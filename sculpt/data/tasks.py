@@ -1,4 +1,4 @@
-"""From what a run says about its data to its tasks."""
+"""Read the tasks of a run: rows of files, held out for the test, drawn by a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo from start to end: checks, a process for each method, results.
+"""Run the demo: its checks, a process for each method, results and a picture.
 
 A method has a process of its own, so that its peak memory is its own.
 """

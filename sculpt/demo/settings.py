@@ -1,4 +1,4 @@
-"""What `sculpt demo` runs with: presets, the user's choices, and the checks before it starts."""
+"""The settings of `sculpt demo`: presets, the user's choices, and their checks."""
 
 from __future__ import annotations
 

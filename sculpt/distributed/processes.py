@@ -1,4 +1,4 @@
-"""The processes that train one model together: what they tell each other, how they share work."""
+"""What processes that train one model exchange: JSON, flags, tensors, and shares of the work."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sculpt.config import SculptConfig
 from sculpt.inspection.fake_model import (
@@ -17,7 +18,6 @@ from sculpt.inspection.fake_model import (
     find_source,
     stored_dtype,
     training_batch,
-    without_values,
 )
 from sculpt.inspection.result import LORA_RANK, Inspection, Method, Row, Setting
 from sculpt.inspection.spectra import Progress, Spectrum, find_weights, spectra, stored_values
@@ -81,7 +81,7 @@ def inspect_model(
     name = str(weight_dtype).removeprefix("torch.")
     setting = Setting(tokens, sequence, micro_batches, checkpointing, name, state_dtype)
     notes: list[str] = []
-    with _quiet(), without_values():
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         fake = build(source, weight_dtype, checkpointing=checkpointing)
         targets = find_targets(fake, config)
         state = None if state_dtype == "trained" else getattr(torch, state_dtype)

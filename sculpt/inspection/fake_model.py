@@ -1,17 +1,16 @@
-"""From the path of a model to a fake one: every module and shape, and no value."""
+"""Build a model without values from its configuration, and a batch of inputs and its loss."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sculpt.models.load import check_directory
 
@@ -77,15 +76,8 @@ def stored_dtype(source: Source) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-@contextmanager
-def without_values() -> Iterator[None]:
-    """Tensors made inside have shapes only, and so have those that come in."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
-
-
 def build(source: Source, dtype: torch.dtype, *, checkpointing: bool) -> nn.Module:
-    """The model without values, its weights tied; to be used inside `without_values()`.
+    """The model without values, its weights tied; to be used inside a `FakeTensorMode`.
 
     Raises:
         ValueError: transformers does not know the class, or cannot build it.
@@ -135,7 +127,7 @@ def _register_attention() -> None:
 def training_batch(
     model: nn.Module, source: Source, batch: int, sequence: int
 ) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
-    """Inputs of `batch` sequences, and the loss on them. Inside `without_values()`."""
+    """Inputs of `batch` sequences, and the loss on them; inside a `FakeTensorMode`."""
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
         size = getattr(source.config, "image_size", 224)

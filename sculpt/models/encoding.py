@@ -45,6 +45,11 @@ class Encoded:
         """Of a causal row: place of the first token that is learned."""
         return next(place for place, label in enumerate(self.labels) if label != IGNORED)
 
+    @property
+    def last_answer_start(self) -> int:
+        """Of a causal row: place of the first token of its last answer."""
+        return 1 + max(place for place, label in enumerate(self.labels) if label == IGNORED)
+
 
 class PackedRows(Sequence[Encoded]):
     """The rows of a task, which become `Encoded` again when they are asked for.
@@ -155,8 +160,7 @@ class Encoder:
         if not example.messages:
             return self.prompt(example, trailing=False)
         whole = self.causal(example)
-        last = max(i for i, label in enumerate(whole.labels) if label == IGNORED)
-        return Encoded(whole.ids[: last + 1], (), whole.cut)
+        return Encoded(whole.ids[: whole.last_answer_start], (), whole.cut)
 
     def prompt(self, example: Example, *, trailing: bool = True) -> Encoded:
         """Only what is asked, with the tokenizer's own tokens around it."""
@@ -173,8 +177,7 @@ class Encoder:
         if example.messages:
             other = replace(example.messages[-1], content=label)
             whole = self.causal(replace(example, messages=(*example.messages[:-1], other)))
-            last = max(i for i, value in enumerate(whole.labels) if value == IGNORED)
-            return whole.ids[last + 1 :]
+            return whole.ids[whole.last_answer_start :]
         key = (example.suffix or example.text, label)
         if key not in self._answers:
             short = self.causal(Example(answer=label, suffix=key[0]))

@@ -1,4 +1,4 @@
-"""What a run needs from a model: rows as tokens, a loss on a batch, and scores on a task."""
+"""What every model of a run can do: rows as tokens, a loss on a batch, scores on a task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a model directory to a learner: what kind of model it holds, and what else it may be."""
+"""Load a learner: the kind of model that a directory holds, its weights and its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every picture, drawn by matplotlib: as SVG for the page of a report, or as PNG files."""
+"""Charts of results, by matplotlib: as SVG for the page of a report, or as PNG files."""
 
 from __future__ import annotations
 

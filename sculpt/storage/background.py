@@ -1,4 +1,4 @@
-"""Saves that go on while training does."""
+"""Write saves in a thread, while training goes on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Saving:
 
     def __init__(self, future: Future[None]) -> None:
         self._future = future
-        self._heard = False
+        self.heard = False
 
     def done(self) -> bool:
         """Whether it has ended, well or not, in this process."""
@@ -27,15 +27,8 @@ class Saving:
             TimeoutError: it is not done yet.
         """
         self._future.exception(timeout)
-        self._heard = True
+        self.heard = True
         self._future.result()
-
-    def settle(self) -> None:
-        """Wait, and raise what went wrong unless somebody has been told."""
-        if self._heard:
-            self._future.exception()
-        else:
-            self.result()
 
 
 class Background:
@@ -52,8 +45,8 @@ class Background:
             Exception: it failed, and nobody has been told.
         """
         last, self._last = self._last, None
-        if last is not None:
-            last.settle()
+        if last is not None and not last.heard:
+            last.result()
 
     def start(self, write: Callable[[Processes], None], processes: Processes) -> Saving:
         """Call `write` in the thread, with processes that no other thread talks to."""

@@ -1,4 +1,4 @@
-"""A divided model as a plain Hugging Face directory."""
+"""Write a divided model as a plain Hugging Face directory."""
 
 from __future__ import annotations
 

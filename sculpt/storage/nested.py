@@ -1,4 +1,4 @@
-"""Any nested state as tensors and JSON: what an optimizer holds, without pickle."""
+"""Nested states as tensors and JSON, without pickle: those of optimizers and of generators."""
 
 from __future__ import annotations
 
