@@ -259,9 +259,17 @@ def test_what_an_architecture_freezes_does_not_train_with_the_others():
     parameters = list(PegasusForConditionalGeneration(config).parameters())
     free = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     assert free < sum(parameter.numel() for parameter in parameters)
-    found = inspect_model(config, SculptConfig(others="train"), tokens=32, sequence=16)
-    assert found.methods["plain"].cost.trainable == free
-    assert found.methods["plain"].cost.gradients == 4 * free
+    frozen, trained = (
+        inspect_model(config, SculptConfig(others=others), tokens=32, sequence=16).methods
+        for others in ("freeze", "train")
+    )
+    assert trained["plain"].cost.trainable == free
+    assert trained["plain"].cost.gradients == 4 * free
+    assert trained["lora"].cost.held == frozen["lora"].cost.held
+    for name in TRACED:
+        assert trained[name].flops > frozen[name].flops
+        added = trained[name].cost.trainable - frozen[name].cost.trainable
+        assert added == free - frozen["plain"].cost.trainable
 
 
 def test_the_configuration_stays_as_it_was():

@@ -143,21 +143,6 @@ def test_documents_are_scored_by_the_next_token(learner: CausalLearner) -> None:
     assert score.generated == score.more["next_token"] == right / total
 
 
-def test_score_counts_and_restores_the_mode(learner: CausalLearner) -> None:
-    learner.model.train()
-    learner.score_batch = 2
-    score = learner.score(VERY)
-    assert learner.model.training
-    with torch.no_grad():
-        best = [
-            max(VERY.labels, key=lambda label, e=e: float(label_score(learner, e, label)))
-            for e in VERY.test
-        ]
-    right = sum(label == e.answer for label, e in zip(best, VERY.test, strict=True))
-    assert score.among_labels == right / len(VERY.test)
-    assert 0.0 <= score.generated <= score.among_labels
-
-
 def test_bad_arguments_name_themselves() -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match="max_text_tokens=0"):

@@ -10,7 +10,6 @@ import torch
 from tiny_language import END, SHORT, UNKNOWN, VERY, WORDS, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
-from sculpt.data.examples import Task
 from sculpt.models.classifying import NearestLabelLearner
 
 TASKS = [VERY, SHORT]
@@ -52,21 +51,6 @@ def test_loss_is_over_the_labels_of_all_tasks(learner: NearestLabelLearner) -> N
     lengths = [len(row.ids) for row in encoded]
     assert len(set(lengths)) > 1
     assert tokens == sum(lengths)
-
-
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_score_tells_all_labels_from_own_labels(learner: NearestLabelLearner, task: Task) -> None:
-    all_labels = own_labels = 0
-    own = [learner.labels.index(label) for label in task.labels]
-    for example in task.test:
-        with torch.no_grad():
-            logits = learner.head @ embedding(learner, learner.encode(example).ids)
-        all_labels += learner.labels[int(logits.argmax())] == example.answer
-        own_labels += task.labels[int(logits[own].argmax())] == example.answer
-    learner.score_batch = 2
-    score = learner.score(task)
-    assert score.generated == all_labels / len(task.test)
-    assert score.among_labels == own_labels / len(task.test)
 
 
 def test_a_shared_label_is_one_label_and_asked_for_in_the_same_words(

@@ -85,7 +85,9 @@ def test_labels_are_ranked_and_written(learner: Seq2SeqLearner, batch_size: int)
             written = learner.model.generate(ids, max_new_tokens=4, do_sample=False)[0, 1:].tolist()
             answer = learner.tokenizer(example.answer)["input_ids"]
             exact += written[: len(answer)] == answer
+    learner.model.train()
     score = learner.score(VERY)
+    assert learner.model.training
     assert score.among_labels == right / len(VERY.test)
     assert score.generated == exact / len(VERY.test)
     free = Task("free", VERY.train, VERY.test)
