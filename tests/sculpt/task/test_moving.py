@@ -23,13 +23,28 @@ KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 ALL = KINDS | {"update": (torch.float32, {"engine": "update"})}
 
 
-def begun(kind: str = "float32") -> tuple[nn.Module, Sculptor]:
+def begun(
+    kind: str = "float32", make: Any = torch.optim.AdamW, lr: float = 1e-3
+) -> tuple[nn.Module, Sculptor, torch.optim.Optimizer]:
+    """A task with an optimizer that is not attached yet."""
     dtype, options = ALL[kind]
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 12))
-    sculptor = Sculptor(model.to(dtype), SculptConfig(**options))
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 12)).to(dtype)
+    sculptor = Sculptor(model, SculptConfig(**options))
     sculptor.begin_task()
-    return model, sculptor
+    return model, sculptor, make(sculptor.parameters(), lr=lr)
+
+
+def attached(*kind: Any, **options: Any) -> tuple[nn.Module, Sculptor, torch.optim.Optimizer]:
+    model, sculptor, optimizer = begun(*kind, **options)
+    sculptor.attach(optimizer)
+    return model, sculptor, optimizer
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    optimizer.step()
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
@@ -61,16 +76,12 @@ def swap_data(parameters: Any, values: Any) -> None:
 @pytest.mark.parametrize("swap", [swap_in_place, swap_data])
 @pytest.mark.parametrize("kind", KINDS)
 def test_averages_are_swapped_in_around_an_evaluation(kind, swap):
-    model, sculptor = begun(kind)
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=3e-3)
-    sculptor.attach(optimizer)
+    model, sculptor, optimizer = attached(kind, lr=3e-3)
     trained = sculptor.parameters()
     average = [parameter.detach().clone() for parameter in trained]
     for _ in range(6):
         model.train()
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
+        step(model, optimizer)
         for mean, parameter in zip(average, trained, strict=True):
             mean.lerp_(parameter.detach(), 0.3)
         aside = [parameter.detach().clone() for parameter in trained]
@@ -110,13 +121,9 @@ class ScheduleFree(torch.optim.SGD):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_optimizer_shows_another_point_for_an_evaluation(kind):
-    model, sculptor = begun(kind)
-    optimizer = ScheduleFree(sculptor.parameters(), lr=0.01)
-    sculptor.attach(optimizer)
+    model, sculptor, optimizer = attached(kind, ScheduleFree, lr=0.01)
     for _ in range(3):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
+        step(model, optimizer)
         optimizer.eval()
         with torch.no_grad():
             shown = float(loss_of(model))
@@ -130,7 +137,7 @@ def test_an_optimizer_shows_another_point_for_an_evaluation(kind):
 class Sam(torch.optim.Optimizer):
     """Sharpness-aware minimisation (Foret et al., arXiv 2010.01412) around another optimizer."""
 
-    def __init__(self, params, base, rho=0.05, **kwargs):
+    def __init__(self, params, base=torch.optim.SGD, rho=0.05, **kwargs):
         super().__init__(params, {"rho": rho, **kwargs})
         self.base = base(self.param_groups, **kwargs)
         self.param_groups = self.base.param_groups
@@ -163,8 +170,7 @@ class Sam(torch.optim.Optimizer):
 @pytest.mark.parametrize("form", ["closure", "two calls"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharpness_aware_steps_look_at_the_weights_that_they_ask_for(kind, form):
-    model, sculptor = begun(kind)
-    optimizer = Sam(sculptor.parameters(), torch.optim.SGD, lr=1e-3)
+    model, sculptor, optimizer = begun(kind, Sam)
     sculptor.attach(optimizer if form == "closure" else optimizer.base)
     losses = []
 
@@ -192,8 +198,7 @@ def test_sharpness_aware_steps_look_at_the_weights_that_they_ask_for(kind, form)
 @pytest.mark.parametrize("kind", ALL)
 def test_a_compiled_model_loses_one_step_at_most(kind, compiles):
     """The check before a forward is not compiled; the next step is refused."""
-    model, sculptor = begun(kind)
-    optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
+    model, sculptor, optimizer = begun(kind, torch.optim.SGD, lr=0.1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
     message = r"'[02]' (was changed by a step|has changed and nothing).*Call sculptor.attach"
     loss_of(compiled).backward()
@@ -205,9 +210,7 @@ def test_a_compiled_model_loses_one_step_at_most(kind, compiles):
         assert torch.equal(parameter, was)
     sculptor.update_weights()
     sculptor.attach(optimizer)
-    optimizer.zero_grad()
-    loss_of(compiled).backward()
-    optimizer.step()
+    step(compiled, optimizer)
     assert sculptor.verify().ok
 
 
@@ -216,8 +219,7 @@ def test_a_state_of_accelerate_is_taken_up_in_a_running_task(tmp_path):
 
     def end(detour: int) -> dict[str, torch.Tensor]:
         accelerator = Accelerator(cpu=True)
-        model, sculptor = begun()
-        optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
+        model, sculptor, optimizer = begun()
         prepared, made = accelerator.prepare(model, optimizer)
         sculptor.attach(made)
         with pytest.raises(RuntimeError, match="attached already"):
@@ -246,18 +248,14 @@ def test_a_state_of_accelerate_is_taken_up_in_a_running_task(tmp_path):
 @pytest.mark.parametrize("when", ["before attach", "after attach"])
 def test_a_plain_checkpoint_does_not_pass_for_a_running_task(when, tmp_path):
     """Weights and optimizer alone, in a process that begins the task anew."""
-    model, sculptor = begun()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
+    model, sculptor, optimizer = attached()
     for _ in range(3):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
+        step(model, optimizer)
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint")
     sculptor.save(tmp_path / "sculptor")
 
     weights, state = torch.load(tmp_path / "checkpoint", weights_only=True)
-    again, other = begun()
+    again, other, _ = begun()
     other.end_task()
     again.load_state_dict(weights)
     other.begin_task()
@@ -284,9 +282,7 @@ def test_a_plain_checkpoint_does_not_pass_for_a_running_task(when, tmp_path):
     fresh.load_state_dict(torch.load(tmp_path / "checkpoint", weights_only=True)[1])
     resumed.attach(fresh)
     for either, chosen in ((model, optimizer), (again, fresh)):
-        chosen.zero_grad()
-        loss_of(either).backward()
-        chosen.step()
+        step(either, chosen)
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
 
@@ -297,18 +293,16 @@ def test_a_whole_loop_inside_autocast(kind):
 
     def end(everything: bool) -> tuple[Any, dict[str, torch.Tensor]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=everything):
-            model, sculptor = begun(kind)
-            optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-            sculptor.attach(optimizer)
-            for step in range(6):
+            model, sculptor, optimizer = attached(kind)
+            for number in range(6):
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = loss_of(model)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                if step == 2:
+                if number == 2:
                     saved = {n: v.clone() for n, v in model.state_dict().items()}
-                if step == 4:
+                if number == 4:
                     model.load_state_dict(saved)
             certificates = [sculptor.verify(), sculptor.verify(independent=True)]
             assert all(certificate.ok for certificate in certificates)
@@ -324,9 +318,7 @@ def test_a_whole_loop_inside_autocast(kind):
 @pytest.mark.parametrize("left_out", [0, 2])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_steps_that_change_nothing_end_in_an_error(reduction, left_out):
-    model, sculptor = begun()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=1e-3)
-    sculptor.attach(optimizer)
+    model, sculptor, optimizer = attached()
     labels = torch.full((16,), -100)
     for _ in range(2):
         optimizer.zero_grad()
@@ -342,11 +334,9 @@ def test_steps_that_change_nothing_end_in_an_error(reduction, left_out):
 
 
 def test_no_step_and_a_rate_of_zero_are_no_error():
-    model, sculptor = begun()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=0.0)
+    model, sculptor, optimizer = begun(lr=0.0)
     assert sculptor.verify().ok
     sculptor.attach(optimizer)
-    loss_of(model).backward()
-    optimizer.step()
+    step(model, optimizer)
     assert sculptor.verify().unmoved == ["0", "2"]
     sculptor.end_task()

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sculpt import SculptConfig, Sculptor
 from sculpt.task import guards
+from tests.sculpt.small_models import begin
 
 ENDED = "SGD holds coordinates of a task that has ended and no coordinates of the task that is"
 X = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
@@ -67,10 +68,7 @@ def test_the_optimizer_of_the_task_before(coordinates, attached):
 
 def test_an_attached_optimizer_whose_task_is_over():
     model = model_of()
-    sculptor = Sculptor(model, SculptConfig())
-    sculptor.begin_task()
-    optimizer = sgd(sculptor.parameters())
-    sculptor.attach(optimizer)
+    sculptor, optimizer = begin(model, SculptConfig(), torch.optim.SGD, lr=0.1)
     steps(model, optimizer)
     sculptor.end_task()
     weight = model[2].weight.detach().clone()
@@ -173,9 +171,7 @@ def test_no_optimizer_is_checked_without_a_running_task():
 
 def test_a_task_may_be_forgotten_in_the_midst_of_a_step():
     """Garbage is collected at any time, between the hooks of another optimizer too."""
-    sculptor = Sculptor(model_of(), SculptConfig())
-    sculptor.begin_task()
-    sculptor.attach(sgd(sculptor.parameters()))
+    sculptor = begin(model_of(), SculptConfig(), torch.optim.SGD, lr=0.1)[0]
     forgotten = ref(sculptor)
     sculptor.itself = sculptor
     del sculptor
