@@ -13,6 +13,8 @@ from torch import nn
 from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.adaptive.importance import Importance, importance_of, squared_values
 from sculpt.config import SculptConfig
+from sculpt.curvature.costs import Costs
+from sculpt.curvature.memory import Memory
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import whole
 from sculpt.task.cost import cost_of, trained_elements
@@ -21,7 +23,7 @@ from sculpt.task.targets import Target
 from sculpt_kernels import is_divided
 
 TOLERANCE = 0.01
-"""To which a budget is met."""
+"""By which a budget may lie outside of what layers can take."""
 
 
 def adapt(
@@ -30,9 +32,11 @@ def adapt(
     config: SculptConfig,
     calibration: Any,
     processes: Processes,
+    memory: Memory,
 ) -> tuple[list[Target], dict[str, Importance]]:
     """Targets with the ranks that `config.ranks` gives them, and the scaled importance of each.
 
+    memory: what is protected, where the bases come from it; empty otherwise.
     Layers that `rank_pattern` names keep what it says. A layer that could not be measured counts as
     one of mean importance, which is the uniform rank where there is no budget.
 
@@ -44,6 +48,28 @@ def adapt(
         if calibration is not None:
             raise ValueError("calibration is not used by uniform ranks; pass calibration=None")
         return targets, {}
+    by_curvature = ranks.importance == "curvature" or (ranks.importance == "auto" and memory)
+    free = [t for t in targets if pattern_rank(t.name, min(t.shape[-2:]), config) is None]
+    if by_curvature:
+        chosen, scaled = _by_curvature(targets, free, config, ranks, memory)
+    else:
+        chosen, scaled = _by_importance(model, targets, free, config, calibration, processes)
+    processes.require_equal({"rank": {target.name: target.preserved for target in chosen}})
+    named = {target.name for target in targets} - {target.name for target in free}
+    return chosen, scaled | {name: Importance(None, "rank_pattern") for name in named}
+
+
+def _by_importance(
+    model: nn.Module,
+    targets: list[Target],
+    free: list[Target],
+    config: SculptConfig,
+    calibration: Any,
+    processes: Processes,
+) -> tuple[list[Target], dict[str, Importance]]:
+    """Ranks by a measure of each layer that calibration data give."""
+    ranks = config.ranks
+    assert ranks is not None
     divided = next((t.name for t in targets if is_divided(t.parameter)), None)
     if divided is not None and ranks.importance == "fisher":
         raise ValueError(
@@ -56,14 +82,48 @@ def adapt(
             f"ranks with importance={ranks.importance!r} need data of the task before (or of the "
             "first task): begin_task(calibration=batches)"
         )
-    free = [t for t in targets if pattern_rank(t.name, min(t.shape[-2:]), config) is None]
     preserved = [target.preserved for target in free]
     raw = importance_of(model, free, ranks.importance, preserved, calibration, processes)
     scaled = scale(raw)
-    chosen = _under_budget(targets, config, ranks, scaled)
-    processes.require_equal({"rank": {target.name: target.preserved for target in chosen}})
-    named = {target.name for target in targets} - scaled.keys()
-    return chosen, scaled | {name: Importance(None, "rank_pattern") for name in named}
+    return _under_budget(targets, config, ranks, scaled), scaled
+
+
+def _by_curvature(
+    targets: list[Target],
+    free: list[Target],
+    config: SculptConfig,
+    ranks: AdaptiveRanks,
+    memory: Memory,
+) -> tuple[list[Target], dict[str, Importance]]:
+    """Ranks that train a budget of numbers where the curvature of what is protected is least."""
+    reached = {target.name: target for target in free if memory.of(target.name) is not None}
+    note = "no row that is protected has reached it: retains trr"
+    scaled = {t.name: Importance(None, note, "curvature") for t in free}
+    scaled |= scale({n: Importance(memory.curvature(n), by="curvature") for n in reached})
+    uniform = [
+        replace(t, preserved=preserved_rank(min(t.shape[-2:]), 1.0, ranks)) if t in free else t
+        for t in targets
+    ]
+    if not reached:
+        return _under_budget(targets, config, ranks, scaled), scaled
+    costs = {name: Costs.of(memory, target, ranks.mrr) for name, target in reached.items()}
+
+    def ranked(threshold: float) -> list[Target]:
+        return [
+            replace(t, preserved=costs[t.name].preserved(threshold)) if t.name in costs else t
+            for t in uniform
+        ]
+
+    def energy(chosen: list[Target]) -> float:
+        touched = (costs[t.name].touched(t) for t in chosen if t.name in costs)
+        return 1 - math.fsum(touched) / math.fsum(cost.whole for cost in costs.values())
+
+    name, wanted = ranks.budget or ("trainable_elements", 0)
+    spent = energy if name == "protected_energy" else _spending(name, targets, config)
+    budget = (name, wanted if ranks.budget else spent(uniform))
+    ends = [cost.ends for cost in costs.values()]
+    low, high = min(end[0] for end in ends) - 1, max(end[1] for end in ends) + 1
+    return _met(budget, targets, spent, ranked, low, high), scaled
 
 
 def scale(raw: dict[str, Importance]) -> dict[str, Importance]:
@@ -106,13 +166,30 @@ def _under_budget(
     budget = ranks.budget
     if budget is None:
         return ranked(0.0)
+    return _met(budget, targets, _spending(budget[0], targets, config), ranked, -1.0, 1.0)
+
+
+def _met(
+    budget: tuple[str, float],
+    targets: list[Target],
+    spent: Callable[[list[Target]], float],
+    ranked: Callable[[float], list[Target]],
+    low: float,
+    high: float,
+) -> list[Target]:
+    """The ranks that meet a budget, of those between `ranked(low)` and `ranked(high)`.
+
+    `ranked` gives more preserved directions where its argument is larger.
+
+    Raises:
+        ValueError: none of them does.
+    """
     name, wanted = budget
-    if name == "trainable_elements" and isinstance(wanted, float):
+    least, most = sorted((spent(ranked(low)), spent(ranked(high))))
+    if name == "trainable_elements" and isinstance(wanted, float) and wanted < 1:
         wanted *= sum(target.parameter.numel() for target in targets)
-    spent = _spending(name, targets, config)
     # What is spent falls with the retained fractions, but for the energy, which rises.
     sign = 1 if name == "protected_energy" else -1
-    low, high = -1.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
         if sign * spent(ranked(middle)) < sign * wanted:
@@ -120,8 +197,8 @@ def _under_budget(
         else:
             high = middle
     best = _between(ranked(low), ranked(high), spent, wanted)
-    if abs(spent(best) - wanted) > TOLERANCE * wanted:
-        least, most = sorted((spent(ranked(-1.0)), spent(ranked(1.0))))
+    inside = least <= wanted <= most  # and then it is met to one direction of a layer
+    if not inside and abs(spent(best) - wanted) > TOLERANCE * wanted:
         raise ValueError(
             f"ranks.{name}={budget[1]} cannot be met to {TOLERANCE:.0%}: the nearest is "
             f"{spent(best):,.6g}; in these layers it goes from {least:,.6g} to {most:,.6g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-IMPORTANCE = ("auto", "cosine", "fisher")
+IMPORTANCE = ("auto", "cosine", "fisher", "curvature")
 BUDGETS = ("trainable_elements", "memory_bytes", "protected_energy")
 
 
@@ -21,9 +21,15 @@ class AdaptiveRanks:
         mrr: retained fraction of a layer of no importance, in [0, 1).
         trr: retained fraction of a layer of mean importance, in (0, 1), at least `mrr`.
         importance: what `I` is before it is scaled.
-            `"auto"`: `"fisher"` where the calibration data give a loss (batches with labels for a
-            model that computes one, or functions that return it) and `fully_shard` has divided no
-            matrix, otherwise `"cosine"`; the table says which.
+            `"auto"`: `"curvature"` where something is protected; otherwise `"fisher"` where the
+            calibration data give a loss (batches with labels for a model that computes one, or
+            functions that return it) and `fully_shard` has divided no matrix, otherwise `"cosine"`;
+            the table says which.
+            `"curvature"`: no rule but the budget, by default as many numbers as at a retained
+            fraction of `trr` everywhere. A direction more trains where it adds least to
+            `tr S_l tr A_l`, the curvature of what is protected in the `t` trailing directions of
+            both sides, for each number that it trains, and no layer retains less than `mrr`.
+            Before anything is protected all layers retain `trr`.
             `"cosine"`: mean cosine of a layer's input and output over all positions of the
             calibration data, below 0 counted as 0; vectors of unequal length are cut to the shorter
             one. `"fisher"`: `√(mn) ‖U_lᵀ G V_l‖ / t`, root mean square over the gradients `G` of
@@ -32,10 +38,11 @@ class AdaptiveRanks:
         trainable_elements: budget, instead of the mean `trr`: numbers that train in all layers
             together, as an int, or as a share of the sculpted weights, a float in (0, 1).
         memory_bytes: budget: of bases, coordinates, their copy, gradients and two moments.
-        protected_energy: budget: preserved share of `Σ ‖W‖²_F` over all layers, in (0, 1).
+        protected_energy: budget: preserved share of `Σ ‖W‖²_F` over all layers, or of
+            `Σ tr S tr A` by curvature, in (0, 1).
 
     With a budget all retained fractions `min(r, 1)` are shifted by the same amount, which is found
-    so that the budget is met to 1 %.
+    so that the budget is met to 1 %, or to one direction of one layer where that is more.
 
     Raises:
         TypeError, ValueError: a value does not fit; the message names the field.

@@ -149,6 +149,25 @@ def share_of_trace(factor: Factor, V: Tensor) -> Tensor:
     return torch.where(trace > 0, share, 0.0)
 
 
+def trailing_shares(factor: Factor) -> Tensor:
+    """Share of `tr F` in the `1, 2, ..., d` directions that `F` uses least, `(d,)`, float64.
+
+    The mean over a stack. What a sketch does not tell apart counts as alike.
+    """
+    if isinstance(factor, Sketch):
+        _, known = factor.eigenpairs()
+        d, r = factor.total.shape[-2:]
+        rest = (factor.trace() - known.sum(-1)).clamp_min(0) / max(d - r, 1)
+        values = torch.cat([known, rest[..., None].expand(*rest.shape, d - r)], dim=-1)
+    elif isinstance(factor, Diagonal):
+        values = factor.total.double()
+    else:
+        values = torch.linalg.eigvalsh(factor.total.double()).clamp_min(0)
+    shares = values.sort(dim=-1).values.cumsum(-1)
+    shares = shares / shares[..., -1:].clamp_min(torch.finfo(shares.dtype).tiny)
+    return shares.reshape(-1, shares.shape[-1]).mean(0)
+
+
 def _ratio(old: Tensor, new: Tensor, t: int, ridge: float) -> Tensor:
     """By subspace iteration with `B⁻¹ F_new` on a few columns more, `B` as above."""
     d = len(old)

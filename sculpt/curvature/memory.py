@@ -75,6 +75,16 @@ class Memory:
             return None
         return pair[0].quadratic(X.mT) if self.sides[name].reads_left else pair[1].quadratic(X)
 
+    def curvature(self, name: str) -> float:
+        """`tr S tr A` of a target that was reached, with `A` the mean over its vectors."""
+        keys = self.sides[name]
+        read, written = (
+            (keys.left, keys.right) if keys.reads_left else (keys.right, keys.left)
+        )
+        inputs = self.factors[read]
+        mean = inputs.trace() / inputs.count.clamp_min(1)
+        return float((self.factors[written].trace() * mean).sum())
+
     def merge(self, other: Memory) -> None:
         """Add the sums of `other`, which was collected on the same targets.
 

@@ -65,7 +65,9 @@ def choose(
         calibration = batches if config.ranks is not None else None
     elif config.subspaces == "auto" and config.ranks is None:
         calibration = None  # There is nothing yet that its directions could be compared with.
-    ranked, importance = adapt(model, targets, config, calibration, processes)
+    ranked, importance = adapt(
+        model, targets, config, calibration, processes, memory if curved else Memory()
+    )
     directions = Directions(memory, new) if curved else None
     bases = find_all(ranked, config, given, directions, processes, progress)
     return Choice(ranked, bases, importance)
