@@ -116,11 +116,14 @@ class CheckpointConfig(Section):
     every_steps: between two checkpoints of a task; there is one at each change of phase too.
     keep: how many of the newest stay; 0 writes none, and a run that is resumed begins anew.
     models: which plain models are saved: of the "last" task, of "each" task, or "none".
+    memory: save beside each of them what its tasks use, for runs that go on from it; with exact
+        factors that is several times the size of the model.
     """
 
     every_steps: Count = 100
     keep: Annotated[int, Field(ge=0)] = 2
     models: Literal["last", "each", "none"] = "last"
+    memory: bool = False
 
 
 class RunConfig(Section):
@@ -135,6 +138,7 @@ class RunConfig(Section):
         `sculpt.runs.method`.
     options: what that class can be told.
     sculpt: fields of `SculptConfig`; the methods take their matrices from it too.
+    memory: what tasks before this run use, which the model or `Sculptor.save_memory` has beside it.
     calibration_rows: of each task: at its begin its directions are compared with what earlier tasks
         need, at its end they join that; ranks that adapt to data take them from the task before.
     dtype: of the weights. device: "auto" is a GPU where there is one. seed: of everything random.
@@ -151,6 +155,7 @@ class RunConfig(Section):
     options: SerializeAsAny[Section] = Field(default_factory=dict, validate_default=True)
     training: TrainingConfig = TrainingConfig()
     sculpt: SculptConfig = Field(SculptConfig(), validate_default=False)
+    memory: FilePath | None = None
     calibration_rows: Count = 64
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -17,7 +17,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,14 +107,15 @@ class RunDirectory:
             elif path.name != LOCK:
                 path.unlink(missing_ok=True)
 
-    def save_model(self, learner: Any, name: str) -> None:
-        """Write the model to `name` in this directory; nothing is left of a failed attempt."""
+    def save_model(self, name: str, *writers: Callable[[Path], object]) -> None:
+        """Let all write to the folder `name` in this one; nothing is left of a failed attempt."""
         path = self.path / name
         if path.is_dir():  # of a run that was killed right after it wrote this
             return
         try:
             with replacing_directory(path) as temporary:
-                learner.save(temporary)
+                for write in writers:
+                    write(temporary)
                 for file in temporary.rglob("*"):
                     flush(file)
         except Exception as error:  # safetensors reports a full disk by an exception of its own

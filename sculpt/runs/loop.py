@@ -190,7 +190,7 @@ class Run:
         self._log.certified(state, certificate)
         if self.config.checkpoint.models == "each":
             with self._clock("save"):
-                self.directory.save_model(self.learner, f"models/{self._file()}")
+                self._save_model(f"models/{self._file()}")
         state.phase = "evaluate"
         self._save()
 
@@ -220,7 +220,7 @@ class Run:
         self._general("after")
         if self.config.checkpoint.models != "none":
             with self._clock("save"):
-                self.directory.save_model(self.learner, "model")
+                self._save_model("model")
         self._measure_all()
         self._results().write(self.directory.path)
         flush(self.directory.path / "results.json")
@@ -239,6 +239,9 @@ class Run:
                 self.state.result.lm_eval[when] = general_ability(
                     self.learner, evaluation.lm_eval, evaluation.lm_eval_limit
                 )
+
+    def _save_model(self, folder: str) -> None:
+        self.directory.save_model(folder, self.learner.save, self.strategy.save_beside)
 
     def _measure_all(self) -> None:
         result = self.state.result

@@ -148,6 +148,9 @@ class Strategy(ABC):
         """Whether the weights follow from those before the task and from what `save` writes."""
         return False
 
+    def save_beside(self, folder: Path) -> None:  # noqa: B027 - most methods need none
+        """Write to the folder of a plain model what a later run can take up."""
+
     def plain_state(self) -> Mapping[str, Tensor]:
         """Parameters and buffers by their names in the plain model."""
         return self.model.state_dict()

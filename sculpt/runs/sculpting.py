@@ -45,6 +45,8 @@ class Sculpt(Strategy):
         self._sculptor = Sculptor(self.model, self.config.sculpt)
         self._chosen: list[TaskRow] = []
         self._in_task = False
+        if self.config.memory is not None:
+            self._sculptor.load_memory(self.config.memory)
 
     def cost(self, target: Target) -> Cost:
         return cost_of(target, self.config.sculpt)
@@ -91,6 +93,10 @@ class Sculpt(Strategy):
             return 0
         return bytes_of_all(self.targets, config, next(self.model.parameters()).device)
 
+    def save_beside(self, folder: Path) -> None:
+        if self.config.checkpoint.memory and self._sculptor.memory:
+            self._sculptor.save_memory(folder)
+
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         device = next(self.model.parameters()).device
         self._sculptor.memory = Memory.from_tensors(memory, device)
@@ -115,9 +121,10 @@ class Sculpt(Strategy):
         )
 
     def end_task(self, task: int) -> None:
-        protects = self.config.sculpt.subspaces != "weights"
         last = task + 1 == len(self.setting.names)
-        self._sculptor.end_task(self._rows(task) if protects and not last else None)
+        used = self.config.checkpoint.memory or not last
+        protects = used and self.config.sculpt.subspaces != "weights"
+        self._sculptor.end_task(self._rows(task) if protects else None)
         self._in_task = False
         freeze(self.free)
 

@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_no_half_model(tmp_path: Path) 
 
     learner = Full(tiny_model(), tiny_tokenizer())
     with pytest.raises(RunError, match=r"could not be saved to .*No space left"):
-        RunDirectory(tmp_path).save_model(learner, "model")
+        RunDirectory(tmp_path).save_model("model", learner.save)
     assert list(tmp_path.iterdir()) == []
 
 

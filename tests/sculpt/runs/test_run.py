@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_language import VERY
+from tiny_language import VERY, tiny_model
 from tiny_runs import run_config, write_lines
 
 from bench.baselines import BASELINES
+from sculpt.curvature.memory import Memory
 from sculpt.models.causal import CausalLearner
 from sculpt.models.encoding import Encoded
 from sculpt.report.page import report
@@ -26,6 +27,7 @@ from sculpt.runs.prepare import Prepared
 from sculpt.runs.start import run
 from sculpt.runs.state import MethodResult, Progress
 
+CPU = torch.device("cpu")
 TRAINED = {
     f"model.layers.{layer}.{part}_proj.weight"
     for layer in range(2)
@@ -248,3 +250,17 @@ def test_uniform_ranks_leave_no_files_of_layers(tmp_path: Path) -> None:
     run(config)
     assert not (config.out / "ranks").exists()
     assert "What each layer got" not in report([config.out])
+
+
+def test_a_later_run_protects_what_an_earlier_one_learned(tmp_path: Path) -> None:
+    first = run_config(tmp_path, checkpoint={"memory": True, "models": "each"}, calibration_rows=2)
+    earlier = run(first).methods["sculpt"]
+    assert {row["method"] for row in earlier.subspaces[0]}.isdisjoint({"curvature, ratio"})
+    saved = first.out / "model"
+    one, both = (Memory.load(f, tiny_model(), CPU) for f in (first.out / "models/01-very", saved))
+    assert (one.rows, both.rows) == ({"very": 2}, {"very": 2, "short": 2})
+    later = run_config(tmp_path, model=str(saved), memory=str(saved), out=str(tmp_path / "later"))
+    result = run(later).methods["sculpt"]
+    assert {row["method"] for row in result.subspaces[0]} == {"curvature, ratio"}
+    assert all(0 < row.outputs < 1 for row in result.certificates[0].rows)
+    assert not (later.out / "model" / "sculpt_memory.safetensors").exists()
