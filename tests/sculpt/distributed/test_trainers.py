@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from launch import launch
+from safetensors.torch import load_file
 from test_shards import whole
 from test_trainer import CONFIG, LR, rows
 from tiny_language import tiny_model
@@ -19,13 +20,16 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sculpt import SculptCallback
+from sculpt.curvature.memory import FILE
 
 
-def trainer(out: Path, batch: int, **more: Any) -> tuple[Trainer, SculptCallback]:
+def trainer(
+    out: Path, batch: int, callback: SculptCallback | None = None, **more: Any
+) -> tuple[Trainer, SculptCallback]:
     if dist.is_initialized():
         rank, size = str(dist.get_rank()), str(dist.get_world_size())
         os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-    callback = SculptCallback(CONFIG, name="first")
+    callback = callback or SculptCallback(CONFIG, name="first")
     settings = {
         "output_dir": str(out),
         "max_steps": 6,
@@ -65,6 +69,44 @@ def test_replicas_learn_what_one_process_learns_and_resume_with_the_same_bits(tm
             assert torch.equal(resumed[name], weights[name]), name
         expected = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
         assert losses == pytest.approx(expected, abs=1e-6)
+
+
+def remembering(out: Path, batch: int, count: int, **more: Any) -> Any:
+    """Two tasks, the second with the memory of the first; its rows, sums and what it chose."""
+    first = SculptCallback(CONFIG, name="first", calibration_rows=count)
+    trainer(out / "first", batch, first, **more)[0].train()
+    memory = out / "first"
+    second = SculptCallback(CONFIG, name="second", calibration_rows=count, memory=memory)
+    run, _ = trainer(out / "second", batch, second, **more)
+    run.train()
+    assert second.table is not None
+    assert second.sculptor is not None
+    weights = whole(run.model.state_dict())
+    return second.sculptor.memory.rows, second.sculptor.memory.tensors() | weights
+
+
+def remembering_divided(out: Path, batch: int, count: int) -> Any:
+    divide_on_cpus()
+    settings = {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
+    more = {"fsdp": True, "fsdp_config": settings, "average_tokens_across_devices": False}
+    return remembering(out, batch, count, **more)
+
+
+@pytest.mark.parametrize(
+    ("ways", "count"), [(remembering, 32), (remembering_divided, 32), (remembering_divided, 5)]
+)
+def test_processes_draw_rows_of_their_own_and_protect_all(ways, count, tmp_path):
+    """All 32 rows there are, 16 in each process; or 2 of 5 in each."""
+    rows, _ = remembering(tmp_path / "alone", 8, 32)
+    assert rows == {"first": 32, "second": 32}
+    one, other = launch(2, ways, tmp_path, tmp_path / "together", 4, count)
+    assert one[0] == other[0] == {"first": count // 2 * 2, "second": count // 2 * 2}
+    for name, value in one[1].items():
+        assert torch.equal(other[1][name], value), name
+    first = [load_file(tmp_path / out / "first" / FILE) for out in ("alone", "together")]
+    for name, value in first[0].items():
+        if count == 32 and value.is_floating_point():
+            torch.testing.assert_close(first[1][name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def unequal(out: Path) -> str:
