@@ -32,8 +32,10 @@ def main() -> None:
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4)  # fmt: skip
     model = LlamaForCausalLM(config)
+    memory = None
     for seed, task in enumerate(("first", "second")):
-        callback = SculptCallback(SculptConfig(unfreeze_rank_ratio=0.25), name=task)
+        sculpt = SculptConfig(unfreeze_rank_ratio=0.25)
+        callback = SculptCallback(sculpt, name=task, memory=memory)
         arguments = TrainingArguments(
             output_dir=f"{options.out}/{task}",
             max_steps=10,
@@ -45,7 +47,7 @@ def main() -> None:
         )
         trainer = Trainer(model, arguments, train_dataset=rows(seed), callbacks=[callback])
         trainer.train()
-        model = trainer.model
+        model, memory = trainer.model, callback.sculptor.memory
         if trainer.is_world_process_zero():
             print(callback.certificate)
     trainer.save_model(f"{options.out}/model")
