@@ -260,6 +260,9 @@ def test_the_command(trained, tmp_path):
         (0, "The constraint holds", *of_run),
         (0, "The constraint holds", *of_demo),
         (1, "BROKEN", *of_run, "--rank-pattern", "down_proj=31"),
+        (1, "none may", *of_run, "--target-modules", "q_proj,k_proj"),
+        (1, "none may", *of_run, "--exclude-modules", "q_proj"),
+        (2, "did you mean 'q_proj'", *of_run, "--exclude-modules", "qproj"),
     ):
         result = CliRunner().invoke(app, ["verify", str(before), str(after), *options])
         assert result.exit_code == code, result.output

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from sculpt import SculptConfig
 from sculpt.certificate.disk import DiskCertificate, verify_checkpoints
-from sculpt.cli.app import app
 
 NAMES = (
     "layers.0.q_proj.weight",
@@ -42,7 +39,6 @@ def verify(checkpoints: tuple[Path, Path], **fields) -> DiskCertificate:
 @pytest.mark.parametrize(
     ("targets", "exclude", "judged"),
     [
-        (["q_proj"], None, {"layers.0.q_proj", "layers.1.q_proj"}),
         (["q_proj"], ["layers.1.q_proj"], {"layers.0.q_proj"}),
         (
             r".*_proj",
@@ -51,9 +47,7 @@ def verify(checkpoints: tuple[Path, Path], **fields) -> DiskCertificate:
         ),
         (["experts", "head"], ["norm"], {"experts.up_proj[0]", "experts.up_proj[1]", "head"}),
         (["experts", "head"], ["experts"], {"head"}),
-        (["up_proj", "head"], ["experts.up_proj"], {"head"}),
         (["all-linear", "head"], ["q_proj", "k_proj", "experts"], {"head"}),
-        ("all-linear", ["q_proj", "k_proj", "experts"], {"head"}),
     ],
 )
 def test_what_is_excluded_may_not_change(checkpoints, targets, exclude, judged):
@@ -80,15 +74,3 @@ def test_what_is_excluded_may_not_change(checkpoints, targets, exclude, judged):
 def test_patterns_without_a_match_are_refused(checkpoints, options, message):
     with pytest.raises(ValueError, match=message):
         verify(checkpoints, **options)
-
-
-def test_the_command_excludes_too(checkpoints):
-    call = ["verify", *map(str, checkpoints), "--ratio", "0.25", "--target-modules", "q_proj,head"]
-    result = CliRunner().invoke(app, [*call, "--exclude-modules", "q_proj", "--json"])
-    assert result.exit_code == 1
-    found = json.loads(result.stdout)
-    assert {row["name"] for row in found["rows"]} == {"head"}
-    assert {"layers.0.q_proj.weight", "layers.1.q_proj.weight"} < set(found["moved"])
-    result = CliRunner().invoke(app, [*call, "--exclude-modules", "qproj"])
-    assert result.exit_code == 2
-    assert "'qproj' matches nothing; did you mean 'q_proj'" in result.output
