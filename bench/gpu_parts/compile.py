@@ -24,6 +24,7 @@ from bench.gpu_parts.graph import operations
 from bench.gpu_parts.kernels import cases, many_calls
 from bench.gpu_parts.run import Run
 from bench.gpu_parts.schedule import start_method
+from sculpt_kernels.compile import Target
 
 
 @dataclass(frozen=True)
@@ -141,24 +142,6 @@ def compiled(jobs: list[Job], seconds: float) -> dict[str, Any]:
         "sum_of_kernels_s": round(sum(spent), 1),
         "failed": failed,
     }
-
-
-class Target:
-    """Triton's driver of a device that need not be here, as far as compiling asks for it."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
 
 
 def compile_job(job: Job) -> tuple[str, float, str | None]:
