@@ -23,7 +23,8 @@ from transformers import Trainer, TrainerCallback
 
 from sculpt.adaptive.batches import loss_of, runs
 from sculpt.config import SculptConfig
-from sculpt.curvature.collect import IGNORED, choose_kinds
+from sculpt.curvature.collect import choose_kinds
+from sculpt.curvature.padding import IGNORED
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import device_of, reshard, sharded_modules
 from sculpt.messages import SculptWarning

@@ -42,13 +42,14 @@ def says_loss(run: Run, output: Any) -> bool:
     return loss_of(output) is not None and (run.own or hasattr(output, "loss"))
 
 
-def runs(calibration: Any, device: torch.device) -> Iterator[Run]:
+def runs(calibration: Any, device: torch.device, argument: str = "calibration") -> Iterator[Run]:
     """One function for each batch, which is looked at before it is passed on.
 
     Args:
         calibration: an iterable of batches. A batch is a mapping of keyword arguments of the model,
             a tensor or a tuple of positional ones, or a function of the model.
         device: where the model computes.
+        argument: what errors call it.
 
     Raises:
         TypeError, ValueError: it is no such iterable, it is empty, or a tensor is on another device
@@ -58,16 +59,16 @@ def runs(calibration: Any, device: torch.device) -> Iterator[Run]:
         calibration, Iterable
     ):
         raise TypeError(
-            "calibration must be an iterable of batches (mappings, tensors, tuples or functions of "
+            f"{argument} must be an iterable of batches (mappings, tensors, tuples or functions of "
             f"the model); got {type(calibration).__name__}"
         )
     empty = True
     for number, batch in enumerate(calibration):
-        _check(batch, f"calibration[{number}]", device)
+        _check(batch, f"{argument}[{number}]", device)
         empty = False
         yield _run(batch)
     if empty:
-        raise ValueError("calibration is empty; expected at least one batch")
+        raise ValueError(f"{argument} is empty; expected at least one batch")
 
 
 def in_step(batches: Iterator[Run], processes: Processes) -> Iterator[Run]:

@@ -7,28 +7,27 @@ is made where its vectors appear: nothing of a batch is alive after it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from sculpt.adaptive.batches import Run, in_step, loss_of, runs
 from sculpt.config import SculptConfig
 from sculpt.curvature.factors import Diagonal, Factor, bytes_of, empty
 from sculpt.curvature.memory import Memory, Sides
-from sculpt.curvature.products import Products
+from sculpt.curvature.padding import IGNORED, Padding, encodes_apart
+from sculpt.curvature.products import Products, Use
 from sculpt.distributed.processes import Processes
 from sculpt.distributed.sharding import reshard, sharded_modules
 from sculpt.memory import free_bytes
-from sculpt.task.targets import Place, Target
+from sculpt.task.targets import Target
 from sculpt_kernels import is_divided
-
-IGNORED = -100
-"""Labels of tokens that are not learned, as in torch and transformers."""
 
 
 def collect(
@@ -53,17 +52,25 @@ def collect(
         TypeError, ValueError: the data cannot be used, values in the model are not finite, or the
             factors do not fit `config.factor_bytes`.
     """
-    kinds = processes.tell(choose_kinds(targets, config, known, processes.device))[0]
-    made = Pass(targets, kinds, config.sketch_rank)
-    rows = 0
+    kinds: dict[str, str] = {}
     error: Exception | None = None
     try:
-        given = runs(batches, processes.device)
-        if any(is_divided(target.parameter) for target in targets):
+        kinds = choose_kinds(targets, config, known, processes.device)
+    except ValueError as problem:
+        error = problem
+    processes.fail_together(error)
+    kinds = processes.tell(kinds)[0]
+    made = Pass(targets, kinds, known, config.sketch_rank)
+    divided = any(is_divided(target.parameter) for target in targets)
+    rows = 0
+    try:
+        given = runs(batches, processes.device, "batches")
+        if divided:
             given = in_step(given, processes)
         with made.on(model):
             for run in given:
-                rows += made.batch(run, model)
+                # Where weights are divided, all go on to the backward pass or none.
+                rows += made.batch(run, model, processes if divided else processes.alone())
         for key, factor in made.memory.factors.items():
             if not bool(torch.isfinite(factor.total).all()):
                 raise ValueError(f"values at {key.rpartition('.')[0]!r} are not finite")
@@ -88,11 +95,7 @@ def choose_kinds(
     """
     kinds = {key: factor.kind for key, factor in known.factors.items()}
     shapes = {key: shape for key, shape in _shapes(targets).items() if key not in kinds}
-    looked_up = {
-        f"{target.name}.left"
-        for target in targets
-        if any(isinstance(place.module, nn.Embedding) for place in target.places)
-    }
+    looked_up = {f"{target.name}.left" for target in targets if _looked_up(target)}
     kinds |= {key: "diagonal" if key in looked_up else "full" for key in shapes}
     limit = config.factor_bytes
     if limit is None:
@@ -143,8 +146,18 @@ def _sum(made: Pass, targets: Sequence[Target], processes: Processes) -> None:
     if processes.size == 1:
         return
     memory = made.memory
-    for sides in processes.tell({name: astuple(keys) for name, keys in memory.sides.items()}):
-        memory.sides |= {name: Sides(*keys) for name, keys in sides.items()}
+    said = [
+        {name: Sides(*keys) for name, keys in sides.items()}
+        for sides in processes.tell({name: astuple(keys) for name, keys in memory.sides.items()})
+    ]
+    for name in {name for sides in said for name in sides}:
+        if len({sides[name].right for sides in said if name in sides}) > 1:
+            memory.separate(name)
+            for sides in said:
+                if name in sides:
+                    sides[name] = replace(sides[name], right=f"{name}.right")
+    for sides in said:
+        memory.add_sides(sides)
     keys = {key for found in processes.tell(list(memory.factors)) for key in found}
     for target in targets:
         for side in ("left", "right"):
@@ -159,39 +172,37 @@ class Pass:
     Args:
         targets: whose factors are wanted.
         kinds: of which kind each is, by key.
-        width: columns of a sketch.
+        known: what is protected already: sketches get as many columns as there.
+        width: columns of other sketches.
     """
 
-    def __init__(self, targets: Sequence[Target], kinds: Mapping[str, str], width: int) -> None:
+    def __init__(
+        self, targets: Sequence[Target], kinds: Mapping[str, str], known: Memory, width: int
+    ) -> None:
         self.memory = Memory()
-        self._targets = {target.name: target for target in targets}
-        self._kinds, self._width = kinds, width
-        self._masks: list[Tensor] = []
+        self._targets = targets
+        self._kinds, self._known, self._width = kinds, known, width
+        self._alone = {t.name for t in targets if len(t.shape) > 2 or _looked_up(t)}
         self._backward = False
         self._read: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._padding = Padding()
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        """Hooks on all targets of a model, which is left as it was."""
+        """See what a model does with all targets; it is left as it was."""
         modes = {module: module.training for module in model.modules()}
         flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         model.eval()
+        for module in modes:
+            # They recompute in training mode only; `Products` leaves out their dropout.
+            module.training = _recomputes(module)
         model.requires_grad_(False)
         try:
             with ExitStack() as stack:
-                handle = model.register_forward_pre_hook(self._note_masks, with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
                 stack.enter_context(_one_by_one(model))
-                inside: dict[nn.Module, dict[str, str]] = {}
-                for target in self._targets.values():
-                    for place in target.places:
-                        hook = self._hook(target, place)
-                        if hook is None:
-                            inside.setdefault(place.module, {})[place.parameter] = target.name
-                        else:
-                            stack.callback(place.module.register_forward_hook(hook).remove)
-                for module, parameters in inside.items():
-                    self._watch(stack, module, parameters)
+                stack.enter_context(self._padding.on(model))
+                stack.enter_context(Products(self._targets, self._use, self._padding.gather))
                 yield
         finally:
             self._read.clear()
@@ -200,112 +211,97 @@ class Pass:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
 
-    def batch(self, run: Run, model: nn.Module) -> int:
+    def batch(self, run: Run, model: nn.Module, together: Processes) -> int:
         """Pass one batch; the number of rows in it.
 
         Raises:
             ValueError: it gives no loss, or none that is finite.
+            RuntimeError: that is so in another one of the processes that go on together.
         """
         with torch.enable_grad():
+            self._read.clear()
+            self._padding.clear()
             output = run.call(model)
             loss = loss_of(output)
-            if loss is None:
-                raise ValueError(
-                    "what is protected needs a loss: batches with labels for a model that computes "
-                    "one, or functions of the model that return the summed loss of their rows"
-                )
-            if not bool(torch.isfinite(loss.detach())):
-                raise ValueError(f"a batch gives a loss that is not finite, {float(loss.detach())}")
-            rows, learned = _size_of(run, output)
-            self._read.clear()
+            error = _why_not(run, loss)
+            together.fail_together(None if error is None else ValueError(error))
+            assert loss is not None
+            rows, learned = _size_of(run, model, output)
             self._backward = True
             try:
                 if loss.requires_grad:
-                    torch.autograd.backward(loss * learned)
+                    # By its edge: a backward pass from a tensor would not see what recomputes.
+                    edge = get_gradient_edge(loss)
+                    torch.autograd.backward([edge], [torch.full_like(loss, learned)])
             finally:
                 self._backward = False
         return rows
 
-    def _hook(self, target: Target, place: Place) -> Callable[..., Any] | None:
-        if isinstance(place.module, nn.Embedding):
-            return self._embedding_hook(target)
-        if isinstance(place.module, nn.Linear) or place.transposed:
-            return self._linear_hook(target)
-        return None
-
-    def _watch(self, stack: ExitStack, module: nn.Module, parameters: dict[str, str]) -> None:
-        """See the products inside of a module."""
-        mode = Products(module, parameters, self._product)
-        before = module.register_forward_pre_hook(lambda *_: _enter(mode))
-        after = module.register_forward_hook(lambda *_: _leave(mode), always_call=True)
-        stack.callback(before.remove)
-        stack.callback(after.remove)
-
-    def _product(
-        self, name: str, x: Tensor, product: Tensor, at: int | None, last: bool
-    ) -> Tensor | None:
-        target = self._targets[name]
-        self.memory.sides[name] = Sides(f"{name}.left", f"{name}.right", reads_left=not last)
-        reads, writes = ("right", "left") if last else ("left", "right")
-
-        def add(side: str, vectors: Tensor) -> None:
-            factor = self.factor(target, side)
-            if at is not None or factor.count.ndim == 0:
-                factor.add(vectors.flatten(0, -2), at)
-            else:
-                for member, own in enumerate(vectors):
-                    factor.add(own, member)
-
-        if not self._backward:
-            add(reads, x.detach())
-        return self._listen(product, lambda g: add(writes, g))
-
-    def _linear_hook(self, target: Target) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            x = args[0]
-            if not self._backward:  # Recomputed layers have been seen.
-                sides = self.memory.sides.get(target.name)
-                if sides is None:
-                    key = self._owner(x, target.name)
-                    sides = Sides(f"{target.name}.left", key)
-                    self.memory.sides[target.name] = sides
-                if sides.right == f"{target.name}.right":
-                    self.factor(target, "right").add(self._kept(x.detach()))
-            return self._listen(output, lambda g: self.factor(target, "left").add(g.flatten(0, -2)))
-
-        return hook
-
-    def _owner(self, x: Tensor, name: str) -> str:
-        """The key of the factor of `x`; layers that read the very same tensor share one."""
-        known = self._read.get(id(x))
-        if known is not None and known[0]() is x:
-            return known[1]
-        self._read[id(x)] = (weakref.ref(x), f"{name}.right")
-        return f"{name}.right"
-
-    def _embedding_hook(self, target: Target) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if not self._backward:
-                sides = Sides(f"{target.name}.left", f"{target.name}.right", reads_left=True)
-                self.memory.sides[target.name] = sides
-                left = self.factor(target, "left")
-                assert isinstance(left, Diagonal)
-                left.add_indices(self._kept(args[0][..., None]))
-            return self._listen(
-                output, lambda g: self.factor(target, "right").add(g.flatten(0, -2))
-            )
-
-        return hook
-
-    def _listen(self, output: Tensor, take: Callable[[Tensor], None]) -> Tensor | None:
-        """Call `take` with the gradient at the output of a layer."""
+    def _use(self, use: Use, result: Tensor) -> Tensor:
+        """Add what a weight reads, and have what comes out say its gradient."""
+        reads, writes = ("left", "right") if use.turned else ("right", "left")
+        read = list(self._vectors(use, use.x.detach()))
+        kept = [self._padding.kept(use.x, x.shape[:-1]) for _, x in read]
+        if not self._backward and self._owns(use.target.name, reads, use.x):
+            factor = self.factor(use.target, reads)
+            for (at, x), mask in zip(read, kept, strict=True):
+                own = x if mask is None else x[mask]
+                if x.is_floating_point():
+                    factor.add(own.reshape(-1, own.shape[-1]), at)
+                else:
+                    assert isinstance(factor, Diagonal)
+                    factor.add_indices(own)
         if not torch.is_grad_enabled():
-            return None
-        given = output
-        if not output.requires_grad:
-            output = output.requires_grad_().clone()
-        output.register_hook(lambda g: take(g.detach()))  # type: ignore[no-untyped-call]
-        return None if output is given else output
+            return result
+        counts = [
+            x.shape[:-1].numel() if mask is None else int(mask.sum())
+            for (_, x), mask in zip(read, kept, strict=True)
+        ]
+
+        def take(g: Tensor) -> None:
+            factor = self.factor(use.target, writes)
+            for (at, own), count in zip(self._vectors(use, g.detach()), counts, strict=True):
+                factor.add(own.reshape(-1, own.shape[-1]), at, count)
+
+        listen: Any = result.requires_grad_().register_hook  # Without types in torch.
+        listen(take)
+        # What is a view loses its hooks where it is written to.
+        return result.clone()
+
+    def _vectors(self, use: Use, x: Tensor) -> Iterator[tuple[int | None, Tensor]]:
+        """Those `(..., size)` of each member of a stack, with its number."""
+        if not x.is_floating_point():
+            x = x[..., None]
+        elif use.columns:
+            x = x.mT
+        if len(use.target.shape) == 2 or use.at is not None:
+            yield use.at, x
+        else:
+            yield from enumerate(x)
+
+    def _owns(self, name: str, reads: str, x: Tensor) -> bool:
+        """Whether a target keeps the factor of its inputs, and does not share that of another.
+
+        Layers that read the very same tensor share one.
+
+        Raises:
+            ValueError: it shares one in other rows.
+        """
+        own, key = f"{name}.right", f"{name}.right"
+        if reads == "right" and name not in self._alone:
+            read = self._read.get(id(x))
+            if read is not None and read[0]() is x:
+                key = read[1]
+            else:
+                self._read[id(x)] = weakref.ref(x), own
+        self.memory.add_sides({name: Sides(f"{name}.left", key, reads)})
+        shared = self.memory.sides[name].right
+        if shared != own and shared != key:
+            raise ValueError(
+                f"{name!r} reads what {shared.rpartition('.')[0]!r} reads in some rows, and "
+                "something else in others: protect them by calls of their own"
+            )
+        return shared == own
 
     def factor(self, target: Target, side: str) -> Factor:
         """The factor of one side of a target, empty where there is none yet."""
@@ -314,33 +310,33 @@ class Pass:
         if factor is None:
             *stack, m, n = target.shape
             shape = (*stack, m if side == "left" else n)
-            device = target.parameter.device
-            factor = empty(self._kinds[key], shape, device, self._width)
+            known = self._known.factors.get(key)
+            width = self._width if known is None else known.total.shape[-1]
+            factor = empty(self._kinds[key], shape, target.parameter.device, width)
             self.memory.factors[key] = factor
         return factor
 
-    def _note_masks(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        names = ("attention_mask", "decoder_attention_mask")
-        masks = [kwargs.get(name) for name in names]
-        labels = kwargs.get("labels")
-        self._masks = [m.bool() for m in masks if isinstance(m, Tensor) and m.ndim == 2]
-        if isinstance(labels, Tensor) and labels.ndim == 2:
-            self._masks.append(labels != IGNORED)
 
-    def _kept(self, x: Tensor) -> Tensor:
-        """`(N, size)`: the vectors of all positions that are no padding."""
-        for mask in self._masks:
-            if mask.shape == x.shape[:-1]:
-                return x[mask.to(x.device)]
-        return x.flatten(0, -2)
+def _recomputes(module: nn.Module) -> bool:
+    """Whether it is a layer of transformers with gradient checkpointing."""
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    return "GradientCheckpointingLayer" in kinds and bool(module.gradient_checkpointing)
 
 
-def _enter(mode: Any) -> None:
-    mode.__enter__()
+def _looked_up(target: Target) -> bool:
+    return any(isinstance(place.module, nn.Embedding) for place in target.places)
 
 
-def _leave(mode: Any) -> None:
-    mode.__exit__(None, None, None)
+def _why_not(run: Run, loss: Tensor | None) -> str | None:
+    """Why nothing can be learned of a batch."""
+    if loss is None or not (run.own or isinstance(run.inputs.get("labels"), Tensor)):
+        return (
+            "what is protected needs a loss: batches with labels for a model that computes one, or "
+            "functions of the model that return the summed loss of their rows"
+        )
+    if not bool(torch.isfinite(loss.detach())):
+        return f"a batch gives a loss that is not finite, {float(loss.detach())}"
+    return None
 
 
 @contextmanager
@@ -358,13 +354,16 @@ def _one_by_one(model: nn.Module) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _size_of(run: Run, output: Any) -> tuple[int, int]:
+def _size_of(run: Run, model: nn.Module, output: Any) -> tuple[int, int]:
     """Rows of a batch, and by what its mean loss is to be multiplied to be summed."""
-    inputs = run.inputs
-    labels = inputs.get("labels")
-    if not isinstance(labels, Tensor):
+    labels = run.inputs.get("labels")
+    if run.own or not isinstance(labels, Tensor):
         return (len(run.call) if isinstance(run.call, Sized) else 1), 1
-    predicts = getattr(output, "logits", labels).ndim == 3
-    encoded = hasattr(output, "encoder_last_hidden_state")
-    learned = labels[..., 1:] if predicts and not encoded else labels
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = output[1] if isinstance(output, tuple) else labels
+    own = getattr(model, "loss_type", None) in ("ForMaskedLM", "ForTokenClassification")
+    # Of a causal model each token predicts the next one.
+    shifted = logits.ndim == 3 and not own and not any(map(encodes_apart, model.modules()))
+    learned = labels[..., 1:] if shifted else labels
     return len(labels), int((learned != IGNORED).sum())

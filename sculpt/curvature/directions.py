@@ -42,7 +42,7 @@ class Directions:
 
     def __init__(self, old: Memory, new: Memory | None) -> None:
         self.old, self.new = old, new
-        self._found: dict[tuple[str, int], Tensor] = {}
+        self._found: dict[tuple[str, str | None, int], Tensor] = {}
 
     def has(self, name: str) -> bool:
         return self.old.of(name) is not None
@@ -54,17 +54,20 @@ class Directions:
     def trainable(self, name: str, t: int) -> tuple[Tensor, Tensor]:
         """Left and right basis `(..., m, t)`, `(..., n, t)` of what may train."""
         keys = self.old.sides[name]
-        return self._trainable(name, keys.left, t), self._trainable(name, keys.right, t)
+        newer = self.new.sides[name] if self.compares(name) and self.new is not None else None
+        return (
+            self._trainable(keys.left, None if newer is None else newer.left, t),
+            self._trainable(keys.right, None if newer is None else newer.right, t),
+        )
 
-    def _trainable(self, name: str, key: str, t: int) -> Tensor:
-        if (key, t) not in self._found:
+    def _trainable(self, key: str, newer: str | None, t: int) -> Tensor:
+        if (key, newer, t) not in self._found:
             old = self.old.factors[key]
-            if self.compares(name):
-                assert self.new is not None
-                self._found[key, t] = by_ratio(old, self.new.factors[key], t)
+            if self.new is None or newer is None:
+                self._found[key, newer, t] = trailing(old, t)
             else:
-                self._found[key, t] = trailing(old, t)
-        return self._found[key, t]
+                self._found[key, newer, t] = by_ratio(old, self.new.factors[newer], t)
+        return self._found[key, newer, t]
 
     def preserved(self, name: str, h: int) -> tuple[Tensor, Tensor]:
         """Left and right basis `(..., m, h)`, `(..., n, h)` of what earlier tasks use most."""
@@ -80,26 +83,31 @@ class Directions:
         )
         return float((share_of_trace(left, U) * share_of_trace(right, V)).max())
 
-    def used(self, name: str, U: Tensor, V: Tensor) -> float:
+    def used(self, name: str, basis: Tensor) -> float:
         """Share of the inputs' second moment in the span of the basis on their side.
 
         That of the task that begins, where its rows are known.
         """
-        memory = self.new if self.compares(name) else self.old
-        assert memory is not None
-        keys = self.old.sides[name]
-        key, basis = (keys.left, U) if keys.reads_left else (keys.right, V)
-        return float(share_of_trace(memory.factors[key], basis).mean())
+        memory = self.new if self.new is not None and self.compares(name) else self.old
+        keys = memory.sides[name]
+        factor = memory.factors[keys.left if keys.reads == "left" else keys.right]
+        whole = float(factor.trace().sum())
+        return float(factor.quadratic(basis.mT).sum()) / whole if whole > 0 else 0.0
 
     def gain(self, name: str, U: Tensor, V: Tensor) -> float:
         """`√(t/d / (tr Vᵀ A V / tr A))` of the basis `(d, t)` on the side of the inputs.
 
         In directions that earlier tasks hardly use inputs are smaller than in the mean. With this
         factor a step of an optimizer that normalises its elements moves the outputs of the layer,
-        over inputs with the second moment `A`, as far as a dense step with random signs would.
+        over inputs with the second moment `A`, as far as a dense step with random signs would. 1
+        where inputs are on both sides, or the basis meets none; at most `LARGEST_GAIN`.
         """
-        d, t = (U if self.old.sides[name].reads_left else V).shape[-2:]
-        share = self.used(name, U, V)
+        reads = self.old.sides[name].reads
+        if reads == "both":
+            return 1.0
+        basis = U if reads == "left" else V
+        d, t = basis.shape[-2:]
+        share = self.used(name, basis)
         return min(LARGEST_GAIN, math.sqrt(t / d / share)) if share > 0 else 1.0
 
 
@@ -150,9 +158,15 @@ def share_of_trace(factor: Factor, V: Tensor) -> Tensor:
 
 
 def trailing_shares(factor: Factor) -> Tensor:
-    """Share of `tr F` in the `1, 2, ..., d` directions that `F` uses least, `(d,)`, float64.
+    """Share of `tr F` in the `1, 2, ..., d` directions that `F` uses least, `(d,)`, float64."""
+    shares = eigenvalues(factor).cumsum(0)
+    return shares / shares[-1].clamp_min(torch.finfo(shares.dtype).tiny)
 
-    The mean over a stack. What a sketch does not tell apart counts as alike.
+
+def eigenvalues(factor: Factor) -> Tensor:
+    """Shares of `tr F` `(d,)` along its eigenvectors, rising, float64; the mean over a stack.
+
+    What a sketch does not tell apart counts as alike.
     """
     if isinstance(factor, Sketch):
         _, known = factor.eigenpairs()
@@ -163,8 +177,8 @@ def trailing_shares(factor: Factor) -> Tensor:
         values = factor.total.double()
     else:
         values = torch.linalg.eigvalsh(factor.total.double()).clamp_min(0)
-    shares = values.sort(dim=-1).values.cumsum(-1)
-    shares = shares / shares[..., -1:].clamp_min(torch.finfo(shares.dtype).tiny)
+    values = values.sort(dim=-1).values
+    shares = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     return shares.reshape(-1, shares.shape[-1]).mean(0)
 
 

@@ -34,11 +34,15 @@ class Factor(ABC):
         self.total = total
         self.count = count
 
-    def add(self, x: Tensor, at: int | None = None) -> None:
-        """Add the vectors `x` `(N, size)`; `at` is the member of a stack that they belong to."""
-        total, count = (self.total, self.count) if at is None else (self.total[at], self.count[at])
-        self._add(total, x.to(total.dtype), at)
-        count += len(x)
+    def add(self, x: Tensor, at: int | None = None, count: int | None = None) -> None:
+        """Add the vectors `x` `(N, size)`; `at` is the member of a stack that they belong to.
+
+        count: how many they count for, where that is not `N`.
+        """
+        total, counts = (self.total, self.count) if at is None else (self.total[at], self.count[at])
+        with torch.autocast(x.device.type, enabled=False):
+            self._add(total, x.to(total.dtype), at)
+        counts += len(x) if count is None else count
 
     @abstractmethod
     def _add(self, total: Tensor, x: Tensor, at: int | None) -> None:

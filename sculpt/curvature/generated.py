@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sculpt.curvature.collect import IGNORED
+from sculpt.curvature.padding import IGNORED
 
 ROWS = 8
 """That are written at once."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from copy import deepcopy
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,15 +30,16 @@ class Sides:
 
     Of a linear layer `y = W x` the right one is that of its inputs, and the left one that of the
     gradients at its output; of `y = Wᵀ x`, such as the lookup in a table, it is the other way
-    round. Layers that read the same input share its factor.
+    round; of a weight that is used in both ways each is the sum of both. Layers that read the same
+    input share its factor.
 
     Attributes:
-        reads_left: whether the left one is that of the inputs.
+        reads: the side of the inputs: `"right"`, `"left"` or `"both"`.
     """
 
     left: str
     right: str
-    reads_left: bool = False
+    reads: str = "right"
 
 
 @dataclass
@@ -68,19 +70,18 @@ class Memory:
         """`tr X A Xᵀ` `(...)` with the second moment `A` of the inputs of a target, float64.
 
         The sum of squares of the outputs that `X` `(..., m, n)` would give in place of the weight;
-        `None` where no row has reached the target.
+        `None` where no row has reached the target, or its inputs are on both sides.
         """
         pair = self.of(name)
-        if pair is None:
+        reads = self.sides[name].reads if pair is not None else "both"
+        if pair is None or reads == "both":
             return None
-        return pair[0].quadratic(X.mT) if self.sides[name].reads_left else pair[1].quadratic(X)
+        return pair[0].quadratic(X.mT) if reads == "left" else pair[1].quadratic(X)
 
     def curvature(self, name: str) -> float:
         """`tr S tr A` of a target that was reached, with `A` the mean over its vectors."""
         keys = self.sides[name]
-        read, written = (
-            (keys.left, keys.right) if keys.reads_left else (keys.right, keys.left)
-        )
+        read, written = (keys.left, keys.right) if keys.reads == "left" else (keys.right, keys.left)
         inputs = self.factors[read]
         mean = inputs.trace() / inputs.count.clamp_min(1)
         return float((self.factors[written].trace() * mean).sum())
@@ -91,6 +92,10 @@ class Memory:
         Raises:
             ValueError: a factor is of another kind or shape there. Nothing has been added then.
         """
+        for name in other.sides.keys() & self.sides.keys():
+            if other.sides[name].right != self.sides[name].right:
+                self.separate(name)
+                other.separate(name)
         for key, factor in other.factors.items():
             own = self.factors.get(key)
             if own is not None and (own.kind, own.total.shape) != (factor.kind, factor.total.shape):
@@ -103,9 +108,24 @@ class Memory:
                 self.factors[key].merge(factor)
             else:
                 self.factors[key] = factor
-        self.sides |= other.sides
+        self.add_sides(other.sides)
         for name, count in other.rows.items():
             self.rows[name] = self.rows.get(name, 0) + count
+
+    def add_sides(self, others: Mapping[str, Sides]) -> None:
+        """Those of memories with the same keys, which may have used weights otherwise."""
+        for name, other in others.items():
+            own = self.sides.setdefault(name, other)
+            if own.reads != other.reads:
+                self.sides[name] = replace(own, reads="both")
+
+    def separate(self, name: str) -> None:
+        """Give a target that shares the factor of its inputs one of its own, with the same sums."""
+        sides, own = self.sides.get(name), f"{name}.right"
+        if sides is not None and sides.right != own:
+            self.sides[name] = replace(sides, right=own)
+            if sides.right in self.factors:
+                self.factors[own] = deepcopy(self.factors[sides.right])
 
     def check(self, targets: Sequence[Target]) -> None:
         """Raises:
@@ -171,8 +191,18 @@ class Memory:
         """The inverse of `save`.
 
         Raises:
+            FileNotFoundError, ValueError: as `read`, or it is of a model with another
+                configuration.
+        """
+        return cls.read(path, device, _identity(model))
+
+    @classmethod
+    def read(cls, path: Path, device: torch.device, identity: str | None = None) -> Memory:
+        """What `save` wrote for a model with that identity, or for any.
+
+        Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is damaged, is none, or is of a model with another configuration.
+            ValueError: it is damaged, is none, or is of another model.
         """
         file = _file(path)
         if not file.is_file():
@@ -180,7 +210,8 @@ class Memory:
         tensors = read_file(file)
         if not {ABOUT, MODEL} <= tensors.keys():
             raise ValueError(f"{file} was not written by Sculptor.save_memory")
-        if bytes(tensors.pop(MODEL).tolist()).decode() != _identity(model):
+        written = bytes(tensors.pop(MODEL).tolist()).decode()
+        if identity is not None and written != identity:
             raise ValueError(f"{file} is of a model with another configuration")
         return cls.from_tensors(tensors, device)
 
