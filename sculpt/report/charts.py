@@ -295,9 +295,10 @@ def _rows(axis: Axes, names: Sequence[str]) -> None:
 
 
 def spectra(lines: Sequence[tuple[Sequence[float], float]], cut: float) -> Figure:
-    """Singular values over the largest, log scale, of a group of matrices; the cut is dashed.
+    """Singular or eigenvalues over the largest, log scale, of some matrices; the cut is dashed.
 
-    lines: shares `σ_i / σ_1` at even places of the spectrum, and the depth of the layer in [0, 1].
+    lines: shares of the largest at even places of the spectrum, and the depth of the layer, in
+        [0, 1].
     """
     figure, [[axis]] = new_figure(2.5, 1.6)
     for values, depth in lines:
@@ -310,7 +311,7 @@ def spectra(lines: Sequence[tuple[Sequence[float], float]], cut: float) -> Figur
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.minorticks_off()
-    axis.set_xticks([0, 0.5, 1], ["0", "k/2", "k"])
+    axis.set_xticks([0, 0.5, 1], ["0", "½", "1"])
     axis.set_xlim(0, 1)
     _plain(axis, lines=True)
     return figure

@@ -12,7 +12,7 @@ from typing import Any
 
 from sculpt.inspection.spectra import Progress, spectra, stored_values
 from sculpt.metrics import METRICS
-from sculpt.report import charts
+from sculpt.report import charts, curvature
 from sculpt.report.charts import as_svg, place_of
 from sculpt.report.results import ACCURACIES, Results, figures, matrix, read_results
 from sculpt.runs.layer_files import adapted
@@ -72,6 +72,11 @@ class Run:
         ]
         return [TaskRow(**row) for row in known]
 
+    @property
+    def from_weights(self) -> bool:
+        """Whether the last task has its subspaces from the weights."""
+        return any(not row.method.startswith("curvature") for row in self.chosen)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -116,11 +121,23 @@ def report(
         losses=[(group, _losses(group)) for group in groups],
         times=as_svg(charts.stacks({c.name: c.result.seconds for c in columns}, "s"), "seconds"),
         leaks=[(column, _leaks(column)) for column in columns if column.result.certificates],
+        curvature=[
+            (run, found)
+            for run in runs
+            if (
+                found := curvature.sections(
+                    run.chosen,
+                    [c for column in run.columns for c in column.result.certificates],
+                    run.path / "model",
+                    run.name,
+                )
+            )
+        ],
         layers=[(run, found) for run in runs if (found := _layers(run))],
         spectra=[
             (run, _spectra(run, with_spectra, progress))
             for run in runs
-            if run.chosen and (run.path / "model").is_dir()
+            if run.from_weights and (run.path / "model").is_dir()
         ],
         metrics=METRICS,
     )

@@ -264,3 +264,8 @@ def test_a_later_run_protects_what_an_earlier_one_learned(tmp_path: Path) -> Non
     assert {row["method"] for row in result.subspaces[0]} == {"curvature, ratio"}
     assert all(0 < row.outputs < 1 for row in result.certificates[0].rows)
     assert not (later.out / "model" / "sculpt_memory.safetensors").exists()
+    pages = [report([config.out]) for config in (first, later)]
+    assert [page.count("output gradients, d = ") for page in pages] == [7, 0]  # kinds of matrices
+    most = max(row.outputs for row in result.certificates[0].rows)
+    assert f"the most of all tasks; a full colour is {most:.2g}." in pages[1]
+    assert "Ranks and spectra" not in pages[0]
