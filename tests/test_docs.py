@@ -123,14 +123,6 @@ def test_blocks_share_a_namespace_and_marked_ones_are_left_out() -> None:
     assert execute(SAMPLE, "sample.md") == 3
 
 
-def test_a_failing_example_points_at_its_line() -> None:
-    with pytest.raises(AssertionError) as failure:
-        execute(SAMPLE.replace("== 6", "== 7"), "sample.md")
-    where = failure.traceback[-1]
-    assert str(where.path).endswith("sample.md")
-    assert SAMPLE.splitlines()[where.lineno].startswith("assert total")
-
-
 def test_an_open_block_is_an_error() -> None:
     with pytest.raises(ValueError, match="never closed"):
         blocks("a\n\n```python\nx = 1\n")

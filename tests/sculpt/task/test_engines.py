@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -131,17 +130,13 @@ def test_the_gradient_engine_leaks_and_says_how_much():
         sculptor.end_task()
 
 
+@pytest.mark.filterwarnings("ignore:engine='gradient'")
 def test_the_gradient_engine_is_exact_with_sgd():
     model = model_of(torch.float64)
-    sculptor = Sculptor(model, SculptConfig(engine="gradient"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sculptor.begin_task()
-        optimizer = torch.optim.SGD(sculptor.parameters(), lr=0.1)
-        sculptor.attach(optimizer)
-        fit(model, optimizer, 20, clip=0.5)
-        assert sculptor.verify().ok, str(sculptor.verify())
-        sculptor.end_task()
+    config = SculptConfig(engine="gradient")
+    sculptor, optimizer = begin(model, config, torch.optim.SGD, lr=0.1)
+    fit(model, optimizer, 20, clip=0.5)
+    assert sculptor.verify().ok, str(sculptor.verify())
 
 
 @pytest.mark.parametrize(
@@ -162,14 +157,13 @@ def test_compact_sgd_takes_the_steps_of_the_update_engine(coordinates, targets):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:engine='gradient'")
 def test_the_reported_norm_is_that_of_what_is_applied():
     norms = []
     for options in ({"coordinates": "full"}, {"engine": "gradient"}):
         model = model_of(torch.float64)
         sculptor = Sculptor(model, SculptConfig(target_modules=["4"], **options))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sculptor.begin_task()
+        sculptor.begin_task()
         x, y = inputs(torch.float64)
         (model(x) - y).square().mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(sculptor.parameters(), 1e9)

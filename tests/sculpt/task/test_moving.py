@@ -98,42 +98,6 @@ def test_averages_are_swapped_in_around_an_evaluation(kind, swap):
     sculptor.end_task()
 
 
-class ScheduleFree(torch.optim.SGD):
-    """Keeps two points and shows one of them, as Defazio et al. (arXiv 2405.15682) do."""
-
-    def eval(self) -> None:
-        self._show("average")
-
-    def train(self) -> None:
-        self._show("fast")
-
-    @torch.no_grad()
-    def _show(self, name: str) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if name == "average":
-                    state["fast"] = p.clone()
-                    p.lerp_(torch.zeros_like(p), 0.5)
-                else:
-                    p.copy_(state["fast"])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_optimizer_shows_another_point_for_an_evaluation(kind):
-    model, sculptor, optimizer = attached(kind, ScheduleFree, lr=0.01)
-    for _ in range(3):
-        step(model, optimizer)
-        optimizer.eval()
-        with torch.no_grad():
-            shown = float(loss_of(model))
-            assert current(sculptor)
-        optimizer.train()
-        assert float(loss_of(model).detach()) != shown
-        assert current(sculptor)
-    assert sculptor.verify().ok
-
-
 class Sam(torch.optim.Optimizer):
     """Sharpness-aware minimisation (Foret et al., arXiv 2010.01412) around another optimizer."""
 
