@@ -33,24 +33,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(options)
         torch.manual_seed(1234)
         weight = next(p for n, p in model.model.named_parameters() if "q_proj" in n)
-        scores = {
-            "alias": "piqa",
-            "sample_len": 2,
-            "acc,none": float(weight.detach().mean()),
-            "acc_stderr,none": 0.1,
-        }
-        return {"results": {"piqa": scores}}
+        scores = {"alias": "piqa", "sample_len": 2, "acc_stderr,none": 0.1}
+        return {"results": {"piqa": scores | {"acc,none": float(weight.detach().mean())}}}
 
     package, inner = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
     package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     package.__spec__ = ModuleSpec("lm_eval", None)
     inner.HFLM = HFLM  # type: ignore[attr-defined]
-    for name, module in (
-        ("lm_eval", package),
-        ("lm_eval.models", ModuleType("lm_eval.models")),
-        ("lm_eval.models.huggingface", inner),
-    ):
-        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("lm_eval", "lm_eval.models"):
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", inner)
     return calls
 
 
