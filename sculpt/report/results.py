@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sculpt.metrics import METRICS, Summary, summary
+from sculpt.runs.directory import RunDirectory
 from sculpt.runs.state import MethodResult
 from sculpt.storage.files import write_json
 
@@ -81,10 +82,10 @@ def read_results(path: Path) -> Results:
     if not path.is_dir():
         raise ReportError(f"{path} is no directory: expected that of a run")
     if not file.is_file():
-        status = path / "status.json"
-        state = f"; its status.json: {status.read_text('utf-8')}" if status.is_file() else ""
+        state = RunDirectory(path).status()
         raise ReportError(
-            f"{path} has no results.json, which is written at the end of a run{state}"
+            f"{path} has no results.json, which is written at the end of a run"
+            + (f"; its status.json says {state!r}" if state else "")
         )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

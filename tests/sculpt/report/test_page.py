@@ -239,7 +239,7 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no results.json, which is written at the end of a run.*interrupted"),
+        (None, "has no results.json, which is written at the end of a run.*'interrupted'"),
         ("{", "damaged or not of a run"),
         ('{"tasks": [], "methods": {}}', "has no methods"),
         ("[]", "damaged or not of a run"),
