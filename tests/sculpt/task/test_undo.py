@@ -70,20 +70,6 @@ def test_every_kind_of_layer(name):
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
-def test_a_sculptor_that_nobody_has_any_more():
-    """A cell of a notebook that is run again."""
-    model, x = small(torch.float32)
-    before = copy.deepcopy(model.state_dict())
-    trained(model, lambda: model(x).square().mean())
-    with pytest.raises(
-        RuntimeError, match=r"a task is running in 'model'.*sculpt.abandon\(model\)"
-    ):
-        Sculptor(model, SculptConfig())
-    sculpt.abandon(model)
-    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
-    Sculptor(model, SculptConfig()).begin_task()
-
-
 def test_what_was_written_or_replaced_does_not_matter():
     model, x = small(torch.float32)
     before = copy.deepcopy(model.state_dict())

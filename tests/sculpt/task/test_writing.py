@@ -12,6 +12,7 @@ from torch import nn
 from sculpt import SculptConfig, Sculptor
 from sculpt.certificate.leak import rounding_bound
 from sculpt.task.matrix import WeightChangedError
+from tests.sculpt.small_models import begin
 
 X = torch.randn(16, 20, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(16, 12, generator=torch.Generator().manual_seed(2))
@@ -32,11 +33,8 @@ def begun(kind: str, lr: float = 1e-3) -> tuple[nn.Module, Sculptor, torch.optim
     dtype, options = KINDS[kind]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Linear(32, 12))
-    sculptor = Sculptor(model.to(dtype), SculptConfig(**options))
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=lr, weight_decay=0.0)
-    sculptor.attach(optimizer)
-    return model, sculptor, optimizer
+    config = SculptConfig(**options)
+    return model.to(dtype), *begin(model.to(dtype), config, lr=lr, weight_decay=0.0)
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
