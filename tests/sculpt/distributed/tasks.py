@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -59,6 +60,12 @@ def started(
     optimizer = kind(sculptor.parameters(), lr=lr)
     sculptor.attach(optimizer)
     return sculptor, optimizer
+
+
+def refused(message: str, action: Any, kind: Any = (ValueError, RuntimeError)) -> None:
+    """`action()` raises, on this process too; where another one failed it says so."""
+    with pytest.raises(kind, match=message):
+        action()
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:

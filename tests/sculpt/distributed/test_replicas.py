@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import launch
-from tasks import batch, network, share, started, steps, train
+from tasks import batch, network, refused, share, started, steps, train
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -93,49 +93,35 @@ def test_optimizer_state_may_be_divided(tmp_path):
 
 
 def refusals():
-    """What is refused, in words; nothing may hang."""
     rank = dist.get_rank()
-    said = []
-
-    def refused(kind, action):
-        with pytest.raises(kind) as error:
-            action()
-        said.append(str(error.value))
 
     def begin(model=None, **options):
-        Sculptor(model or network(), SculptConfig(**options)).begin_task()
+        return lambda: started(model or network(), SculptConfig(**options))
 
-    refused(ValueError, lambda: begin(unfreeze_rank_ratio=0.25 + rank / 4))
-    refused(ValueError, lambda: begin(rank_pattern={"2": 3 + rank}))
+    ratios = "config unfreeze_rank_ratio=0.25, rank 1 has 0.5"
+    refused(ratios, begin(unfreeze_rank_ratio=0.25 + rank / 4), ValueError)
+    ranks = r"config rank_pattern=\{'2': 3\}, rank 1 has \{'2': 4\}"
+    refused(ranks, begin(rank_pattern={"2": 3 + rank}), ValueError)
     other = network()
     with torch.no_grad():
         other[2].weight[0, 0] += rank
-    refused(ValueError, lambda: begin(other))
+    refused("weight sum of 2=", begin(other), ValueError)
     broken = network()
     broken[4].weight.data[0, 0] = torch.nan
-    refused((ValueError, RuntimeError), lambda: begin(broken))
-    refused(ValueError, lambda: begin(DistributedDataParallel(network())))
+    refused(r"4\.weight cannot be split", begin(broken))
+    wrapped = DistributedDataParallel(network())
+    refused(r"begin_task\(\) on the plain model first", begin(wrapped), ValueError)
 
     model = network()
-    sculptor = Sculptor(model, SculptConfig())
     early = DistributedDataParallel(model)
-    sculptor.begin_task()
-    optimizer = torch.optim.AdamW(sculptor.parameters(), lr=0.01)
-    sculptor.attach(optimizer)
+    _, optimizer = started(model)
     x, y = (share(part) for part in batch(0, 0))
     nn.functional.mse_loss(early(x), y).backward()
-    refused(RuntimeError, optimizer.step)
-    return said
+    refused("not averaged over the processes", optimizer.step, RuntimeError)
 
 
 def test_refusals_come_on_every_process_and_say_what_to_do(tmp_path):
-    for said in launch(2, refusals, tmp_path):
-        assert "config unfreeze_rank_ratio=0.25, rank 1 has 0.5" in said[0]
-        assert "config rank_pattern={'2': 3}, rank 1 has {'2': 4}" in said[1]
-        assert "weight sum of 2=" in said[2]
-        assert "4.weight cannot be split" in said[3]
-        assert "begin_task() on the plain model first" in said[4]
-        assert "not averaged over the processes" in said[5]
+    launch(2, refusals, tmp_path)
 
 
 def unreadable(*_):

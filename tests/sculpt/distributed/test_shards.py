@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from launch import launch
 from small_models import KINDS
-from tasks import batch, network, share, started, train
+from tasks import batch, network, refused, share, started, train
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -185,28 +185,20 @@ def test_ranks_adapt_as_in_one_process(reshard, tmp_path):
 
 
 def adaptive_refusals():
-    said = []
-    rank = dist.get_rank()
-    for importance, batches in (
-        ("fisher", [torch.ones(2, 13)]),
-        ("cosine", [torch.ones(2, 13)] * (1 + rank)),
-        ("cosine", [torch.ones(2, 13), torch.full((2, 13), torch.nan if rank else 1.0)]),
-        ("cosine", []),
+    rank, x = dist.get_rank(), torch.ones(2, 13)
+    values = r"calibration\[1\] has values that are not finite"
+    for importance, batches, message in (
+        ("fisher", [x], "'0' is divided by fully_shard: take importance='cosine'"),
+        ("cosine", [x] * (1 + rank), "calibration has 1 batches on rank 0 and more on rank 1"),
+        ("cosine", [x, x / (1 - rank)], values if rank else f"rank 1 failed: ValueError: {values}"),
+        ("cosine", [], "calibration is empty"),
     ):
         sculptor = Sculptor(divided(), SculptConfig(ranks=AdaptiveRanks(importance=importance)))
-        with pytest.raises((ValueError, RuntimeError)) as error:
-            sculptor.begin_task(batches)
-        said.append(str(error.value))
-    return said
+        refused(message, lambda s=sculptor, b=batches: s.begin_task(b))
 
 
 def test_calibration_that_divided_models_cannot_use(tmp_path):
-    for rank, said in enumerate(launch(2, adaptive_refusals, tmp_path)):
-        assert "'0' is divided by fully_shard: take importance='cosine'" in said[0]
-        assert "calibration has 1 batches on rank 0 and more on rank 1" in said[1]
-        assert ("rank 1 failed: ValueError: " in said[2]) == (rank == 0)
-        assert "calibration[1] has values that are not finite" in said[2]
-        assert "calibration is empty" in said[3]
+    launch(2, adaptive_refusals, tmp_path)
 
 
 LAYERS = ["conv1d, fused qkv", "mixtral experts", "gpt-oss experts", "tied head and embedding"]
@@ -255,54 +247,49 @@ def test_kinds_of_layers(tmp_path):
 
 
 def refusals():
-    said = []
-
-    def refused(kind, action):
-        with pytest.raises(kind) as error:
-            action()
-        said.append(str(error.value))
-
     model = network()
     sculptor = Sculptor(model, SculptConfig())
     sculptor.begin_task()
     fully_shard(model)
-    refused(RuntimeError, sculptor.parameters)
+    refused(r"call fully_shard\(model\) first, then begin_task\(\)", sculptor.parameters)
 
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(13, 8))
     fully_shard(empty)
-    refused(ValueError, lambda: Sculptor(empty, SculptConfig()).begin_task())
+    refused(r"0\.weight is on the meta device", lambda: started(empty), ValueError)
 
     flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
-    refused(ValueError, lambda: Sculptor(flat, SculptConfig()).begin_task())
+    refused(r"fully_shard \(FSDP2\)", lambda: started(flat), ValueError)
 
     late = network()
     plain = Sculptor(late, SculptConfig())
     plain.begin_task()
     first = {"device_id": torch.device("cpu"), "use_orig_params": True}
     flat = FullyShardedDataParallel(late, **first)
-    refused(RuntimeError, plain.parameters)
-    refused((RuntimeError, ValueError), lambda: flat(torch.ones(2, 13)))
+    refused(r"FullyShardedDataParallel \(FSDP1\)", plain.parameters, RuntimeError)
+    refused("", lambda: flat(torch.ones(2, 13)))
 
     zero = network()
     zero[2].weight.ds_id = 0
-    refused(ValueError, lambda: Sculptor(zero, SculptConfig()).begin_task())
+    refused(r"2\.weight is partitioned by DeepSpeed ZeRO-3", lambda: started(zero), ValueError)
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parallel = parallelize_module(network(), mesh, {"0": ColwiseParallel()})
-    refused(ValueError, lambda: Sculptor(parallel, SculptConfig()).begin_task())
+    message = r"0\.weight is divided, and no part of the model by fully_shard: tensor"
+    refused(message, lambda: started(parallel), ValueError)
     both = fully_shard(network())
     mesh = init_device_mesh("cpu", (dist.get_world_size(), 1))
     twice = distribute_tensor(torch.ones(10, 24), mesh, [Shard(0), Shard(1)])
     both[2].weight = nn.Parameter(twice)
-    refused(ValueError, lambda: Sculptor(both, SculptConfig(target_modules=["2"])))
-    curvature = Sculptor(divided(), SculptConfig(subspaces="curvature"))
-    refused(ValueError, curvature.begin_task)
+    message = "'2', which cannot be sculpted: its weight is divided as"
+    refused(message, lambda: Sculptor(both, SculptConfig(target_modules=["2"])), ValueError)
+    message = "subspaces='curvature' needs something to protect"
+    refused(message, lambda: started(divided(), SculptConfig(subspaces="curvature")), ValueError)
 
     broken = divided()
     with torch.no_grad():
         broken[4].weight.to_local()[:1] = torch.nan
-    refused((ValueError, RuntimeError), lambda: Sculptor(broken, SculptConfig()).begin_task())
+    refused(r"4\.weight cannot be split", lambda: started(broken))
 
     lost = divided()
     forgetful = Sculptor(lost, SculptConfig())
@@ -310,7 +297,8 @@ def refusals():
     optimizer = torch.optim.AdamW(forgetful.parameters(), lr=0.1)
     lost(torch.ones(2, 13)).sum().backward()
     optimizer.step()
-    refused(RuntimeError, lambda: lost(torch.ones(2, 13)))
+    message = r"Call sculptor\.attach\(optimizer\)"
+    refused(message, lambda: lost(torch.ones(2, 13)), RuntimeError)
 
     skipping = divided()
     careful, optimizer = started(skipping)
@@ -319,18 +307,7 @@ def refusals():
     with pytest.warns(UserWarning, match="a step was left out"):
         optimizer.step()
     assert careful.skipped_steps == 1
-    return said
 
 
 def test_refusals_name_the_way_out(tmp_path):
-    for said in launch(2, refusals, tmp_path):
-        assert "call fully_shard(model) first, then begin_task()" in said[0]
-        assert "0.weight is on the meta device" in said[1]
-        assert "fully_shard (FSDP2)" in said[2]
-        assert "FullyShardedDataParallel (FSDP1)" in said[3]
-        assert "2.weight is partitioned by DeepSpeed ZeRO-3" in said[5]
-        assert "0.weight is divided, and no part of the model by fully_shard: tensor" in said[6]
-        assert "'2', which cannot be sculpted: its weight is divided as" in said[7]
-        assert "subspaces='curvature' needs something to protect" in said[8]
-        assert "4.weight cannot be split" in said[9]
-        assert "Call sculptor.attach(optimizer)" in said[10]
+    launch(2, refusals, tmp_path)
