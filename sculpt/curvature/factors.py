@@ -3,15 +3,16 @@
 Three kinds hold the same thing in less and less memory: a whole matrix `d x d`, a sketch `d x p`,
 a diagonal `d`. The sketch is `Y = F Ω` with a random test matrix `Ω` `(d, p)` that depends on the
 shape alone, so that sketches add up too. Its eigenvectors are those of the Nyström approximation
-`F̂ = Y (Ωᵀ Y)⁻¹ Yᵀ` in the stable form of Tropp, Yurtsever, Udell and Cevher, "Fixed-rank
-approximation of a positive-semidefinite matrix from streaming data" (NIPS 2017). `F - F̂` is
-positive semi-definite, so that its trace norm, `tr F - tr F̂`, is the error, and it is known.
+`F̂ = Y (Ωᵀ Y)⁺ Yᵀ` (Tropp, Yurtsever, Udell and Cevher, "Fixed-rank approximation of a positive-
+semidefinite matrix from streaming data", NIPS 2017) without what is below the rounding of the sums.
+`F - F̂` is positive semi-definite, so that its trace norm, `tr F - tr F̂`, is the error, and known.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -120,8 +121,7 @@ class Sketch(Factor):
     def test_matrix(self) -> Tensor:
         """`Ω` `(size, p)`: independent standard normal numbers."""
         size, width = self.total.shape[-2:]
-        generator = torch.Generator().manual_seed(size)
-        return torch.randn(size, width, generator=generator).to(self.total)
+        return _test_matrix(size, width, self.total.device)
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "squares": self.squares}
@@ -142,17 +142,23 @@ class Sketch(Factor):
     def eigenpairs(self) -> tuple[Tensor, Tensor]:
         """Eigenvectors `(..., size, p)` and eigenvalues `(..., p)` of `F̂`, descending, float64."""
         Y, Omega = self.total.double(), self.test_matrix().double()
-        largest = torch.linalg.matrix_norm(Y).clamp_min(torch.finfo(Y.dtype).tiny)
-        # The sums are float32: what is smaller than their rounding is not resolved.
-        shift = (torch.finfo(self.total.dtype).eps * largest)[..., None, None]
-        Y = Y + shift * Omega
         inner = Omega.mT @ Y
-        root = torch.linalg.cholesky((inner + inner.mT) / 2)
-        B = torch.linalg.solve_triangular(root, Y.mT, upper=False).mT
+        sizes, mixed = torch.linalg.eigh((inner + inner.mT) / 2)
+        # The sums are float32: what is smaller than their rounding is not resolved.
+        unit = torch.finfo(self.total.dtype).eps * math.sqrt(Y.shape[-2])
+        least = (unit * torch.linalg.matrix_norm(Y))[..., None]
+        scales = torch.where(sizes > least, sizes.rsqrt(), 0.0)
+        B = (Y @ mixed) * scales[..., None, :]
         # Squared singular values of B are what is wanted, so that a Gram matrix will do.
         values, vectors = torch.linalg.eigh(B.mT @ B)
         Q = orthonormalize(B @ vectors.flip(-1))
-        return Q, (values.flip(-1) - shift[..., 0]).clamp_min(0)
+        return Q, values.flip(-1).clamp_min(0)
+
+
+@lru_cache(maxsize=4)
+def _test_matrix(size: int, width: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, width, generator=generator).to(device)
 
 
 KINDS: dict[str, type[Factor]] = {kind.kind: kind for kind in (Full, Diagonal, Sketch)}
