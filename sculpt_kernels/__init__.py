@@ -8,8 +8,8 @@ Autocast is off inside all of them but the `compact_` layers, which follow it. T
 from sculpt_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from sculpt_kernels import reference
 from sculpt_kernels.adamw.adamw import project_adamw_
-from sculpt_kernels.coordinates.coordinates import compress, expand_add_
-from sculpt_kernels.coordinates.expand_many import expand_add_many_
+from sculpt_kernels.coordinates.compress import compress
+from sculpt_kernels.coordinates.expand import expand_add_, expand_add_many_
 from sculpt_kernels.coordinates.linear import compact_linear
 from sculpt_kernels.coordinates.weight import compact_embedding, compact_weight
 from sculpt_kernels.dispatch import backends

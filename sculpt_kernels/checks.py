@@ -150,24 +150,6 @@ def basis(name: str, B: Any, X_name: str, X: Tensor, side: str) -> None:
         )
 
 
-def orthonormal(name: str, B: Tensor) -> None:
-    """Measure `max |BᵀB - I|` against what rounding allows; reads `B` once."""
-    r = B.shape[-1]
-    if r == 0:
-        return
-    finite(name, B)
-    wide = B.to(torch.promote_types(B.dtype, torch.float32))
-    eye = torch.eye(r, dtype=wide.dtype, device=B.device)
-    defect = float((wide.mT @ wide - eye).abs().amax())
-    allowed = 32 * torch.finfo(B.dtype).eps * max(1.0, math.sqrt(r) / 4)
-    if not defect <= allowed:
-        raise ValueError(
-            f"{name} must have orthonormal columns; got max |{name}ᵀ{name} - I| = {defect:.2e}, "
-            f"expected at most {allowed:.2e} for {dtype_name(B.dtype)}; "
-            f"pass orthonormalize({name})"
-        )
-
-
 def sides(G: Any, U: Any, V: Any, form: Any, complement: Any, name: str = "G") -> None:
     """The bases that a form uses fit the sides of the matrix, and there are no others."""
     one_of("form", form, FORMS)
@@ -191,7 +173,6 @@ def projection(
     *,
     name: str = "G",
     complement: Any = "none",
-    check: bool = False,
     mixed: bool = False,
 ) -> None:
     """Validate `(G, U, V, form, complement)` of a projection.
@@ -205,7 +186,7 @@ def projection(
     same_device(**operands)
     for which, B in (("U", U), ("V", V)):
         if B is not None:
-            (orthonormal if check else free_of_nan)(which, B)
+            free_of_nan(which, B)
 
 
 def free_of_nan(name: str, B: Tensor) -> None:
@@ -267,13 +248,9 @@ def positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number above 0; got {value}")
 
 
-def out_dtype(value: Any, default: torch.dtype) -> torch.dtype:
-    if value is None:
-        return default
-    if value not in FLOATS:
-        raise TypeError(f"out_dtype must be a floating dtype; got {describe(value)}")
-    dtype: torch.dtype = value
-    return dtype
+def floating(name: str, dtype: Any) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} must be a floating dtype; got {describe(dtype)}")
 
 
 def tensor_list(name: str, value: Any) -> list[Tensor]:

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.library import custom_op
 
 from sculpt_kernels.adamw.adamw import project_adamw_
-from sculpt_kernels.coordinates.coordinates import compress, expand_add_
-from sculpt_kernels.coordinates.expand_many import expand_add_many_
+from sculpt_kernels.coordinates.compress import compress
+from sculpt_kernels.coordinates.expand import expand_add_, expand_add_many_
 from sculpt_kernels.projection.project import project, project_, project_many_
 
-_PROJECTION = "str form, str backend, bool check, str complement"
+_PROJECTION = "str form, str backend, str complement"
 _ROUNDING = "str rounding, SymInt? seed, Tensor? seed_tensor"
 
 SCHEMAS: dict[Callable[..., Any], str] = {
     project_: f"(Tensor(a!) G, Tensor? U, Tensor? V, {_PROJECTION}) -> ()",
-    project: f"(Tensor G, Tensor? U, Tensor? V, {_PROJECTION}, ScalarType? out_dtype) -> Tensor",
+    project: f"(Tensor G, Tensor? U, Tensor? V, {_PROJECTION}) -> Tensor",
     project_many_: f"(Tensor(a!)[] Gs, Tensor?[] Us, Tensor?[] Vs, {_PROJECTION}) -> ()",
     compress: "(Tensor G, Tensor U, Tensor V, ScalarType out_dtype, str backend) -> Tensor",
     expand_add_: (
@@ -41,7 +41,7 @@ SCHEMAS: dict[Callable[..., Any], str] = {
         "str form, str project, float? lr, Tensor? lr_tensor, float? beta1, Tensor? beta1_tensor, "
         "float? beta2, Tensor? beta2_tensor, float? eps, Tensor? eps_tensor, "
         "float? weight_decay, Tensor? weight_decay_tensor, SymInt? step, Tensor? step_tensor, "
-        f"str complement, Tensor(d!)? copy, {_ROUNDING}, str backend, bool check) -> ()"
+        f"str complement, Tensor(d!)? copy, {_ROUNDING}, str backend) -> ()"
     ),
 }
 
@@ -75,7 +75,7 @@ def _fake_compress(G: Tensor, U: Tensor, V: Tensor, out_dtype: torch.dtype, _: s
 
 # An operator that only writes to its arguments has no output to describe.
 _FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
-    project: lambda G, *_: torch.empty_like(G, dtype=_[-1]),
+    project: lambda G, *_: torch.empty_like(G),
     compress: _fake_compress,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def _ranges(m: int, rows: int) -> Iterator[slice]:
         yield slice(start, min(m, start + rows))
 
 
-def matrices(X: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+def matrices(X: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Each matrix of a batch as a view, with the matching (or shared) matrix of the others."""
     if X.ndim == 2:
         yield (X, *others)

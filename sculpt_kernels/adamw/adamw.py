@@ -62,7 +62,6 @@ def project_adamw_(
     rounding: str = "nearest",
     seed: int | Tensor | None = None,
     backend: str = "auto",
-    check: bool = False,
 ) -> Tensor:
     """One projected AdamW step in place; returns `W`.
 
@@ -83,7 +82,7 @@ def project_adamw_(
             `G` are written.
         U: `(..., m, r)`; V: `(..., n, s)`; one dtype, any floating one; `None` where the form has
             no such side.
-        form, complement, backend, check: as for `project_`.
+        form, complement, backend: as for `project_`.
         lr, betas, eps, weight_decay: numbers or 0-d tensors on the device of `W`.
         step: number of this step, from 1; an int or a 0-d tensor.
         copy: `(..., m, n)`: receives the new `W` in its own dtype, for example bfloat16.
@@ -100,11 +99,11 @@ def project_adamw_(
             W, G, exp_avg, exp_avg_sq, U, V, form, project,
             *number_and_tensor(lr), *number_and_tensor(betas[0]), *number_and_tensor(betas[1]),
             *number_and_tensor(eps), *number_and_tensor(weight_decay), *number_and_tensor(step),
-            complement, copy, rounding, *number_and_tensor(seed), backend, check,
+            complement, copy, rounding, *number_and_tensor(seed), backend,
         )  # fmt: skip
         return W
     checks.one_of("project", project, ("update", "gradient"))
-    checks.projection(W, U, V, form, name="W", complement=complement, check=check, mixed=True)
+    checks.projection(W, U, V, form, name="W", complement=complement, mixed=True)
     state = {"W": W, "G": G, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if copy is not None:
         state["copy"] = copy
@@ -134,10 +133,6 @@ def project_adamw_(
         key = seed if rounding == "stochastic" else None
         everything = matrices(W, G, exp_avg, exp_avg_sq, copy, U, V)
         for index, (w, g, m, v, c, a, b) in enumerate(everything):
-            assert w is not None
-            assert g is not None
-            assert m is not None
-            assert v is not None
             state_of = _State(w, g, m, v, c, scalars, key, index * w.shape[0], chosen)
             if w.is_cpu:
                 _on_cpu(state_of, a, b, form, complement, project)

@@ -158,8 +158,7 @@ def plan(
     """
     m, n = _check_shape(shape)
     r, s = _check_ranks(rank, form, m, n)
-    if dtype not in checks.FLOATS:
-        raise TypeError(f"dtype must be a floating dtype; got {checks.describe(dtype)}")
+    checks.floating("dtype", dtype)
     model = device_model(device)
     allowed = checks.COMPLEMENTS[form]
     if complement is not None:

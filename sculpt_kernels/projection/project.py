@@ -22,7 +22,6 @@ def project_(
     *,
     form: str = "core",
     backend: str = "auto",
-    check: bool = False,
     complement: str = "none",
 ) -> Tensor:
     """Project `G` in place away from the subspaces spanned by `U` and `V`; return `G`.
@@ -42,11 +41,9 @@ def project_(
         U: `(..., m, r)`, orthonormal columns, dtype and device of `G`; two-dimensional to share one
             basis over a batch; `None` for `form="right"`. `r = 0` leaves that side alone.
         V: `(..., n, s)`, likewise for the right side; `None` for `form="left"`. `r != s` is legal.
+            On the CPU bases with NaN are refused; elsewhere looking would wait for the device.
         form: the projection, see above.
         backend: `"auto"`, `"triton"`, `"native"` or `"torch"`.
-        check: measure `‖UᵀU - I‖` and `‖VᵀV - I‖` first and refuse bases that are not orthonormal.
-            On the CPU bases with NaN are refused always; elsewhere looking would wait for the
-            device.
         complement: sides whose basis spans what is *kept*, `"none"`, `"left"`, `"right"` or
             `"both"`: `UUᵀ` above becomes `I - UUᵀ` for the left side, likewise `V`. Cheaper for
             large removed ranks; `plan` tells from where on.
@@ -59,35 +56,31 @@ def project_(
         RuntimeError: the backend cannot run here.
     """
     if shards.is_divided(G):
-        _refuse_divided(backend, check)
+        _refuse_divided(backend)
         shards.project_(G, U, V, form, complement)
         return G
     if is_traced(G):
-        torch.ops.sculpt_kernels.project_(G, U, V, form, backend, check, complement)
+        torch.ops.sculpt_kernels.project_(G, U, V, form, backend, complement)
         return G
-    plain = complement == "none" and not check and backend in ("auto", "torch")
+    plain = complement == "none" and backend in ("auto", "torch")
     if plain and small.project_(G, U, V, form):
         return G
-    _check_in_place(G, U, V, form, complement, check)
+    _check_in_place(G, U, V, form, complement)
     _run(G, U, V, form, backend, complement)
     return G
 
 
 def _check_in_place(
-    G: Tensor, U: Tensor | None, V: Tensor | None, form: str, complement: str, check: bool
+    G: Tensor, U: Tensor | None, V: Tensor | None, form: str, complement: str
 ) -> None:
-    checks.projection(G, U, V, form, complement=complement, check=check)
+    checks.projection(G, U, V, form, complement=complement)
     checks.writable("G", G)
     checks.no_overlap("G", G, U=U, V=V)
 
 
-def _refuse_divided(backend: str, check: bool) -> None:
-    """What shards do not have."""
-    if backend not in ("auto", "torch") or check:
-        raise ValueError(
-            "a DTensor takes backend 'auto' or 'torch' and check=False; "
-            f"got {backend!r} and {check!r}"
-        )
+def _refuse_divided(backend: str) -> None:
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"a DTensor takes backend 'auto' or 'torch'; got {backend!r}")
 
 
 @operation()
@@ -98,33 +91,24 @@ def project(
     *,
     form: str = "core",
     backend: str = "auto",
-    check: bool = False,
     complement: str = "none",
-    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the projection of `G` as a new tensor; arguments and errors as `project_`.
-
-    Args:
-        out_dtype: dtype of the result and of the arithmetic, default that of `G`.
 
     Returns:
         `(..., m, n)`, detached from autograd.
     """
     if shards.is_divided(G):
-        _refuse_divided(backend, check)
-        copy = G.detach().to(checks.out_dtype(out_dtype, G.dtype), copy=True)
+        _refuse_divided(backend)
+        copy = G.detach().clone()
         assert shards.is_divided(copy)
         shards.project_(copy, U, V, form, complement)
         return copy
     if is_traced(G):
-        result: Tensor = torch.ops.sculpt_kernels.project(
-            G, U, V, form, backend, check, complement, out_dtype
-        )
+        result: Tensor = torch.ops.sculpt_kernels.project(G, U, V, form, backend, complement)
         return result
-    checks.projection(G, U, V, form, complement=complement, check=check)
-    dtype = checks.out_dtype(out_dtype, G.dtype)
-    out = G.detach().to(dtype, copy=True)
-    U, V = (None if B is None else B.to(dtype) for B in (U, V))
+    checks.projection(G, U, V, form, complement=complement)
+    out = G.detach().clone()
     _run(out, U, V, form, backend, complement)
     return out
 
@@ -137,7 +121,6 @@ def project_many_(
     *,
     form: str = "core",
     backend: str = "auto",
-    check: bool = False,
     complement: str = "none",
 ) -> None:
     """Project every matrix of a list in place, as `project_` does for one.
@@ -164,13 +147,13 @@ def project_many_(
                 f"got {len(bases)}"
             )
     if any(is_traced(G) for G in Gs):
-        torch.ops.sculpt_kernels.project_many_(Gs, Us, Vs, form, backend, check, complement)
+        torch.ops.sculpt_kernels.project_many_(Gs, Us, Vs, form, backend, complement)
         return
     triples = list(zip(Gs, Us, Vs, strict=True))
     chosen = []
     for i, (G, U, V) in enumerate(triples):
         with checks.within(f"matrix {i} of Gs"):
-            _check_in_place(G, U, V, form, complement, check)
+            _check_in_place(G, U, V, form, complement)
         # A named backend that cannot take one of them is an error before any is changed.
         chosen.append(_choose(backend, G, U, V, complement))
     checks.disjoint("Gs", Gs)
@@ -234,7 +217,6 @@ def _run(
             library.project_batch(G, U, V, form, complement)
         else:
             for X, A, B in matrices(G, U, V):
-                assert X is not None
                 row_panels.project_matrix(X, A, B, form, complement)
 
 

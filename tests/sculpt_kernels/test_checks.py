@@ -64,23 +64,7 @@ BAD = {
         ValueError,
         "complement must be one of 'none', 'left'",
     ),
-    "not orthonormal": (
-        lambda: (G, 1.01 * U, V, {"check": True}),
-        ValueError,
-        r"U must have orthonormal columns; got max .* = 2\.0\de-02",
-    ),
-    "V not orthonormal": (
-        lambda: (G, U, torch.ones_like(V), {"check": True}),
-        ValueError,
-        "V must have orthonormal columns",
-    ),
     "NaN in U": (lambda: (G, NAN, V, {}), ValueError, "U must be finite; got 1 NaN"),
-    "NaN in U, checked": (lambda: (G, NAN, V, {"check": True}), ValueError, "U must be finite"),
-    "infinity in V": (
-        lambda: (G, U, INF, {"check": True}),
-        ValueError,
-        "V must be finite; got 1 NaN or inf",
-    ),
     "NaN in U, one-sided": (
         lambda: (G, NAN, None, {"form": "left"}),
         ValueError,
@@ -210,12 +194,6 @@ def test_autograd_is_refused_only_where_it_is_recording():
         project_(X, U, V)
     torch.testing.assert_close(X.detach(), project(G, U, V))
     assert not project(X, U, V).requires_grad
-
-
-def test_orthonormal_bases_pass_the_check_in_every_dtype():
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        X, A, B = arguments(dtype)
-        project_(X, A, B, check=True)
 
 
 def test_compress_refuses():

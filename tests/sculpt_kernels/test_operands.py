@@ -147,7 +147,7 @@ def test_subclasses_that_dispatch_are_refused(name, operand, kind):
 def test_operators_take_plain_subclasses_too():
     o = operands()
     G = o["G"].clone().as_subclass(Plain)
-    torch.ops.sculpt_kernels.project_(G, o["U"], o["V"], "core", "auto", False, "none")
+    torch.ops.sculpt_kernels.project_(G, o["U"], o["V"], "core", "auto", "none")
     assert torch.equal(G.as_subclass(Tensor), project_(o["G"], o["U"], o["V"]))
 
 

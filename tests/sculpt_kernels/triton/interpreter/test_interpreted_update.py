@@ -7,7 +7,7 @@ import torch
 from kernel_cases import BOUNDS, DTYPES, LAYOUTS, TILE, Framed, error, orthonormal, use_tiles
 
 from sculpt_kernels import reference
-from sculpt_kernels.coordinates.coordinates import expand_add_ as expand_add_torch
+from sculpt_kernels.coordinates.expand import expand_add_ as expand_add_torch
 from sculpt_kernels.coordinates.triton_expand import expand_add_, expand_add_many_
 from sculpt_kernels.rounding import stochastic_round
 from sculpt_kernels.triton import launcher
