@@ -61,7 +61,7 @@ def go_on(config: dict[str, Any], kind: str, number: int, where: Any) -> None:
         if name == kind and seen[name] == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    watch_files(event)
+    report_file_events(event)
     settings = RunConfig.model_validate(config)
 
     def report(now: Any) -> None:
@@ -74,7 +74,7 @@ def go_on(config: dict[str, Any], kind: str, number: int, where: Any) -> None:
     where.value = json.dumps(seen).encode()
 
 
-def watch_files(event: Callable[[str], None]) -> None:
+def report_file_events(event: Callable[[str], None]) -> None:
     """Call `event` before a file is written by safetensors, flushed, renamed or removed."""
     import torch
 
@@ -93,11 +93,11 @@ def watch_files(event: Callable[[str], None]) -> None:
     for owner, name, said in places:
         original = getattr(owner, name)
 
-        def watched(*a: Any, _original: Any = original, _said: str = said, **k: Any) -> Any:
+        def with_event(*a: Any, _original: Any = original, _said: str = said, **k: Any) -> Any:
             event(_said)
             return _original(*a, **k)
 
-        setattr(owner, name, watched)
+        setattr(owner, name, with_event)
 
     batches = importance.runs
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_language import SHORT, VERY, tiny_model, tiny_tokenizer
 
 from sculpt.data.examples import Task
@@ -78,16 +80,31 @@ def run_until(config: RunConfig, when: int | Callable[[Progress], bool]) -> None
         run(config, report)
 
 
-def run_and_resume(config: RunConfig, step: int) -> None:
-    """Run, stop at the training step of this number, counted over all tasks, and resume."""
-    steps = 0
+def whole_and_resumed(model: Path, method: str, stop: int) -> list[dict[str, torch.Tensor]]:
+    """Weights after a run with dropout, and after one that is stopped at training step `stop`."""
+    steps, weights = 0, []
 
-    def stop(now: Progress) -> None:
+    def count(now: Progress) -> None:
         nonlocal steps
         steps += now.phase == "train"
-        if steps == step:
+        if steps == stop:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(config, stop)
-    resume(config.out)
+    for out in ("whole", "resumed"):
+        config = run_config(
+            model.parent,
+            model=str(model),
+            out=str(model.parent / out),
+            method=method,
+            training={"steps": 4, "batch_size": 2, "lr": 1e-2, "dropout": True},
+            checkpoint={"every_steps": 1},
+        )
+        if out == "whole":
+            certificates = run(config).methods[method].certificates
+            assert all(certificate.ok for certificate in certificates)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(config, count)
+            resume(config.out)
+        weights.append(load_file(config.out / "model" / "model.safetensors"))
+    return weights

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tiny_language import SHORT, VERY, WORDS, tiny_model, tiny_tokenizer
-from tiny_runs import run_and_resume, run_config
+from tiny_runs import whole_and_resumed
 from transformers import BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
 
 from sculpt.config import SculptConfig
 from sculpt.data.examples import DataError, Example, Task
 from sculpt.models.classifying import ClassificationLearner
 from sculpt.models.load import kind_of
-from sculpt.runs.start import run
 from sculpt.task.targets import find_targets
 
 TASKS = [VERY, SHORT]
@@ -85,24 +84,7 @@ def test_the_head_is_no_target(folder: Path) -> None:
 
 @pytest.mark.parametrize("method", ["plain", "sculpt"])
 def test_a_run_trains_the_head_and_is_resumed_to_the_same_bits(folder: Path, method: str) -> None:
-    def weights(out: str, stop: bool) -> dict[str, torch.Tensor]:
-        config = run_config(
-            folder.parent,
-            model=str(folder),
-            out=str(folder.parent / out),
-            method=method,
-            training={"steps": 3, "batch_size": 2, "lr": 1e-2, "dropout": True},
-            checkpoint={"every_steps": 1},
-        )
-        if stop:
-            run_and_resume(config, 5)
-        else:
-            result = run(config).methods[method]
-            assert all(certificate.ok for certificate in result.certificates)
-        again = ClassificationLearner.from_directory(config.out / "model", TASKS)
-        return dict(again.model.state_dict())
-
-    whole, resumed = weights("whole", False), weights("resumed", True)
+    whole, resumed = whole_and_resumed(folder, method, 6)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     torch.manual_seed(0)
     start = ClassificationLearner.from_directory(folder, TASKS).model.state_dict()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_language import END, VERY, WORDS, tiny_tokenizer
-from tiny_runs import run_and_resume, run_config
+from tiny_runs import whole_and_resumed
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -19,8 +19,6 @@ from transformers import (
 
 from sculpt.data.examples import DataError, Example, Message, Task
 from sculpt.models.seq2seq import Seq2SeqLearner
-from sculpt.runs.config import RunConfig
-from sculpt.runs.start import run
 
 
 def tokenizer() -> Any:
@@ -109,23 +107,7 @@ def test_a_run_of_an_encoder_decoder_is_resumed_to_the_same_bits(
 ) -> None:
     learner = Seq2SeqLearner(t5(), tokenizer())
     learner.save(tmp_path / "t5")
-
-    def config(out: str) -> RunConfig:
-        return run_config(
-            tmp_path,
-            model=str(tmp_path / "t5"),
-            out=str(tmp_path / out),
-            method=method,
-            training={"steps": 4, "batch_size": 2, "lr": 1e-2, "dropout": True},
-            checkpoint={"every_steps": 1},
-        )
-
-    run(config("whole"))
-    run_and_resume(config("resumed"), 6)
-    whole, resumed = (
-        Seq2SeqLearner.from_directory(tmp_path / out / "model").model.state_dict()
-        for out in ("whole", "resumed")
-    )
+    whole, resumed = whole_and_resumed(tmp_path / "t5", method, 6)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     start = learner.model.state_dict()
     changed = {name for name in whole if not torch.equal(whole[name], start[name])}
