@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", **MATCHED},
     "osf": {"method": "osf", **MATCHED},
     "olora": {"method": "olora", **MATCHED},
-    "replay": {"method": "replay"},
+    "replay": {"method": "plain", "replay.rows": 32, "replay.share": 0.25},
     "ewc": {"method": "ewc"},
     "l2sp": {"method": "l2sp"},
     "multitask": {"method": "multitask"},

@@ -8,6 +8,7 @@ __distribution__ = "sculpt-kernels"
 from sculpt.adaptive.config import AdaptiveRanks
 from sculpt.certificate.leak import Certificate
 from sculpt.config import SculptConfig
+from sculpt.data.replay import Replay
 from sculpt.sculptor import Sculptor
 from sculpt.task.guards import abandon
 
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveRanks",
     "Certificate",
+    "Replay",
     "RunConfig",
     "SculptCallback",
     "SculptConfig",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -142,23 +141,6 @@ def test_l2sp_pulls_to_the_weights_before_the_first_task_and_a_head_to_zero(
     assert head.grad.item() == pytest.approx(1 + 0.7 * 2)
 
 
-def test_replay_mixes_its_share_of_earlier_rows_into_every_batch(tmp_path: Path) -> None:
-    training = {"steps": 3, "batch_size": 4, "lr": 1e-3}
-    strategy = prepared(tmp_path, "replay", training=training, options={"share": 0.25, "rows": 3})
-    now, before = (set(row_ids(rows)) for rows in reversed(strategy.setting.rows))
-    first = list(islice(strategy.batches(0, skip=0), 4))
-    assert all(set(row_ids(batch)) <= before for batch in first)
-    assert {len(batch) for batch in first} == {4}
-    batches = [row_ids(batch) for batch in islice(strategy.batches(1, skip=0), 12)]
-    for batch in batches:
-        assert Counter(ids in before for ids in batch) == {True: 1, False: 3}
-        assert sum(ids in now for ids in batch) == 3
-    replayed = Counter(ids for batch in batches for ids in batch if ids in before)
-    assert sorted(replayed.values()) == [4, 4, 4]  # three rows are kept, each in turn
-    later = [row_ids(batch) for batch in islice(strategy.batches(1, skip=5), 7)]
-    assert later == batches[5:]
-
-
 def test_frozen_answers_as_the_model_always_did(tmp_path: Path) -> None:
     results = run(config_of(tmp_path, "frozen"))
     result = results.methods[BASELINES["frozen"]]
@@ -232,8 +214,6 @@ def test_a_matched_budget_trains_as_many_values_as_sculpt(tmp_path: Path, method
         ("lora", {"rank": 4, "budget": "match"}, "rank=4 and budget='match'"),
         ("olora", {"strength": 4.0}, r"options\.strength\n  Extra inputs"),
         ("ewc", {"strength": -1.0}, r"options\.strength"),
-        ("replay", {"share": 1.0}, r"options\.share"),
-        ("replay", {"share": 0.9}, r"options\.share=0\..* of training\.batch_size=2 is"),
     ],
 )
 def test_options_that_cannot_be_are_refused(

@@ -73,15 +73,16 @@ def test_runs_leave_a_file_each_and_are_not_done_twice(
 
 
 def test_an_interrupted_run_is_taken_up(here: Path) -> None:
-    plan = Plan("plain", "1", 0, VARIANTS["plain"])
+    plan = Plan("replay", "1", 0, VARIANTS["replay"])
     work = here / "work" / plan.name(here / "tiny")
     config = run_config(plan, {**BASE, "model": str(here / "tiny")}, here / "data", work)
 
     run_until(config, lambda now: (now.task, now.phase) == ("yahoo", "train"))
-    assert call(here, "--orders", "1", "--variants", "plain") == 0
+    assert call(here, "--orders", "1", "--variants", "replay") == 0
     one = json.loads((here / "out" / f"{plan.name(here / 'tiny')}.json").read_text())
     whole = run(config.model_copy(update={"out": here / "whole"}))
     write_json(here / "whole.json", describe(config, whole))
+    assert one["config"]["replay"] == {"rows": 32, "share": 0.25}
     assert one["generated"] == json.loads((here / "whole.json").read_text())["generated"]
     assert not work.exists()
 

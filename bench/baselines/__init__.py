@@ -5,7 +5,6 @@ BASELINES = {
     "lora": "bench.baselines.lora:LoRA",
     "osf": "bench.baselines.osf:OSF",
     "olora": "bench.baselines.olora:OLoRA",
-    "replay": "bench.baselines.replay:Replay",
     "ewc": "bench.baselines.ewc:EWC",
     "l2sp": "bench.baselines.l2sp:L2SP",
 }

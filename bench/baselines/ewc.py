@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bench.baselines.rows import drawn
 from sculpt.data.config import Count, NotNegative
+from sculpt.data.replay import drawn
 from sculpt.runs.method import Section, Setting
 from sculpt.runs.plain import Plain
 from sculpt.task.cost import Cost

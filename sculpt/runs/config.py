@@ -32,6 +32,7 @@ from sculpt.data.config import (
     Positive,
     Section,
 )
+from sculpt.data.replay import Replay
 from sculpt.logs import check_names
 from sculpt.runs.methods import method_class
 
@@ -81,11 +82,14 @@ class TrainingConfig(Section):
             raise ValueError(f"betas={self.betas}, expected two numbers from 0 to below 1")
         return self
 
-    def steps_for(self, rows: int) -> int:
-        """Optimizer steps of a task with so many training rows."""
+    def steps_for(self, rows: int, replayed: int = 0) -> int:
+        """Optimizer steps of a task with so many training rows.
+
+        replayed: how many rows of a step are those of earlier tasks.
+        """
         if self.steps is not None:
             return self.steps
-        return max(1, math.ceil((self.epochs or 1.0) * rows / self.batch_size))
+        return max(1, math.ceil((self.epochs or 1.0) * rows / (self.batch_size - replayed)))
 
     def factor(self, step: int, steps: int) -> float:
         """Share of `lr` in step `step`, counted from 1, of `steps`."""
@@ -94,6 +98,16 @@ class TrainingConfig(Section):
             return warm
         gone = (step - 1 - self.warmup_steps) / max(1, steps - self.warmup_steps)
         return 1.0 - gone if self.schedule == "linear" else (1.0 + math.cos(math.pi * gone)) / 2
+
+
+class ReplayConfig(Section):
+    """Rows of earlier tasks among those of a task; see `sculpt.data.replay`.
+
+    rows: how many are kept of each task. share: of each batch that they are.
+    """
+
+    rows: Count
+    share: Annotated[float, Field(gt=0, lt=1)]
 
 
 class EvaluationConfig(Section):
@@ -141,6 +155,7 @@ class RunConfig(Section):
     memory: what tasks before this run use, which the model or `Sculptor.save_memory` has beside it.
     calibration_rows: of each task: at its begin its directions are compared with what earlier tasks
         need, at its end they join that; ranks that adapt to data take them from the task before.
+    replay: rows of earlier tasks in every batch; none where it is empty.
     dtype: of the weights. device: "auto" is a GPU where there is one. seed: of everything random.
     certificate: "complement" is cheap; "independent" decomposes every weight afresh in float64, and
         needs `sculpt.subspaces` of "weights".
@@ -157,6 +172,7 @@ class RunConfig(Section):
     sculpt: SculptConfig = Field(SculptConfig(), validate_default=False)
     memory: FilePath | None = None
     calibration_rows: Count = 64
+    replay: ReplayConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -198,6 +214,21 @@ class RunConfig(Section):
                 "certificate='complement', or sculpt.subspaces='weights'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _replays_some(self) -> Self:
+        replay = self.replayed()
+        if replay is not None:
+            try:
+                replay.of_batch(self.training.batch_size)
+            except ValueError as error:
+                raise ValueError(f"replay.{error} (training.batch_size)") from None
+        return self
+
+    def replayed(self) -> Replay[Any] | None:
+        """What keeps rows of earlier tasks, none of them yet; None without `replay`."""
+        replay = self.replay
+        return None if replay is None else Replay(replay.rows, replay.share, seed=self.seed)
 
     @field_validator("loggers")
     @classmethod

@@ -57,10 +57,10 @@ def duration_of(prepared: Prepared) -> Duration:
     tokens = step()  # the first one also makes what later ones find
     one = seconds_of(step)
     train = sum(
-        training.steps_for(len(rows))
+        prepared.strategy.steps(number)
         * training.batch_size
         * statistics.fmean(len(row.ids) for row in rows)
-        for rows in prepared.rows
+        for number, rows in enumerate(prepared.rows)
     )
     subspaces, certificates = matrix_seconds(targets, prepared.config)
     shown = tasks[0].test[: prepared.config.evaluation.batch_size]

@@ -88,6 +88,11 @@ class Strategy(ABC):
         self.setting = setting
         self.config = setting.config
         self.options: Any = setting.config.options
+        if self.config.replay is not None and type(self).batches is not Strategy.batches:
+            raise ValueError(
+                f"replay is for methods that train on one task after another: "
+                f"method={self.config.method!r} makes batches of its own"
+            )
         self.model: nn.Module = setting.learner.model
         self.free = setting.learner.free_parameters()
         self.targets = find_targets(self.model, self.config.sculpt).chosen
@@ -107,12 +112,26 @@ class Strategy(ABC):
 
     def steps(self, task: int) -> int:
         """Optimizer steps of a task."""
-        return self.config.training.steps_for(len(self.setting.rows[task]))
+        training, replay = self.config.training, self.config.replayed()
+        replayed = replay.of_batch(training.batch_size) if replay is not None and task else 0
+        return training.steps_for(len(self.setting.rows[task]), replayed)
 
     def batches(self, task: int, *, skip: int) -> Iterator[list[Encoded]]:
-        """Endless batches of a task, without the first `skip`."""
-        seed = 1000 * self.config.seed + task
-        return batches_of(self.setting.rows[task], self.config.training, seed, skip=skip)
+        """Endless batches of a task, without the first `skip`.
+
+        Rows of earlier tasks that are replayed are drawn anew by the seed: no checkpoint has them.
+        """
+        training, replay = self.config.training, self.config.replayed()
+        rows, seed = self.setting.rows, 1000 * self.config.seed + task
+        if replay is None:
+            return batches_of(rows[task], training, seed, skip=skip)
+        for earlier in rows[:task]:
+            replay.keep(earlier)
+
+        def order(rows: Sequence[Encoded], size: int, seed: int, skip: int) -> Any:
+            return batches_of(rows, training, seed, size=size, skip=skip)
+
+        return replay.batches(rows[task], training.batch_size, skip=skip, order=order)
 
     def add_gradients(self) -> None:  # noqa: B027 - most methods need none
         """Add those of the method's own loss to those of a batch."""

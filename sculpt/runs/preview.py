@@ -42,9 +42,9 @@ def _paths(config: RunConfig) -> str:
 
 
 def _data(prepared: Prepared) -> str:
-    training = prepared.config.training
     rows = []
-    for task, encoded, cut in zip(prepared.tasks, prepared.rows, prepared.cut, strict=True):
+    parts = zip(prepared.tasks, prepared.rows, prepared.cut, strict=True)
+    for number, (task, encoded, cut) in enumerate(parts):
         lengths = [len(row.ids) for row in encoded]
         rows.append(
             (
@@ -55,7 +55,7 @@ def _data(prepared: Prepared) -> str:
                 str(len(task.labels) or "free"),
                 f"{statistics.fmean(lengths):.0f} / {max(lengths)}",
                 f"{cut:,}",
-                f"{training.steps_for(len(encoded)):,}",
+                f"{prepared.strategy.steps(number):,}",
             )
         )
     header = ("task", "rows", "train", "test", "labels", "tokens mean / max", "cut", "steps")
