@@ -19,8 +19,9 @@ from sculpt_kernels.projection.project import project, project_, project_many_
 from sculpt_kernels.shards import is_divided
 from sculpt_kernels.subspaces.basis import orthonormalize
 from sculpt_kernels.subspaces.cache import SubspaceCache
+from sculpt_kernels.subspaces.methods import Subspace
 from sculpt_kernels.subspaces.randomized import range_finder, rsvd
-from sculpt_kernels.subspaces.split import Subspace, split
+from sculpt_kernels.subspaces.split import split
 
 __all__ = [
     "Leak",

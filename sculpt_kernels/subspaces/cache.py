@@ -7,15 +7,18 @@ import json
 import os
 import tempfile
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sculpt_kernels.subspaces.split import Subspace, split
+from sculpt_kernels.subspaces.methods import Subspace
+from sculpt_kernels.subspaces.split import split
 
 FORMAT = 2
+_NUMBERS = [field.name for field in fields(Subspace) if field.name not in ("U", "V")]
 
 
 class SubspaceCache:
@@ -76,17 +79,8 @@ class SubspaceCache:
 
         self.directory.mkdir(parents=True, exist_ok=True)
         tensors = {"U": found.U.cpu(), "V": found.V.cpu()}
-        about = {
-            "key": path.stem,
-            "request": request,
-            "rank": found.rank,
-            "part": found.part,
-            "energy": found.energy,
-            "method": found.method,
-            "converged": found.converged,
-            "rank_error": found.rank_error,
-            "checksum": _checksum(tensors),
-        }
+        about = {name: getattr(found, name) for name in _NUMBERS}
+        about |= {"key": path.stem, "request": request, "checksum": _checksum(tensors)}
         handle, temporary = tempfile.mkstemp(dir=self.directory, suffix=".partial")
         os.close(handle)
         try:
@@ -108,16 +102,8 @@ def _load(path: Path, request: dict[str, Any], W: Tensor) -> Subspace:
         raise ValueError(f"it answers {about['request']}, not {request}")
     if about["checksum"] != _checksum(tensors):
         raise ValueError("its checksum does not match its contents")
-    return Subspace(
-        U=tensors["U"].to(W.device),
-        V=tensors["V"].to(W.device),
-        rank=about["rank"],
-        part=about["part"],
-        energy=about["energy"],
-        method=about["method"],
-        converged=about["converged"],
-        rank_error=about["rank_error"],
-    )
+    U, V = (tensors[name].to(W.device) for name in ("U", "V"))
+    return Subspace(U=U, V=V, **{name: about[name] for name in _NUMBERS})
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -1,7 +1,7 @@
 """The algorithms behind `split`: from a matrix to its leading or trailing singular bases.
 
 Each takes a wide `A` `(..., m, n)`, `m <= n`, in float32 or float64, a `Request`, and returns
-`Parts`.
+a `Subspace`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from sculpt_kernels.subspaces.basis import orthonormalize
 from sculpt_kernels.subspaces.quadrature import density
 from sculpt_kernels.subspaces.randomized import settled_rsvd
-from sculpt_kernels.subspaces.right_basis import long_side, numerical_rank
+from sculpt_kernels.subspaces.right_basis import numerical_rank, right_vectors
 from sculpt_kernels.subspaces.spectral import invariant_subspace
 from sculpt_kernels.subspaces.symmetric import symmetric_product
 
@@ -44,29 +44,46 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Bases `U` `(..., m, t)`, `V` `(..., n, t)`; see `Subspace` for the others."""
+class Subspace:
+    """Singular subspaces of a matrix `W` `(..., m, n)` with `k = min(m, n)`.
+
+    Attributes:
+        U: `(..., m, t)` left basis, V: `(..., n, t)` right basis; orthonormal columns, row-major;
+            the dtype of `W`, float32 for bfloat16 and float16. `t = rank` for `part="high"`,
+            `t = k - rank` for `part="low"`.
+        rank: preserved rank `h`.
+        part: `"high"` (leading, preserved) or `"low"` (trailing, trainable).
+        energy: share of `‖W‖²_F` in the leading `h` directions that were found, measured; the
+            smallest one of a batch. 1 for a zero matrix, which has none to lose.
+        method: algorithm that was used; `"spectral and gram"` where a batch needed both.
+        converged: `"range"` only: whether the captured energy settled and, for a rank by energy,
+            reached what was asked. Always true otherwise.
+        rank_error: standard error of a `rank` that was chosen by energy from a quadrature; the rank
+            is twice that on the safe side. 0 where it comes from singular values.
+    """
 
     U: Tensor
     V: Tensor
     rank: int
+    part: str
     energy: float
     method: str
     converged: bool = True
     rank_error: float = 0.0
 
 
-def svd(A: Tensor, request: Request) -> Parts:
+def svd(A: Tensor, request: Request) -> Subspace:
     """`torch.linalg.svd`, whole."""
     U, S, Vh = torch.linalg.svd(A, full_matrices=False)
     share = _shares(S.square())
     h = request.choose(share)
     columns = request.columns(h)
-    return Parts(U[..., columns], Vh.mT[..., columns], h, _kept(share, h), "svd")
+    energy = _kept(share, h)
+    return Subspace(U[..., columns], Vh.mT[..., columns], h, request.part, energy, "svd")
 
 
-def gram(A: Tensor, request: Request) -> Parts:
-    """Eigenvectors of `A Aᵀ`; the long side by one product.
+def gram(A: Tensor, request: Request) -> Subspace:
+    """Eigenvectors of `A Aᵀ`; the right vectors by one product.
 
     In the dtype of `A`. Forming the Gram matrix leaves an error of about `eps λ₁` in each
     eigenvalue: where float32 does not resolve the gap at the cut, the vectors next to it are
@@ -87,8 +104,9 @@ def gram(A: Tensor, request: Request) -> Parts:
             if not resolved and _determined(squares, h):
                 exact = gram(A.double(), request)
                 return replace(exact, U=exact.U.to(A.dtype), V=exact.V.to(A.dtype))
-    V = long_side(A, U, squares, h, request.part, rank)
-    return Parts(U[..., request.columns(h)], V, h, _kept(share, h), "gram")
+    V = right_vectors(A, U, squares, h, request.part, rank)
+    U = U[..., request.columns(h)]
+    return Subspace(U, V, h, request.part, _kept(share, h), "gram")
 
 
 # Vectors on either side of the cut that a Rayleigh-Ritz step separates: at least, and in doubt; at
@@ -139,7 +157,7 @@ def _ritz(A: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1).clamp_min(0).to(U.dtype), (basis @ turn.flip(-1)).to(U.dtype)
 
 
-def range_(A: Tensor, request: Request) -> Parts:
+def range_(A: Tensor, request: Request) -> Subspace:
     """Randomized range finder that iterates until the captured energy settles.
 
     For a rank by energy the sketch is doubled until it holds that share.
@@ -160,7 +178,7 @@ def range_(A: Tensor, request: Request) -> Parts:
     energy = _kept(share, h)
     if request.part == "low":
         U, V = _complement(A, U, V)
-    return Parts(U, V, h, energy, "range", converged and reached)
+    return Subspace(U, V, h, request.part, energy, "range", converged and reached)
 
 
 def _complement(A: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +198,7 @@ SMALLEST_SPECTRAL = 64
 GROUP_ELEMENTS = 2**26
 
 
-def spectral(A: Tensor, request: Request) -> Parts:
+def spectral(A: Tensor, request: Request) -> Subspace:
     """Matrix products, in float64; `gram` instead for those matrices where the result is off.
 
     That happens where the cut goes through a cluster of (almost) equal eigenvalues or values of
@@ -210,10 +228,11 @@ def spectral(A: Tensor, request: Request) -> Parts:
         other = gram(exact[index], request)
         U[index], V[index], kept[index] = other.U, other.V, other.energy
     names = ["spectral"] * (len(redone) < len(exact)) + ["gram"] * bool(redone)
-    return Parts(
+    return Subspace(
         U.reshape(*batch, k, -1).to(A.dtype),
         V.reshape(*batch, n, -1).to(A.dtype),
         h,
+        request.part,
         float(kept.min()),
         " and ".join(names),
         rank_error=uncertain,

@@ -63,7 +63,7 @@ def _probed(X: Tensor) -> Tensor:
     return X @ probes
 
 
-def long_side(A: Tensor, U: Tensor, squares: Tensor, h: int, part: str, rank: int) -> Tensor:
+def right_vectors(A: Tensor, U: Tensor, squares: Tensor, h: int, part: str, rank: int) -> Tensor:
     """Right basis of one part of a split at `h`, orthogonal to that of the other part.
 
     `rank` is the numerical rank. The columns beyond it are any that complete the others: those of
@@ -86,7 +86,7 @@ def long_side(A: Tensor, U: Tensor, squares: Tensor, h: int, part: str, rank: in
 
 
 def _images(A: Tensor, U: Tensor, squares: Tensor, h: int, part: str) -> Tensor:
-    """As `long_side`, of the vectors in `U`, which may be short of some at the end.
+    """As `right_vectors`, of the vectors in `U`, which may be short of some at the end.
 
     Trailing columns are measured against the leading ones and cleaned where rounding is more than
     orthonormality leaves room for. Where that does not help, because trailing columns are noise, a

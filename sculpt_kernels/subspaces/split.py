@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,41 +10,12 @@ from torch import Tensor
 from sculpt_kernels import checks
 from sculpt_kernels.operation import operation
 from sculpt_kernels.products import compute_dtype
-from sculpt_kernels.subspaces import methods
+from sculpt_kernels.subspaces.methods import ALGORITHMS, Request, Subspace
 from sculpt_kernels.subspaces.sketch import seed_from
 
-METHODS = ("auto", *methods.ALGORITHMS)
+METHODS = ("auto", *ALGORITHMS)
 # On a GPU an eigendecomposition waits for one column after the other; `spectral` multiplies.
 SPECTRAL_ON_GPU = 1024
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """Singular subspaces of a matrix `W` `(..., m, n)` with `k = min(m, n)`.
-
-    Attributes:
-        U: `(..., m, t)` left basis, V: `(..., n, t)` right basis; orthonormal columns, row-major;
-            the dtype of `W`, float32 for bfloat16 and float16. `t = rank` for `part="high"`,
-            `t = k - rank` for `part="low"`.
-        rank: preserved rank `h`.
-        part: `"high"` (leading, preserved) or `"low"` (trailing, trainable).
-        energy: share of `‖W‖²_F` in the leading `h` directions that were found, measured; the
-            smallest one of a batch. 1 for a zero matrix, which has none to lose.
-        method: algorithm that was used; `"spectral and gram"` where a batch needed both.
-        converged: `"range"` only: whether the captured energy settled and, for a rank by energy,
-            reached what was asked. Always true otherwise.
-        rank_error: standard error of a `rank` that was chosen by energy from a quadrature; the rank
-            is twice that on the safe side. 0 where it comes from singular values.
-    """
-
-    U: Tensor
-    V: Tensor
-    rank: int
-    part: str
-    energy: float
-    method: str
-    converged: bool = True
-    rank_error: float = 0.0
 
 
 @operation()
@@ -109,19 +80,11 @@ def split(
         A = A / scale
     tall = A.shape[-2] > A.shape[-1]
     used = _fastest(min(A.shape[-2:]), A.device) if method == "auto" else method
-    request = methods.Request(rank, energy, part, seed_from(generator), A.dtype)
-    found = methods.ALGORITHMS[used](A.mT if tall else A, request)
+    request = Request(rank, energy, part, seed_from(generator), A.dtype)
+    found = ALGORITHMS[used](A.mT if tall else A, request)
     U, V = (found.V, found.U) if tall else (found.U, found.V)
-    return Subspace(
-        U=U.contiguous(),
-        V=V.contiguous(),
-        rank=found.rank,
-        part=part,
-        energy=found.energy if bool((largest > 0).any()) else 1.0,
-        method=found.method,
-        converged=found.converged,
-        rank_error=found.rank_error,
-    )
+    kept = found.energy if bool((largest > 0).any()) else 1.0
+    return replace(found, U=U.contiguous(), V=V.contiguous(), energy=kept)
 
 
 def _fastest(k: int, device: torch.device) -> str:
