@@ -156,14 +156,8 @@ def _check(name: str, run: Operation, backend: str, device: str) -> Check:
         return Check(name, backend, device, failure=str(error))
     except Exception as error:  # a broken installation may raise anything
         return Check(name, backend, device, failure=f"{type(error).__name__}: {error}")
-    return Check(
-        name,
-        backend,
-        device,
-        error=_distance(result, exact),
-        plain=_distance(plain, exact),
-        milliseconds=1000 * seconds,
-    )
+    errors = _distance(result, exact), _distance(plain, exact)
+    return Check(name, backend, device, *errors, 1000 * seconds)
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:
@@ -184,37 +178,29 @@ def _inputs() -> Tensors:
     }
 
 
+def _by(backend: str, name: str, *arguments: Any, **options: Any) -> Any:
+    """What the kernels compute by a backend, or the reference."""
+    if backend == "reference":
+        return getattr(reference, name.rstrip("_"))(*arguments, **options)
+    return getattr(kernels, name)(*arguments, **options, backend=backend)
+
+
 def _project(form: str) -> Operation:
     def run(backend: str, t: Tensors) -> Tensor:
         U = None if form == "right" else t["U"]
         V = None if form == "left" else t["V"]
-        if backend == "reference":
-            return reference.project(t["G"], U, V, form)
-        return kernels.project(t["G"], U, V, form=form, backend=backend)
+        projected: Tensor = _by(backend, "project", t["G"], U, V, form=form)
+        return projected
 
     return run
 
 
-def _compress(backend: str, t: Tensors) -> Tensor:
-    if backend == "reference":
-        return reference.compress(t["G"], t["U"], t["V"])
-    return kernels.compress(t["G"], t["U"], t["V"], backend=backend)
-
-
-def _expand_add(backend: str, t: Tensors) -> Tensor:
-    if backend == "reference":
-        return reference.expand_add(t["W"], t["C"], t["U"], t["V"])
-    return kernels.expand_add_(t["W"], t["C"], t["U"], t["V"], backend=backend)
-
-
 def _adamw(backend: str, t: Tensors) -> Tensor:
     W, G, U, V = (t[name] for name in "WGUV")
-    moments = torch.zeros_like(W), torch.zeros_like(W)
-    if backend == "reference":
-        return reference.project_adamw(W, G, *moments, U, V, form="strict", lr=0.1, step=1)[0]
-    return kernels.project_adamw_(
-        W, G, *moments, U, V, form="strict", lr=0.1, step=1, backend=backend
-    )
+    moments, how = (torch.zeros_like(W), torch.zeros_like(W)), {"form": "strict", "lr": 0.1}
+    stepped = _by(backend, "project_adamw_", W, G, *moments, U, V, **how, step=1)
+    after: Tensor = stepped[0] if backend == "reference" else stepped
+    return after
 
 
 def _layer(backend: str, t: Tensors) -> Tensor:
@@ -239,8 +225,8 @@ def _split(backend: str, t: Tensors) -> Tensor:
 
 OPERATIONS: dict[str, Operation] = {
     **{f"project, {form}": _project(form) for form in ("core", "strict", "left", "right")},
-    "compress": _compress,
-    "expand_add_": _expand_add,
+    "compress": lambda backend, t: _by(backend, "compress", t["G"], t["U"], t["V"]),
+    "expand_add_": lambda backend, t: _by(backend, "expand_add_", *(t[name] for name in "WCUV")),
     "project_adamw_": _adamw,
 }
 # These choose their backend themselves.
