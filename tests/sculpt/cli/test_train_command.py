@@ -45,6 +45,8 @@ def test_train_then_nothing_left_to_resume(run_file: Path) -> None:
     again = invoke("resume", str(out))
     assert again.exit_code == 0
     assert "is finished; nothing is left to do" in again.output
+    nothing = invoke("resume", str(run_file.parent))
+    assert (nothing.exit_code, "is no run directory" in nothing.output) == (2, True)
     refused = invoke("train", str(run_file), f"out={out}")
     assert refused.exit_code == 2
     assert "is not empty" in refused.output
@@ -165,9 +167,3 @@ def test_a_row_that_cannot_be_cut_to_fit_is_a_bad_row(run_file: Path) -> None:
     done = invoke(*call, "--skip-bad-rows")
     assert done.exit_code == 0, done.output
     assert "1 rows left out" in done.output
-
-
-def test_resume_says_what_is_no_run(tmp_path: Path) -> None:
-    done = invoke("resume", str(tmp_path))
-    assert done.exit_code == 2
-    assert "is no run directory" in done.output

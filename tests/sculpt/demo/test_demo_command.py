@@ -17,7 +17,7 @@ from tiny_language import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from sculpt.cli.app import app
-from sculpt.demo.settings import QUICK, DemoError, DemoSettings, check_space
+from sculpt.demo.settings import DemoError, DemoSettings, check_space
 from sculpt.demo.tasks import demo_tasks
 from sculpt.models.causal import CausalLearner
 from sculpt.runs.directory import RunDirectory, RunError, check_out
@@ -108,6 +108,7 @@ def test_output_is_readable_without_a_terminal(finished: tuple[Path, str]) -> No
         (["--steps", "0"], "steps=0"),
         (["--lr", "0"], "lr=0.0"),
         (["--seed", "-1"], "--seed -1"),
+        (["--quick", "--model", "."], "exclude each other"),
         (["--model", "no/such/place"], "model='no/such/place' does not exist"),
     ],
 )
@@ -135,11 +136,6 @@ def test_out_must_be_a_new_or_empty_directory(tmp_path: Path) -> None:
         assert (result.exit_code, message in result.output) == (2, True)
     check_out(tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_quick_and_model_exclude_each_other(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(DemoError, match="exclude each other"):
-        DemoSettings(out=tmp_path, model=model, **QUICK)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (3, 1), (30, 5)])
