@@ -5,7 +5,8 @@ begins, `d` their size. Two choices of `t` directions:
 
 - trailing: the eigenvectors of `F_old` with the smallest eigenvalues;
 - ratio: the leading solutions of `F_new v = λ (F_old + ε tr(F_old)/d I) v`, orthonormalised: what
-  the new task uses most for each unit that the earlier ones need.
+  the new task uses most for each unit that the earlier ones need. To `F_new` a little of the
+  identity is added, too: what it does not use at all is told apart by the earlier needs.
 
 Of a sketch the leading eigenvectors are known and the rest is not told apart, so that directions
 beyond its rank are random ones of the complement.
@@ -24,7 +25,9 @@ from sculpt.curvature.memory import Memory
 from sculpt_kernels import orthonormalize, split
 
 RIDGE = 1e-3
-"""`ε`."""
+"""`ε`; that of what is new is smaller by `UNUSED`."""
+
+UNUSED = 1e-3
 
 ITERATIONS = 4
 
@@ -140,14 +143,23 @@ def by_ratio(old: Factor, new: Factor, t: int, ridge: float = RIDGE) -> Tensor:
     """Basis `(..., d, t)` of what `new` uses most beside what `old` needs, as `trailing`."""
     if isinstance(old, Diagonal):
         assert isinstance(new, Diagonal)
-        mean = old.total.double().mean(-1, keepdim=True)
-        return _units(new.total.double() / (old.total.double() + ridge * mean), t)
+        needs, uses = old.total.double(), new.total.double()
+        needed, used = (_floors(F.mean(-1, keepdim=True), ridge) for F in (needs, uses))
+        return _units((uses + UNUSED * used) / (needs + needed), t)
     if isinstance(old, Full):
         pairs = torch.stack([old.total, new.total], dim=-3)
         return _each(pairs, lambda pair: _ratio(pair[0].double(), pair[1].double(), t, ridge), 3)
     assert isinstance(old, Sketch)
     assert isinstance(new, Sketch)
-    return _ratio_of_sketches(old, new, t, ridge)
+    if old.count.ndim == 0:
+        return _ratio_of_sketches(old, new, t, ridge)
+    members = zip(old.members(), new.members(), strict=True)
+    return torch.stack([_ratio_of_sketches(*pair, t, ridge) for pair in members])
+
+
+def _floors(mean: Tensor, ridge: float) -> Tensor:
+    """What is added to a factor whose eigenvalues have this mean; 1 to one that is zero."""
+    return torch.where(mean > 0, ridge * mean, 1.0)
 
 
 def share_of_trace(factor: Factor, V: Tensor) -> Tensor:
@@ -186,9 +198,13 @@ def _ratio(old: Tensor, new: Tensor, t: int, ridge: float) -> Tensor:
     """By subspace iteration with `B⁻¹ F_new` on a few columns more, `B` as above."""
     d = len(old)
     B = old.clone()
-    B.diagonal().add_(ridge * old.trace() / d)
+    # The sums are float32: what is smaller than their rounding may be negative.
+    rounding = 8 * torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(old)
+    B.diagonal().add_(torch.maximum(_floors(old.trace() / d, ridge), rounding))
+    new = new.clone()
+    new.diagonal().add_(UNUSED * _floors(new.trace() / d, ridge))
     root = torch.linalg.cholesky(B)
-    V = _random(d, min(d, t + max(16, t // 4)), B)
+    V = _random(d, _columns(d, t), B)
     for _ in range(ITERATIONS):
         V = orthonormalize(torch.cholesky_solve(new @ V, root))
     small = torch.linalg.cholesky(V.mT @ (B @ V))
@@ -196,6 +212,23 @@ def _ratio(old: Tensor, new: Tensor, t: int, ridge: float) -> Tensor:
     inner = torch.linalg.solve_triangular(small, inner.mT, upper=False)
     _, Y = torch.linalg.eigh((inner + inner.mT) / 2)
     return orthonormalize(V @ torch.linalg.solve_triangular(small.mT, Y[:, -t:], upper=True))
+
+
+def flops_of_ratio(factor: Factor, t: int) -> int:
+    """FLOPs of `by_ratio`: of products, Cholesky factors and solutions with them."""
+    *stack, d, width = factor.total.shape
+    if isinstance(factor, Diagonal):
+        return 0
+    if isinstance(factor, Sketch):  # two sketches to eigenvectors, and products with those
+        return math.prod(stack) * d * (12 * width**2 + 4 * width * t)
+    p = _columns(d, t)
+    iteration = 4 * d * d * p + 4 * d * p * p  # a product, a solution, a basis
+    return math.prod(stack) * (d**3 // 3 + ITERATIONS * iteration + 4 * d * d * p + 8 * d * p * p)
+
+
+def _columns(d: int, t: int) -> int:
+    """Of the subspace that is iterated."""
+    return min(d, t + max(16, t // 4))
 
 
 def _random(d: int, count: int, like: Tensor) -> Tensor:
@@ -216,26 +249,28 @@ def _extreme(F: Tensor, t: int, *, leading: bool) -> Tensor:
 def _ratio_of_sketches(old: Sketch, new: Sketch, t: int, ridge: float) -> Tensor:
     """All solutions with `λ > 0` are in the span of `B⁻¹ Q_new`, with `B` as above."""
     Q, values = old.eigenpairs()
-    floor = (ridge * old.trace() / Q.shape[-2])[..., None]
+    floor = _floors(old.trace() / len(Q), ridge)
     P, weights = new.eigenpairs()
-    X = P * weights.sqrt()[..., None, :]
+    found = min(t, int((weights > 0).sum()))
+    X = P[:, :found] if found == 0 else P * weights.sqrt()
     # B⁻¹ X, where B = Q diag(values) Qᵀ + floor I.
-    inverse = X / floor[..., None]
-    inverse = inverse - Q @ ((values / (floor * (values + floor)))[..., None] * (Q.mT @ X))
+    inverse = X / floor - Q @ ((values / (floor * (values + floor)))[:, None] * (Q.mT @ X))
     inner = X.mT @ inverse
     _, Y = torch.linalg.eigh((inner + inner.mT) / 2)
-    found = min(t, int((weights > 0).sum(-1).min()))
-    V = inverse @ Y[..., Y.shape[-1] - found :]
-    return _complete(orthonormalize(V), t, away_from=Q)
+    V = inverse @ Y[:, Y.shape[-1] - found :]
+    return _complete(orthonormalize(V) if found else V, t, away_from=Q)
 
 
 def _complete(V: Tensor, t: int, away_from: Tensor) -> Tensor:
-    """`V` and the random directions that it lacks of `t`, away from `away_from` where they fit."""
+    """`V` and the random directions that it lacks of `t`, away from as many others as can be.
+
+    away_from: the most important first.
+    """
     d, found = V.shape[-2:]
     if found == t:
         return V
     more = _random(d, t - found, V).expand(*V.shape[:-1], t - found)
-    known = V if d - t < away_from.shape[-1] else torch.cat([V, away_from], dim=-1)
+    known = torch.cat([V, away_from[..., : d - t]], dim=-1)
     known = orthonormalize(known) if known.shape[-1] else known
     for _ in range(2):
         more = more - known @ (known.mT @ more)

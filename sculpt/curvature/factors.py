@@ -118,6 +118,10 @@ class Sketch(Factor):
         own = self.squares if at is None else self.squares[at]
         own += x.double().square().sum()
 
+    def members(self) -> list[Sketch]:
+        """Those of a stack, which share its memory."""
+        return [Sketch(*one) for one in zip(self.total, self.count, self.squares, strict=True)]
+
     def test_matrix(self) -> Tensor:
         """`Ω` `(size, p)`: independent standard normal numbers."""
         size, width = self.total.shape[-2:]
