@@ -218,13 +218,19 @@ def bases_and_coordinates(W: Tensor, U: Any, V: Any, C: Any) -> None:
         )
 
 
-def moves_through_coordinates(name: str, W: Tensor) -> None:
-    """The weight of a compact layer takes no gradient of its own."""
+def compact(W: Any, U: Any, V: Any, C: Any, scale: Any, *, like: str = "(..., m, n)") -> None:
+    """The weight of a layer that moves through `C`, and so takes no gradient of its own."""
+    matrix("W", W, like=like)
     if W.requires_grad:
         raise ValueError(
-            f"{name} requires grad but would never receive one: it moves through C; "
-            f"call {name}.requires_grad_(False)"
+            "W requires grad but would never receive one: it moves through C; "
+            "call W.requires_grad_(False)"
         )
+    bases_and_coordinates(W, U, V, C)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a finite number above 0; got {describe(scale)}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a finite number above 0; got {scale}")
 
 
 def rank_in(name: str, rank: Any, k: int, bound: str = "min(m, n)") -> None:
@@ -239,13 +245,6 @@ def fraction(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a float strictly between 0 and 1; got {describe(value)}")
     if not 0.0 < value < 1.0:
         raise ValueError(f"{name} must be strictly between 0 and 1; got {value}")
-
-
-def positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a finite number above 0; got {describe(value)}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0; got {value}")
 
 
 def floating(name: str, dtype: Any) -> None:

@@ -56,7 +56,7 @@ MUTATIONS = [
         KERNELS + "projection/triton_kernels.py",
         "min(n, start + chunk), s,",
         "n, s,",
-        INTERPRETER + "project.py::test_columns_are_divided_where_strips_are_few",
+        INTERPRETER + "project.py::test_columns_are_divided_where_rows_are_few",
     ),
     Mutation(
         "stride: a walk along contiguous rows only",

@@ -135,17 +135,11 @@ def project_adamw_(
         for index, (w, g, m, v, c, a, b) in enumerate(everything):
             state_of = _State(w, g, m, v, c, scalars, key, index * w.shape[0], chosen)
             if w.is_cpu:
-                _on_cpu(state_of, a, b, form, complement, project)
+                source = (_Update if project == "update" else _Gradient)(state_of)
+                row_panels.project_source(source, a, b, form, complement, state_of.wide)
             else:
                 _on_device(state_of, a, b, form, complement, project)
     return W
-
-
-def _on_cpu(
-    state: _State, U: Tensor | None, V: Tensor | None, form: str, complement: str, project: str
-) -> None:
-    source: row_panels.Source = _Update(state) if project == "update" else _Gradient(state)
-    row_panels.project_source(source, U, V, form, complement, state.wide)
 
 
 def _on_device(

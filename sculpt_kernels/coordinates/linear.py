@@ -52,8 +52,7 @@ def compact_linear(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    checks.matrix("W", W, like="(m, n)")
-    checks.moves_through_coordinates("W", W)
+    checks.compact(W, U, V, C, scale, like="(m, n)")
     if x.shape[-1:] != W.shape[-1:]:
         raise ValueError(
             f"x must have shape (..., {W.shape[-1]}) to fit W {tuple(W.shape)}; "
@@ -61,8 +60,6 @@ def compact_linear(
         )
     if bias is not None and bias.shape != W.shape[:1]:
         raise ValueError(f"bias must have shape ({W.shape[0]},); got {checks.describe(bias)}")
-    checks.bases_and_coordinates(W, U, V, C)
-    checks.positive("scale", scale)
     if x.ndim == 1:
         return compact_linear(x.unsqueeze(0), W, bias, U, V, C, scale=scale).squeeze(0)
     if not torch.is_grad_enabled():

@@ -10,12 +10,7 @@ from sculpt_kernels.triton import launcher
 
 
 def compress(G: Tensor, U: Tensor, V: Tensor, out: Tensor) -> Tensor:
-    """`out <- Uᵀ G V` at ranks up to 128; returns `out`.
-
-    Args:
-        G: `(..., m, n)`, float32, bfloat16 or float16, any strides.
-        U: `(..., m, r)`; V: `(..., n, s)`, dtype of `G`; two-dimensional to share over the batch.
-        out: `(..., r, s)`, any floating dtype and strides; accumulated in float32.
+    """`out <- Uᵀ G V` at ranks up to 128; returns `out`, of any floating dtype and strides.
 
     16-bit products `G V` enter the second product as two 16-bit parts, so that the coordinates are
     as accurate as float32 accumulation allows.

@@ -21,17 +21,7 @@ def expand_add_(
     seed: int | Tensor | None = None,
     base: Tensor | None = None,
 ) -> Tensor:
-    """`W <- round(base + alpha U C Vᵀ)`, with `base = W` by default; in place, returns `W`.
-
-    Args:
-        W: `(..., m, n)`, float32, bfloat16 or float16, any strides.
-        C: `(..., r, s)`, float32, bfloat16 or float16.
-        U: `(..., m, r)`; V: `(..., n, s)`: one dtype, that of `W` or float32; two-dimensional
-            to share over the batch. One of them may be `None`, the identity.
-        alpha: a number or a 0-d tensor.
-        rounding: `"nearest"`, or `"stochastic"` for 16-bit `W`, with `seed`, an int or a 0-d int64
-            tensor. The random bits depend on seed and position only.
-        base: `(..., m, n)`, dtype of `W` or float32: start from these values, not from `W`.
+    """`sculpt_kernels.expand_add_`, for dtypes up to float32.
 
     With 16-bit bases `C` and the small product are kept as two 16-bit parts each, so that the sum
     is formed in float32 accuracy. The small product goes on the shorter side of `W`. Bytes: one
@@ -85,10 +75,10 @@ def expand_add_many_(
     starts = Ws if bases is None else bases
     groups: dict[Any, list[int]] = {}
     for i, (W, C, U, V) in enumerate(zip(Ws, Cs, Us, Vs, strict=True)):
-        lying = [X for X in (W, starts[i], U, V) if X is not None]
-        aligned = all(X.data_ptr() % 16 == 0 for X in lying)
+        laid_out = [X for X in (W, starts[i], U, V) if X is not None]
+        aligned = all(X.data_ptr() % 16 == 0 for X in laid_out)
         alone = -1 if aligned and C.numel() and W.ndim == 2 and W.numel() else i
-        layout = tuple((X.shape, X.stride(), X.dtype) for X in lying)
+        layout = tuple((X.shape, X.stride(), X.dtype) for X in laid_out)
         groups.setdefault((layout, C.shape, U is None, V is None, W.device, alone), []).append(i)
     for members in groups.values():
         W, C = Ws[members[0]], Cs[members[0]]

@@ -36,10 +36,7 @@ def compact_weight(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    checks.matrix("W", W)
-    checks.moves_through_coordinates("W", W)
-    checks.bases_and_coordinates(W, U, V, C)
-    checks.positive("scale", scale)
+    checks.compact(W, U, V, C, scale)
     out: Tensor = _CompactWeight.apply(W, U, V, C, scale)  # type: ignore[no-untyped-call]
     return out
 
@@ -74,12 +71,9 @@ def compact_embedding(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    checks.matrix("W", W, like="(m, n)")
-    checks.moves_through_coordinates("W", W)
+    checks.compact(W, U, V, C, scale, like="(m, n)")
     if torch.is_floating_point(ids):
         raise TypeError(f"ids must be integers; got {checks.describe(ids)}")
-    checks.bases_and_coordinates(W, U, V, C)
-    checks.positive("scale", scale)
     out: Tensor = _CompactEmbedding.apply(  # type: ignore[no-untyped-call]
         ids, W, U, V, C, padding_idx, scale
     )

@@ -1,1 +1,1 @@
-"""What projections and splits cost on a device: arithmetic on shapes."""
+"""What projections cost on a device: arithmetic on shapes."""

@@ -169,20 +169,21 @@ def _core(source: Source, left: _Left, right: Tensor, left_first: bool, keep: bo
         return
     core = _gather_core(source, left, right)
     for rows in source.panels():
-        beside = torch.mm(left[rows], core)
-        if keep:
-            source.store(rows, torch.mm(beside, right.t()))
-        else:
-            source.store(rows, source.reload(rows).addmm_(beside, right.t(), alpha=-1))
+        _put(source, rows, torch.mm(left[rows], core), right.t(), keep)
 
 
 def _take_rows(source: Source, left: _Left, B: Tensor, keep: bool) -> None:
     """`G - U B` or `U B`, for `B` `(a, n)`."""
     for rows in source.panels():
-        if keep:
-            source.store(rows, torch.mm(left[rows], B))
-        else:
-            source.store(rows, source.reload(rows).addmm_(left[rows], B, alpha=-1))
+        _put(source, rows, left[rows], B, keep)
+
+
+def _put(source: Source, rows: slice, A: Tensor, B: Tensor, keep: bool) -> None:
+    """These rows of `G - A B`, or of `A B` alone."""
+    if keep:
+        source.store(rows, torch.mm(A, B))
+    else:
+        source.store(rows, source.reload(rows).addmm_(A, B, alpha=-1))
 
 
 def _one_complement(
@@ -202,10 +203,7 @@ def _one_complement(
     core = _gather_core(source, left, right, Y)
     for rows in source.panels():
         beside = Y[rows].addmm_(left[rows], core, alpha=-1)
-        if strict:
-            source.store(rows, torch.mm(beside, right.t()))
-        else:
-            source.store(rows, source.reload(rows).addmm_(beside, right.t(), alpha=-1))
+        _put(source, rows, beside, right.t(), keep=strict)
 
 
 def _both_sides(source: Source, left: _Left, right: Tensor, keep: bool) -> None:

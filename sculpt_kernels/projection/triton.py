@@ -35,13 +35,7 @@ Operand = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def project_(G: Tensor, U: Tensor | None, V: Tensor | None, form: str) -> Tensor:
-    """Project `G` in place at ranks from 1 to 128; returns `G`.
-
-    Args:
-        G: `(..., m, n)`, float32, bfloat16 or float16, any strides.
-        U: `(..., m, r)`; V: `(..., n, s)`, dtype of `G`; two-dimensional to share over the batch;
-            `None` where the form has no such side.
-        form: `"core"`, `"strict"`, `"left"`, `"right"`.
+    """`sculpt_kernels.project_` at ranks from 1 to 128, in 16-bit dtypes and float32.
 
     Bytes: three passes over `G`, four for `strict`, and the bases. FLOPs, for `r = s`:
     `4 m n r`, `8 m n r` for `strict`, and terms in `r²`.

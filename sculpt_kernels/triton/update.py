@@ -147,11 +147,8 @@ def update_(
         X: `(..., m, n)`, float32, bfloat16 or float16, any strides; written in place.
         A, A2: `(..., m, k)`, `(..., m, k2)`; B, B2: `(..., n, k)`, `(..., n, k2)`; one dtype,
             that of `X` or another; two-dimensional to share over a batch; any strides.
-        alpha: a number or a 0-d tensor on the device of `X`.
-        base: `(..., m, n)`: start from these values, not from `X`.
-        keep: `False` starts from zero, neither reading `X` nor a base.
-        rounding: `"nearest"`, or `"stochastic"` for 16-bit `X`, with `seed`, an int or a 0-d int64
-            tensor; the bits are those of `sculpt_kernels.rounding`.
+        base: `(..., m, n)`: start from these values; `keep=False`: from zero.
+        rounding, seed: as for `expand_add_`.
     """
     if X.numel() == 0:
         return X

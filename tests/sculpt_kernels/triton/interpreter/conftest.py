@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from kernel_cases import STRIP, TILE, use_tiles
+from kernel_cases import ROWS, TILE, use_tiles
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
@@ -17,7 +17,7 @@ def fixed_seed() -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("reduce", "update", "adamw", "adamw_both", "sketch")
-    use_tiles(monkeypatch, apply=STRIP, apply_both=STRIP, **dict.fromkeys(names, TILE))
+    use_tiles(monkeypatch, apply=ROWS, apply_both=ROWS, **dict.fromkeys(names, TILE))
 
 
 @pytest.fixture(autouse=True)

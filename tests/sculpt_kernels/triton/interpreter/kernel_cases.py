@@ -14,7 +14,7 @@ LAYOUTS = ("rows", "columns", "strided")
 
 # Several small tiles in every direction, none of which divides the matrices of the tests.
 TILE = TileConfig(32, 16, 16, warps=4, stages=2, group_m=2)
-STRIP = TileConfig(16, 32, 16, warps=4, stages=2)
+ROWS = TileConfig(16, 32, 16, warps=4, stages=2)
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, **configs: TileConfig) -> None:

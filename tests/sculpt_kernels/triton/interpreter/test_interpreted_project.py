@@ -91,7 +91,7 @@ def test_parts_are_added_by_the_library_or_by_the_second_launch(
         assert error(project.project_(G.clone(), U, V, "core"), want) < BOUNDS[G.dtype]
 
 
-def test_columns_are_divided_where_strips_are_few() -> None:
+def test_columns_are_divided_where_rows_are_few() -> None:
     assert project.chunk_length(1, 4096, 4096, 64, 64) == 1024
     assert project.chunk_length(64, 4096, 4096, 64, 64) == 4096
     G = torch.randn(17, 2100).half()
