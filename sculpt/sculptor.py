@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 from sculpt.certificate.leak import Certificate
 from sculpt.certificate.running import certify
 from sculpt.config import SculptConfig, config_to_json
-from sculpt.curvature.collect import collect
+from sculpt.curvature.collect import checked, collect
 from sculpt.curvature.generated import share_of_distinct, written_by
 from sculpt.curvature.memory import Memory
 from sculpt.distributed.processes import Processes
@@ -178,7 +178,8 @@ class Sculptor:
             TypeError, ValueError: the model does not write text, or an argument does not fit.
         """
         refuse_model(self.model)
-        batches = written_by(self.model, tokenizer, tokens, length, seed)
+        processes = Processes(self._group, device_of(next(self.model.parameters())))
+        batches = written_by(self.model, tokenizer, tokens, length, seed, processes.size)
         distinct = share_of_distinct(batches)
         if distinct < DISTINCT:
             warnings.warn(
@@ -187,7 +188,8 @@ class Sculptor:
                 SculptWarning,
                 stacklevel=2,
             )
-        self.protect(batches, "generated")
+        own = slice(processes.rank, None, processes.size)
+        self.protect([{k: v[own] for k, v in batch.items()} for batch in batches], "generated")
 
     def save_memory(self, path: FilePath) -> None:
         """Write what is protected to a safetensors file, atomically: it goes beside the model.
@@ -200,7 +202,10 @@ class Sculptor:
         """
         if not self.memory:
             raise RuntimeError("nothing is protected: call protect() or end_task(batches) first")
-        self.memory.save(Path(path), self.model)
+        processes = Processes(self._group, device_of(next(self.model.parameters())))
+        with processes.as_one() as first:
+            if first:
+                self.memory.save(Path(path), self.model)
 
     def load_memory(self, path: FilePath) -> None:
         """Add what `save_memory` wrote to what later tasks must not forget.
@@ -321,9 +326,14 @@ class Sculptor:
             RuntimeError: no task is running; or none of its steps has changed anything, or a weight
                 was written to in a way that the task cannot have changed it. The task is still
                 running then, and `undo_task` ends it.
+            TypeError, ValueError: the batches cannot be used. Where that shows before they pass
+                through the model the task is still running; a loss that is not finite leaves it
+                ended, and `protect` takes other batches.
         """
         task = self._running()
         task.checked()
+        if batches is not None:
+            batches = checked(batches, task.processes)
         task.settle(refuse=True)
         task.refuse_idle_steps()
         if self.config.chosen_engine == "gradient":

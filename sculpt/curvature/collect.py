@@ -29,6 +29,11 @@ from sculpt.memory import free_bytes
 from sculpt.task.targets import Target
 from sculpt_kernels import is_divided
 
+WITHOUT_LOSS = (
+    "what is protected needs a loss: batches with labels for a model that computes one, or "
+    "functions of the model that return the summed loss of their rows"
+)
+
 
 def collect(
     model: nn.Module,
@@ -83,6 +88,25 @@ def collect(
     memory.rows = {name: sum(processes.tell(rows))}
     _sum(made, targets, processes)
     return memory
+
+
+def checked(batches: Any, processes: Processes) -> Any:
+    """The same batches, of which is known that they can be passed, as far as it shows before.
+
+    Raises:
+        TypeError, ValueError: as `collect`.
+        RuntimeError: those of another process cannot be used.
+    """
+    error: Exception | None = None
+    try:
+        batches = list(batches) if isinstance(batches, Iterator) else batches
+        for run in runs(batches, processes.device, "batches"):
+            if not _has_loss(run):
+                raise ValueError(WITHOUT_LOSS)
+    except (TypeError, ValueError) as problem:
+        error = problem
+    processes.fail_together(error)
+    return batches
 
 
 def choose_kinds(
@@ -327,13 +351,14 @@ def _looked_up(target: Target) -> bool:
     return any(isinstance(place.module, nn.Embedding) for place in target.places)
 
 
+def _has_loss(run: Run) -> bool:
+    return run.own or isinstance(run.inputs.get("labels"), Tensor)
+
+
 def _why_not(run: Run, loss: Tensor | None) -> str | None:
     """Why nothing can be learned of a batch."""
-    if loss is None or not (run.own or isinstance(run.inputs.get("labels"), Tensor)):
-        return (
-            "what is protected needs a loss: batches with labels for a model that computes one, or "
-            "functions of the model that return the summed loss of their rows"
-        )
+    if loss is None or not _has_loss(run):
+        return WITHOUT_LOSS
     if not bool(torch.isfinite(loss.detach())):
         return f"a batch gives a loss that is not finite, {float(loss.detach())}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,16 +11,16 @@ from torch import Tensor, nn
 from sculpt.curvature.padding import IGNORED
 
 ROWS = 8
-"""That are written at once."""
+"""That are written at once, at least."""
 
 
 def written_by(
-    model: nn.Module, tokenizer: Any, tokens: int, length: int, seed: int
+    model: nn.Module, tokenizer: Any, tokens: int, length: int, seed: int, processes: int = 1
 ) -> list[dict[str, Tensor]]:
-    """Batches of `ROWS` rows with labels, of at least `tokens` tokens together.
+    """Batches of rows with labels, of at least `tokens` tokens together.
 
     Each row is drawn from the model's own distribution, at temperature 1, and ends with its
-    end-of-sequence token or after `length` tokens.
+    end-of-sequence token or after `length` tokens. A batch has a row for each of the processes.
 
     Raises:
         TypeError, ValueError: the model does not generate, or the tokenizer has no token to begin
@@ -35,12 +36,19 @@ def written_by(
     for name, value in (("tokens", tokens), ("length", length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and length >= longest:
+        raise ValueError(
+            f"length={length} and a token to begin with are more than the {longest} positions of "
+            "the model; take a smaller length"
+        )
+    rows = ROWS * math.ceil(processes / ROWS)
     end = tokenizer.eos_token_id
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if begin is None:
         raise ValueError("the tokenizer has no beginning-of-text and no end-of-text token")
     device = next(model.parameters()).device
-    mode = model.training
+    modes = {module: module.training for module in model.modules()}
     batches: list[dict[str, Tensor]] = []
     written = 0
     model.eval()
@@ -48,7 +56,7 @@ def written_by(
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(seed)
             while written < tokens:
-                start = torch.full((ROWS, 1), int(begin), device=device)
+                start = torch.full((rows, 1), int(begin), device=device)
                 ids = model.generate(  # type: ignore[operator]
                     start,
                     attention_mask=torch.ones_like(start),
@@ -56,6 +64,12 @@ def written_by(
                     temperature=1.0,
                     top_k=0,
                     top_p=1.0,
+                    # What its own settings may have.
+                    typical_p=1.0,
+                    min_p=0.0,
+                    num_beams=1,
+                    repetition_penalty=1.0,
+                    no_repeat_ngram_size=0,
                     max_new_tokens=length,
                     pad_token_id=begin if end is None else end,
                 )
@@ -67,7 +81,8 @@ def written_by(
                 batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
                 written += int(mask[:, 1:].sum())
     finally:
-        model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
     return batches
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +214,14 @@ class Memory:
         written = bytes(tensors.pop(MODEL).tolist()).decode()
         if identity is not None and written != identity:
             raise ValueError(f"{file} is of a model with another configuration")
-        return cls.from_tensors(tensors, device)
+        try:
+            memory = cls.from_tensors(tensors, device)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+        for key, factor in memory.factors.items():
+            if not all(bool(tensor.isfinite().all()) for tensor in factor.tensors().values()):
+                raise ValueError(f"{file} is damaged: {key!r} has values that are not finite")
+        return memory
 
 
 def _file(path: Path) -> Path:
@@ -224,8 +232,16 @@ def _identity(model: nn.Module) -> str:
     """A hash of the configuration of a model of transformers; the same for all others."""
     config = getattr(model, "config", None)
     fields = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
-    values = {k: v for k, v in fields.items() if k not in VOLATILE and k[0] != "_"}
+    values = _lasting(fields)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _lasting(fields: Any) -> Any:
+    """Of a configuration, which may have others inside."""
+    if not isinstance(fields, dict):
+        return fields
+    kept = {key: value for key, value in fields.items() if str(key) not in VOLATILE}
+    return {str(k): _lasting(v) for k, v in kept.items() if not str(k).startswith("_")}
 
 
 def _words(factor: Factor) -> str:
