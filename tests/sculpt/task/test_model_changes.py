@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import sculpt
 from sculpt import SculptConfig, Sculptor
 from tests.sculpt.small_models import ENGINES, begin
 
@@ -58,6 +59,9 @@ def test_copies_and_pickles_hold_themselves(engine):
         }
         with pytest.raises(RuntimeError, match="cannot go from"):
             other.half()
+        with pytest.raises(RuntimeError, match=r"copied while a task was running.*state_dict\(\)"):
+            sculpt.abandon(other)
+        nn.Sequential(*copy.deepcopy(PLAIN)).load_state_dict(other.state_dict())
     x = torch.randn(3, 12)
     assert torch.equal(twin(x), model(x))
 
