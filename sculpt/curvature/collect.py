@@ -43,6 +43,7 @@ def collect(
     config: SculptConfig,
     processes: Processes,
     name: str = "",
+    argument: str = "batches",
 ) -> Memory:
     """The factors of all targets over `batches`; those of a model during no task.
 
@@ -52,6 +53,7 @@ def collect(
             their number. In several processes each has its own, and all get the sums over them.
         known: what is protected already: its factors decide of which kind these are.
         name: under which the rows are counted.
+        argument: what errors call the batches.
 
     Raises:
         TypeError, ValueError: the data cannot be used, values in the model are not finite, or the
@@ -69,7 +71,7 @@ def collect(
     divided = any(is_divided(target.parameter) for target in targets)
     rows = 0
     try:
-        given = runs(batches, processes.device, "batches")
+        given = runs(batches, processes.device, argument)
         if divided:
             given = in_step(given, processes)
         with made.on(model):

@@ -78,13 +78,15 @@ class Directions:
         left, right = (leading(self.old.factors[key], h) for key in (keys.left, keys.right))
         return left, right
 
-    def touched(self, name: str, U: Tensor, V: Tensor) -> float:
-        """Share of `tr S tr A` of earlier tasks in the span of both bases; the most of a stack."""
-        left, right = (
-            self.old.factors[self.old.sides[name].left],
-            self.old.factors[self.old.sides[name].right],
-        )
-        return float((share_of_trace(left, U) * share_of_trace(right, V)).max())
+    def touched(self, name: str, U: Tensor, V: Tensor, *, outside: bool = False) -> float:
+        """Share of `tr S tr A` of earlier tasks in the span of both bases; the most of a stack.
+
+        outside: of neither.
+        """
+        keys = self.old.sides[name]
+        left = share_of_trace(self.old.factors[keys.left], U)
+        right = share_of_trace(self.old.factors[keys.right], V)
+        return float(((1 - left) * (1 - right) if outside else left * right).max())
 
     def used(self, name: str, basis: Tensor) -> float:
         """Share of the inputs' second moment in the span of the basis on their side.

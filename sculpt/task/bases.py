@@ -99,17 +99,19 @@ def _from_curvature(
 ) -> Bases:
     """The same, in directions that earlier tasks do not need."""
     name, (m, n) = target.name, target.shape[-2:]
+    if config.chosen_engine != "compact":
+        high_U, high_V = directions.preserved(name, target.preserved)
+        energy = 1 - directions.touched(name, high_U, high_V, outside=True)
+        high_U, high_V = (basis.to(dtype).contiguous() for basis in (high_U, high_V))
+        return Bases(high_U, high_V, None, "none", energy, "curvature, leading preserved")
     method = "curvature, ratio" if directions.compares(name) else "curvature, trailing"
     U, V = directions.trainable(name, target.trainable_rank)
     energy = 1 - directions.touched(name, U, V)
     low_U, low_V = (basis.to(dtype).contiguous() for basis in (U, V))
-    full = config.coordinates == "full" and m != n
-    if config.chosen_engine == "compact" and not full:
+    if config.coordinates == "thin" or m == n:
         return Bases(low_U, low_V, None, "none", energy, method, directions.gain(name, U, V))
     preserved = directions.preserved(name, target.preserved)
     high_U, high_V = (basis.to(dtype).contiguous() for basis in preserved)
-    if config.chosen_engine != "compact":
-        return Bases(high_U, high_V, None, "none", energy, method)
     if m > n:
         return Bases(None, low_V, high_U, "none", energy, method, directions.gain(name, U, V))
     return Bases(low_U, None, high_V, "none", energy, method)

@@ -5,7 +5,7 @@ In several processes each finds the bases of some targets and sends them to the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -60,8 +60,8 @@ def choose(
     memory.check(targets)
     new = None
     if curved and calibration is not None:
-        batches = list(calibration)
-        new = collect(model, targets, batches, memory, config, processes)
+        batches = list(calibration) if isinstance(calibration, Iterator) else calibration
+        new = collect(model, targets, batches, memory, config, processes, argument="calibration")
         calibration = batches if config.ranks is not None else None
     elif config.subspaces == "auto" and config.ranks is None:
         calibration = None  # There is nothing yet that its directions could be compared with.
