@@ -37,19 +37,8 @@ def expand_add_(
             W, basis.new_empty(W.shape[-2], 0), basis.new_empty(W.shape[-1], 0), alpha=alpha,
             base=base, rounding=rounding, seed=seed,
         )  # fmt: skip
-    if _product_goes_left(W, U, V):
-        assert V is not None
-        A, A2 = _small_product(U, C, V.dtype)
-        B, B2 = V, V
-    else:
-        assert U is not None
-        A, A2 = U, U
-        B, B2 = _small_product(V, C.mT, U.dtype)
-    once = A is A2 and B is B2
-    return update_(
-        W, A, B, A2=None if once else A2, B2=None if once else B2, alpha=alpha, base=base,
-        rounding=rounding, seed=seed,
-    )  # fmt: skip
+    A, B, A2, B2 = _factors(W, C, U, V)
+    return update_(W, A, B, A2=A2, B2=B2, alpha=alpha, base=base, rounding=rounding, seed=seed)
 
 
 # Small products of one launch together take no more than this.
@@ -109,18 +98,17 @@ def _together(
     seeds: list[Tensor] | None,
 ) -> None:
     """Matrices of one layout, one launch after their small products."""
+    factors = [_factors(*each) for each in zip(Ws, Cs, Us, Vs, strict=True)]
     left = _product_goes_left(Ws[0], Us[0], Vs[0])
-    long = [B for B in (Vs if left else Us) if B is not None]
-    short = Us if left else Vs
-    cores = Cs if left else [C.mT for C in Cs]
-    products = [_small_product(B, C, long[0].dtype) for B, C in zip(short, cores, strict=True)]
-    once = products[0][0] is products[0][1]
-    small = torch.stack([product[0] for product in products])
-    rest = None if once else torch.stack([product[1] for product in products])
-    again = None if once else long
+
+    def side(index: int, stacked: bool) -> Any:
+        """One factor of all: the small products stacked, the bases where they are."""
+        found = [each[index] for each in factors]
+        return None if found[0] is None else torch.stack(found) if stacked else found
+
+    A, B, A2, B2 = (side(index, (index % 2 == 0) == left) for index in range(4))
     update_many_(
-        Ws, small if left else long, long if left else small, alpha=alpha,
-        A2=rest if left else again, B2=again if left else rest, bases=bases, rounding=rounding,
+        Ws, A, B, A2=A2, B2=B2, alpha=alpha, bases=bases, rounding=rounding,
         seeds=None if seeds is None else torch.stack(seeds),
     )  # fmt: skip
 
@@ -130,24 +118,34 @@ def _product_goes_left(W: Tensor, U: Tensor | None, V: Tensor | None) -> bool:
     return U is None or (V is not None and W.shape[-2] <= W.shape[-1])
 
 
-def _small_product(U: Tensor | None, C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`U C` in `dtype`, that of the bases, as two parts that add up to it; one twice for one.
+def _factors(W: Tensor, C: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Any, ...]:
+    """`A`, `B`, `A2`, `B2` with `U C Vᵀ = A Bᵀ + A2 B2ᵀ`; the last two are `None` for float32."""
+    if _product_goes_left(W, U, V):
+        assert V is not None
+        A, A2 = _small_product(U, C, V.dtype)
+        return A, V, A2, None if A2 is None else V
+    assert U is not None
+    B, B2 = _small_product(V, C.mT, U.dtype)
+    return U, B, None if B2 is None else U, B2
+
+
+def _small_product(U: Tensor | None, C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`U C` in `dtype`, that of the bases, for 16 bits as two parts that add up to it.
 
     `U = None` is the identity.
     """
     if dtype == torch.float32:
-        product = C.float() if U is None else U @ C.float()
-        return product, product
-    high, low = split(C, dtype)
+        return C.float() if U is None else U @ C.float(), None
+    high, low = _split(C, dtype)
     if U is None:
         return high, low
     batch = C.shape[:-2] if C.ndim > 2 else U.shape[:-2]
     product = U.new_empty(*batch, U.shape[-2], C.shape[-1], dtype=torch.float32)
     update_(product, U, high.mT, A2=U, B2=low.mT, keep=False)
-    return split(product, dtype)
+    return _split(product, dtype)
 
 
-def split(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _split(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`high + low = X` to twice the precision of `dtype`."""
     high = X.to(dtype)
     return high, (X - high).to(dtype)

@@ -56,7 +56,8 @@ def project_(
         RuntimeError: the backend cannot run here.
     """
     if shards.is_divided(G):
-        _refuse_divided(backend)
+        if backend not in ("auto", "torch"):
+            raise ValueError(f"a DTensor takes backend 'auto' or 'torch'; got {backend!r}")
         shards.project_(G, U, V, form, complement)
         return G
     if is_traced(G):
@@ -78,11 +79,6 @@ def _check_in_place(
     checks.no_overlap("G", G, U=U, V=V)
 
 
-def _refuse_divided(backend: str) -> None:
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"a DTensor takes backend 'auto' or 'torch'; got {backend!r}")
-
-
 @operation()
 def project(
     G: Tensor,
@@ -99,11 +95,8 @@ def project(
         `(..., m, n)`, detached from autograd.
     """
     if shards.is_divided(G):
-        _refuse_divided(backend)
         copy = G.detach().clone()
-        assert shards.is_divided(copy)
-        shards.project_(copy, U, V, form, complement)
-        return copy
+        return project_(copy, U, V, form=form, backend=backend, complement=complement)
     if is_traced(G):
         result: Tensor = torch.ops.sculpt_kernels.project(G, U, V, form, backend, complement)
         return result

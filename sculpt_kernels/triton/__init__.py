@@ -1,1 +1,1 @@
-"""What the Triton kernels share: device code, tile sizes, launches, offline compilation."""
+"""What the Triton kernels share: device code, tile sizes, launches."""

@@ -102,7 +102,6 @@ TABLE: dict[tuple[str, bool], tuple[TileConfig, ...]] = {
     ("adamw", False): (TileConfig(64, 64, 16, warps=4, stages=2, subtiles=2),),
     ("adamw both", False): (TileConfig(64, 64, 16, warps=4, stages=2, subtiles=2),),
     # Nothing is multiplied: block_k has no meaning.
-    ("sketch", True): (TileConfig(32, 64, 16, warps=4, stages=1),),
     ("sketch", False): (TileConfig(32, 64, 16, warps=4, stages=1),),
     ("reduce", True): (
         TileConfig(64, 128, 64, warps=8, stages=3),

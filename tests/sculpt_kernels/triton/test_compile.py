@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from sculpt_kernels import compile as offline
+import offline
+
 from sculpt_kernels.triton import tiles
 
 # The kernels that differ most, on the architecture that is most used; the rest is slow to compile.
@@ -139,27 +140,3 @@ def test_tables_of_addresses_outlive_the_cache_in_captured_graphs(
         assert len(launcher._captured) == capturing
     assert launcher.address_table((16,), torch.device("cpu")).tolist() == [16]
     assert len(launcher._captured) == 1
-
-
-@pytest.mark.parametrize("spills", [0, 2])
-def test_the_command_prints_a_table_and_fails_where_registers_spill(
-    spills: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    row = offline.Row("p", "k", "d", 90, 1, 255, 8 * spills, spills, 0, 1, 1)
-    monkeypatch.setattr(offline, "compile_point", lambda point, arch: [row])
-    assert offline.main(["--arch", "90", "--only", "compress"]) == (spills > 0)
-    header, line = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["point", "kernel", "dtype", "arch"]
-    assert line.split() == [
-        "p",
-        "k",
-        "d",
-        "90",
-        "1",
-        "255",
-        str(8 * spills),
-        str(spills),
-        "0",
-        "1",
-        "1",
-    ]

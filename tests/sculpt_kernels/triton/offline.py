@@ -1,28 +1,24 @@
 """Offline compilation of the Triton kernels: what a GPU would run, judged without one.
 
-    python -m sculpt_kernels.compile --arch 80 90 100
-
 Each point calls a launcher on tensors without memory and compiles the launches that it asks for.
 The bundled disassembler then counts registers, spills, tensor-core instructions and 16-byte loads.
-The exit code is 1 if a default configuration spills.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench.gpu_parts.compile import Target
 
 _TENSOR_CORE = re.compile(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b")
 _WIDE_LOAD = re.compile(r"\b(?:LDG(?:\.\w+)*\.128|LDGSTS(?:\.\w+)*\.128)\b|\bUTMALDG\b")
@@ -54,14 +50,6 @@ class Row:
     shared: int
     tensor_core: int
     wide_loads: int
-
-    def __str__(self) -> str:
-        return _line(astuple(self))
-
-
-def _line(values: Sequence[Any]) -> str:
-    point, kernel, *rest = values
-    return f"{point:28} {kernel:16} " + " ".join(f"{value:>11}" for value in rest)
 
 
 def points() -> list[Point]:
@@ -141,28 +129,6 @@ def _adamw(G: Tensor, U: Tensor, V: Tensor, form: str, target: str, copy: bool) 
     )  # fmt: skip
 
 
-# Triton keeps what it compiled by device, so that every target needs a number of its own.
-_numbers = itertools.count(1000)
-
-
-class Target:
-    """Triton's driver of a device that need not be here, as far as compiling asks for it."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch, self.number = arch, next(_numbers)
-
-    def get_current_device(self) -> int:
-        return self.number
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-
 @contextmanager
 def _compiling_for(arch: int) -> Iterator[None]:
     from triton.runtime.driver import driver
@@ -224,24 +190,3 @@ def _disassemble(cubin: bytes) -> tuple[int, int, str]:
 def _run(tool: Path, *arguments: str) -> str:
     done = subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True)
     return done.stdout
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sculpt_kernels.compile", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="80 90 100 ...")
-    parser.add_argument("--only", default="", help="points whose name contains this")
-    options = parser.parse_args(arguments)
-    print(_line([field.name for field in fields(Row)]))
-    spilled = False
-    for arch in options.arch:
-        for point in points():
-            if options.only in point.name:
-                for row in compile_point(point, arch):
-                    print(row, flush=True)
-                    spilled |= row.spills > 0 or row.stack > 0
-    return int(spilled)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
