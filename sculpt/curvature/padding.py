@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 IGNORED = -100
 """Labels of tokens that are not learned, as in torch and transformers."""
@@ -64,7 +65,7 @@ class Padding:
         self._mask = self._of_encoder = _padded(given.get("attention_mask"))
         self._of_decoder = _padded(given.get("decoder_attention_mask"))
         labels = given.get("labels")
-        if self._of_decoder is None and isinstance(labels, Tensor):
+        if encodes_apart(module) and self._of_decoder is None and isinstance(labels, Tensor):
             self._of_decoder = _padded(labels != IGNORED)
 
     def _decode(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -74,7 +75,9 @@ class Padding:
 
 def _padded(mask: Any) -> Tensor | None:
     """A mask `(rows, tokens)` that leaves something out."""
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.bool().all()):
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or is_fake(mask):
+        return None
+    if bool(mask.bool().all()):
         return None
     return mask.bool()
 

@@ -119,7 +119,7 @@ class Products(TorchFunctionMode):
         """The target whose memory this is; a divided one lies elsewhere each time."""
         if not isinstance(weight, Tensor) or tuple(weight.shape[-2:]) not in self._sizes:
             return None
-        key = weight.untyped_storage().data_ptr()
+        key = weight.untyped_storage()._cdata
         known = self._known.get(key)
         if known is not None and _holds(known[1], weight):
             return known
@@ -135,7 +135,6 @@ def _holds(place: Place, weight: Tensor) -> bool:
     if not isinstance(stored, Tensor) or is_divided(stored):
         return False
     inside = weight.storage_offset() - stored.storage_offset()
-    return (
-        weight.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
-        and 0 <= inside < max(1, stored.numel())
+    return weight.untyped_storage()._cdata == stored.untyped_storage()._cdata and 0 <= inside < max(
+        1, stored.numel()
     )

@@ -21,6 +21,7 @@ from sculpt.inspection.fake_model import (
 )
 from sculpt.inspection.result import LORA_RANK, Inspection, Method, Row, Setting
 from sculpt.inspection.spectra import Progress, Spectrum, find_weights, spectra, stored_values
+from sculpt.inspection.statistics import Statistics, trace_statistics
 from sculpt.inspection.trace import Pass, trace_pass
 from sculpt.task.bases import Bases
 from sculpt.task.cost import Cost, Matrix, Storage, lora, osf, plain, sculpt
@@ -90,9 +91,10 @@ def inspect_model(
         others = _free(fake, targets) if config.others == "train" else []
         prefix = str(getattr(fake, "base_model_prefix", ""))
         try:
+            statistics = _statistics(fake, source, targets.chosen, setting, config)
             passes = _trace(fake, source, targets.chosen, others, setting, storage, config)
         except Exception as error:
-            passes = {}
+            passes, statistics = {}, None
             first = str(error).partition("\n")[0]
             notes.append(
                 f"no activations and no FLOPs: {source.kind} cannot be run without values "
@@ -121,6 +123,7 @@ def inspect_model(
             name: _method(name, rows, outside, free, storage, passes.get(name)) for name in LABELS
         },
         rows=rows,
+        statistics=statistics,
         left_out=targets.left_out,
         notes=notes,
     )
@@ -186,8 +189,7 @@ def _trace(
     config: SculptConfig,
 ) -> dict[str, Pass]:
     """A pass that trains the matrices themselves, and one with the layers of sculpt."""
-    batch = setting.tokens // (setting.micro_batches * setting.sequence)
-    inputs, loss = training_batch(model, source, batch, setting.sequence)
+    inputs, loss = training_batch(model, source, setting.batch, setting.sequence)
     names = [target.places[0].path for target in chosen]
 
     def train(matrices: bool) -> None:
@@ -207,6 +209,16 @@ def _trace(
             original = Original(target.parameter.detach(), "device")
             make_matrix(target, _bases(target, storage), original, config)
     return passes | {"sculpt": trace()}
+
+
+def _statistics(
+    model: nn.Module, source: Source, chosen: list[Target], setting: Setting, config: SculptConfig
+) -> Statistics | None:
+    """What protecting a task takes, where that is asked for."""
+    if config.subspaces == "weights":
+        return None
+    inputs, loss = training_batch(model, source, setting.batch, setting.sequence)
+    return trace_statistics(model, chosen, config, loss, inputs.values())
 
 
 def _bases(target: Target, storage: Storage) -> Bases:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sculpt.models.load import check_directory
 
-ATTENTION = "sculpt_maskless_sdpa"
+MORE = "sculpt_maskless_sdpa"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def build(source: Source, dtype: torch.dtype, *, checkpointing: bool) -> nn.Modu
     """
     _register_attention()
     model = None
-    for attention in (ATTENTION, "eager"):
+    for attention in (MORE, "eager"):
         try:
             # On the meta device first: some models compute with values while they are built.
             with unset_fake_temporarily(), torch.device("meta"):
@@ -120,8 +120,8 @@ def _register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    AttentionInterface.register(ATTENTION, sdpa_attention_forward)
-    AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+    AttentionInterface.register(MORE, sdpa_attention_forward)
+    AttentionMaskInterface.register(MORE, lambda *_, **__: None)
 
 
 def training_batch(

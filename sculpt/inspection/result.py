@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sculpt.inspection.spectra import Spectrum
+from sculpt.inspection.statistics import Statistics
 from sculpt.messages import text_table
 from sculpt.task.cost import Cost, Matrix
 
@@ -40,6 +41,11 @@ class Setting:
     checkpointing: bool
     dtype: str
     state_dtype: str
+
+    @property
+    def batch(self) -> int:
+        """Sequences in one pass."""
+        return self.tokens // (self.micro_batches * self.sequence)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Inspection:
         trained: how it is sculpted, in words.
         methods: by name: `"plain"`, `"sculpt"`, `"lora"`, `"osf"`.
         rows: one for each matrix that is sculpted.
+        statistics: what protecting a task takes; None where nothing was traced or is protected.
         left_out: parameters that are not, with the reason.
         notes: what could not be found out, and why.
     """
@@ -92,6 +99,7 @@ class Inspection:
     setting: Setting
     methods: dict[str, Method]
     rows: list[Row]
+    statistics: Statistics | None
     left_out: dict[str, str]
     notes: list[str]
 
@@ -107,6 +115,8 @@ class Inspection:
         parts = [_header(self), _methods(self), _matrices(self, groups)]
         if any(row.spectrum for row in self.rows):
             parts.append(_spectra(groups))
+        if self.statistics is not None:
+            parts.append(_statistics(self, self.statistics))
         return "\n".join([*parts, _footer(self)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +136,18 @@ def quantity(value: float, unit: str = "B") -> str:
         if value >= size:
             return f"{value / size:,.3g} {name}{unit}".rstrip()
     return f"{value:.0f} {unit}".rstrip()
+
+
+def _statistics(found: Inspection, of: Statistics) -> str:
+    step = found.methods["plain"].flops or 1
+    flops = of.flops * found.setting.micro_batches
+    kinds = f"{of.factors} factors" + (f", {of.sketches} of them sketches" if of.sketches else "")
+    return (
+        f"to protect a task: statistics of {quantity(of.bytes)} ({kinds}), peak memory of the pass "
+        f"{quantity(of.peak)};\nfor each {found.setting.tokens:,} tokens {flops / step:.2f} of a "
+        f"plain step's FLOPs, and once a task {of.choice / step:.1f} to choose directions, in "
+        "float64\n"
+    )
 
 
 def _times(value: float | None, base: float | None) -> str:

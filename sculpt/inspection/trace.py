@@ -31,8 +31,13 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **
     return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
 
 
-# The counter knows the attention kernels of GPUs only.
-ATTENTION = {
+def _added_product(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(left[0] * left[1] * right[1])
+
+
+# The counter knows the attention kernels of GPUs only, and no product that is added in place.
+MORE = {
+    torch.ops.aten.addmm_: _added_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -104,19 +109,28 @@ def trace_pass(
         loss: runs the model on `inputs`.
         named: modules whose rows of input are wanted.
     """
-    # Modules may hold tensors as plain attributes, too.
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    hidden = [value for value in attributes if isinstance(value, Tensor)]
-    live = LiveBytes([*model.parameters(), *model.buffers(), *inputs, *hidden])
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-    counter.mod_tracker = _AnyModule()  # type: ignore[assignment]
-    with _input_rows(model, named) as rows, counter, live:
+    with _input_rows(model, named) as rows, counted(model, inputs) as (counter, live):
         value = loss()
         kept = live.live
         value.backward()  # type: ignore[no-untyped-call]
         flops, peak = counter.get_total_flops(), live.peak
     model.zero_grad(set_to_none=True)
     return Pass(flops, kept, peak, rows)
+
+
+@contextmanager
+def counted(
+    model: nn.Module, inputs: Iterable[Tensor]
+) -> Iterator[tuple[FlopCounterMode, LiveBytes]]:
+    """Count FLOPs, and bytes beside those of the model and its inputs."""
+    # Modules may hold tensors as plain attributes, too.
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    hidden = [value for value in attributes if isinstance(value, Tensor)]
+    live = LiveBytes([*model.parameters(), *model.buffers(), *inputs, *hidden])
+    counter = FlopCounterMode(display=False, custom_mapping=MORE)
+    counter.mod_tracker = _AnyModule()  # type: ignore[assignment]
+    with counter, live:
+        yield counter, live
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from bench.memory import peak, tensor_bytes
 from sculpt import SculptConfig, Sculptor
 from sculpt.demo.models import minilm
 from sculpt.inspection import inspect_model
-from sculpt.inspection.trace import ATTENTION
+from sculpt.inspection.trace import MORE
 from sculpt.memory import optimizer_state_bytes
 from sculpt.task import cost
 from sculpt.task.cost import Matrix, Storage
@@ -40,14 +40,6 @@ def llama(dtype: str = "float32", **changes: Any) -> LlamaConfig:
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
     }  # fmt: skip
     return LlamaConfig(**sizes | changes, architectures=["LlamaForCausalLM"], dtype=dtype)
-
-
-def addmm_flops(total, left, right, *_, **__) -> int:
-    """The product in place, which the counter does not know."""
-    return 2 * left[0] * left[1] * right[1]
-
-
-COUNTED = ATTENTION | {torch.ops.aten.addmm_: addmm_flops}
 
 
 class Trained:
@@ -94,7 +86,7 @@ class Trained:
         backward = peak(lambda: values.pop().backward())
         gradients = sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
         self.optimizer.zero_grad()
-        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        with FlopCounterMode(display=False, custom_mapping=MORE) as counter:
             loss().backward()
             self.optimizer.step()
         states = optimizer_state_bytes(self.optimizer)
