@@ -71,7 +71,9 @@ def runs(calibration: Any, device: torch.device, argument: str = "calibration") 
         raise ValueError(f"{argument} is empty; expected at least one batch")
 
 
-def in_step(batches: Iterator[Run], processes: Processes) -> Iterator[Run]:
+def in_step(
+    batches: Iterator[Run], processes: Processes, argument: str = "calibration"
+) -> Iterator[Run]:
     """The same, one on every process at a time, as a model needs that gathers divided weights.
 
     Where one fails the others end without a word, for `Processes.fail_together` to tell them.
@@ -93,7 +95,7 @@ def in_step(batches: Iterator[Run], processes: Processes) -> Iterator[Run]:
             return
         if len(set(said)) > 1:
             raise ValueError(
-                f"calibration has {count} batches on rank {said.index('ends')} and more on rank "
+                f"{argument} has {count} batches on rank {said.index('ends')} and more on rank "
                 f"{said.index('goes on')}: a model that fully_shard divided needs equally many"
             )
         if run is None:

@@ -21,6 +21,7 @@ from sculpt.adaptive.batches import Run, in_step, loss_of, runs
 from sculpt.config import SculptConfig
 from sculpt.curvature.factors import Diagonal, Factor, bytes_of, empty
 from sculpt.curvature.memory import Memory, Sides
+from sculpt.curvature.modes import unchanged
 from sculpt.curvature.padding import IGNORED, Padding, encodes_apart
 from sculpt.curvature.products import Products, Use
 from sculpt.distributed.processes import Processes
@@ -73,7 +74,7 @@ def collect(
     try:
         given = runs(batches, processes.device, argument)
         if divided:
-            given = in_step(given, processes)
+            given = in_step(given, processes, argument)
         with made.on(model):
             for run in given:
                 # Where weights are divided, all go on to the backward pass or none.
@@ -81,6 +82,8 @@ def collect(
         for key, factor in made.memory.factors.items():
             if not bool(torch.isfinite(factor.total).all()):
                 raise ValueError(f"values at {key.rpartition('.')[0]!r} are not finite")
+    except ElsewhereError:
+        pass
     except (TypeError, ValueError) as problem:
         error = problem
     finally:
@@ -192,6 +195,10 @@ def _sum(made: Pass, targets: Sequence[Target], processes: Processes) -> None:
                     dist.all_reduce(tensor, group=processes.group)
 
 
+class ElsewhereError(Exception):
+    """Another process has failed; `Processes.fail_together` tells of it."""
+
+
 class Pass:
     """What is collected from a model while `batch` runs.
 
@@ -216,33 +223,19 @@ class Pass:
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
         """See what a model does with all targets; it is left as it was."""
-        modes = {module: module.training for module in model.modules()}
-        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        model.eval()
-        for module in modes:
-            # They recompute in training mode only; `Products` leaves out their dropout.
-            module.training = _recomputes(module)
-        model.requires_grad_(False)
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-                stack.enter_context(_one_by_one(model))
-                stack.enter_context(self._padding.on(model))
-                stack.enter_context(Products(self._targets, self._use, self._padding.gather))
-                yield
-        finally:
-            self._read.clear()
-            for module, mode in modes.items():
-                module.training = mode
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
+        with ExitStack() as stack:
+            stack.callback(self._read.clear)
+            stack.enter_context(unchanged(model))
+            stack.enter_context(self._padding.on(model))
+            stack.enter_context(Products(self._targets, self._use, self._padding.gather))
+            yield
 
     def batch(self, run: Run, model: nn.Module, together: Processes) -> int:
         """Pass one batch; the number of rows in it.
 
         Raises:
             ValueError: it gives no loss, or none that is finite.
-            RuntimeError: that is so in another one of the processes that go on together.
+            ElsewhereError: that is so in another one of the processes that go on together.
         """
         with torch.enable_grad():
             self._read.clear()
@@ -250,7 +243,11 @@ class Pass:
             output = run.call(model)
             loss = loss_of(output)
             error = _why_not(run, loss)
-            together.fail_together(None if error is None else ValueError(error))
+            said = together.tell(error)
+            if error is not None:
+                raise ValueError(error)
+            if any(said):
+                raise ElsewhereError
             assert loss is not None
             rows, learned = _size_of(run, model, output)
             self._backward = True
@@ -343,12 +340,6 @@ class Pass:
         return factor
 
 
-def _recomputes(module: nn.Module) -> bool:
-    """Whether it is a layer of transformers with gradient checkpointing."""
-    kinds = {kind.__name__ for kind in type(module).__mro__}
-    return "GradientCheckpointingLayer" in kinds and bool(module.gradient_checkpointing)
-
-
 def _looked_up(target: Target) -> bool:
     return any(isinstance(place.module, nn.Embedding) for place in target.places)
 
@@ -364,21 +355,6 @@ def _why_not(run: Run, loss: Tensor | None) -> str | None:
     if not bool(torch.isfinite(loss.detach())):
         return f"a batch gives a loss that is not finite, {float(loss.detach())}"
     return None
-
-
-@contextmanager
-def _one_by_one(model: nn.Module) -> Iterator[None]:
-    """Let mixtures of experts of transformers multiply by one expert after the other."""
-    name = "_experts_implementation"
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), name)}
-    before = [(config, getattr(config, name)) for config in configs.values()]
-    for config, _ in before:
-        setattr(config, name, "eager")
-    try:
-        yield
-    finally:
-        for config, value in before:
-            setattr(config, name, value)
 
 
 def _size_of(run: Run, model: nn.Module, output: Any) -> tuple[int, int]:
