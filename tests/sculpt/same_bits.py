@@ -148,17 +148,18 @@ def trainer(folder: Path) -> dict[str, Any]:
     }
 
 
-def sequence(folder: Path) -> dict[str, Any]:
+def sequence(folder: Path, subspaces: str) -> dict[str, Any]:
     """A task sequence that is stopped in its second task and resumed."""
 
     def stop(now: Any) -> None:
         if now.phase == "train" and now.task == "short" and now.done == 2:
             raise KeyboardInterrupt
 
-    config = run_config(folder, checkpoint={"every_steps": 1, "keep": 1})
+    checkpoint = {"every_steps": 1, "keep": 1}
+    config = run_config(folder, checkpoint=checkpoint, sculpt={"subspaces": subspaces})
     with contextlib.suppress(KeyboardInterrupt):
         run(config, stop)
-    checkpoint = tensors_in(folder / "run" / "checkpoints")
+    tensors = tensors_in(folder / "run" / "checkpoints")
     results = resume(folder / "run")
     found = results.methods["sculpt"]
     return {
@@ -166,7 +167,7 @@ def sequence(folder: Path) -> dict[str, Any]:
         "generated": found.generated,
         "among labels": found.among_labels,
         "certificates": [rows_of(c) for c in found.certificates],
-        "checkpoint": checkpoint,
+        "checkpoint": tensors,
         "weights": tensors_in(folder / "run" / "model"),
     }
 
@@ -208,7 +209,7 @@ def divided(folder: Path) -> dict[str, Any]:
 RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
     **{f"own loop, {e}": lambda folder, e=e: own_loop(folder, e) for e in ENGINES},
     "trainer": trainer,
-    "sequence": sequence,
+    **{f"sequence, {s}": lambda folder, s=s: sequence(folder, s) for s in ("auto", "weights")},
     "divided": divided,
 }
 
