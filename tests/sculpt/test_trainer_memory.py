@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from tiny_language import tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sculpt import SculptCallback, SculptConfig, Sculptor
 from sculpt.messages import SculptWarning
@@ -109,6 +109,37 @@ class Restless(Collator):
         batch = super().__call__(tensors)
         self.batches[-1]["drawn"] = torch.tensor(drawn, dtype=torch.float64)
         return batch
+
+
+class Masking(Collator):
+    """Learns some of the tokens only, drawn anew each time."""
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(examples)
+        batch["labels"] = batch["labels"].masked_fill(torch.rand(batch["labels"].shape) < 0.5, -100)
+        return batch
+
+
+class Draws(TrainerCallback):
+    """Uses random numbers before a task begins."""
+
+    def on_init_end(self, *_: Any, **__: Any) -> None:
+        torch.rand(3)
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(tmp_path):
+    """Rows, and what the collator makes of them by random numbers."""
+    drawn = []
+    for seed, before in ((0, []), (0, [Draws()]), (1, [])):
+        sculpted = callback("first", calibration_rows=8)
+        given = {"callbacks": [*before, sculpted], "data_collator": Masking()}
+        made, _ = trainer(tmp_path, given=given, seed=seed)
+        drawn.append(sculpted._rows.batches(made.model))
+    assert [len(batch["input_ids"]) for batch in drawn[0]] == [4, 4]
+    for name in ("input_ids", "labels"):
+        one, same, other = (torch.cat([batch[name] for batch in batches]) for batches in drawn)
+        assert torch.equal(one, same), name
+        assert not torch.equal(one, other), name
 
 
 def plain_rows() -> list[dict[str, list[int]]]:
@@ -210,12 +241,15 @@ def summed(model: nn.Module) -> torch.Tensor:
 
 
 def test_a_model_without_loss_is_told_of_before_training(tmp_path):
-    def make(sculpted: SculptCallback) -> Any:
+    def make(sculpted: SculptCallback, remove: bool = False) -> Any:
         given = {"compute_loss_func": own_loss, "eval_dataset": None}
-        more = {"label_names": ["labels"], "remove_unused_columns": False}
+        more = {"label_names": [] if remove else ["labels"], "remove_unused_columns": remove}
         return trainer(tmp_path, NoLoss(), None, sculpted, given, **more)[0]
 
-    with pytest.warns(SculptWarning, match=r"nothing of this task will be protected.*calibration="):
+    said = r"nothing of this task will be protected.*{}.*calibration="
+    with pytest.warns(SculptWarning, match=said.format("gives no loss for the batches")):
+        make(callback("first"), remove=True)
+    with pytest.warns(SculptWarning, match=said.format("does not take the batches: TypeError")):
         made = make(callback("first"))
     made.train()
     assert not (tmp_path / FILE).exists()
