@@ -3,7 +3,7 @@
 Triton decides when a kernel is decorated whether it will be interpreted, for the whole process, so
 the cases in `interpreter/` run in a process of their own. To run some of them by hand:
 
-    TRITON_INTERPRET=1 pytest tests/sculpt_kernels/interpreter -k strict
+    TRITON_INTERPRET=1 pytest tests/sculpt_kernels/triton/interpreter -k strict
 """
 
 from __future__ import annotations
