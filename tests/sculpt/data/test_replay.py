@@ -11,6 +11,7 @@ import pytest
 from tiny_runs import run_config
 
 from sculpt import Replay
+from sculpt.runs.method import batches_of
 from sculpt.runs.prepare import Prepared
 from sculpt.runs.start import run
 
@@ -91,6 +92,9 @@ def test_runs_mix_in_rows_of_earlier_tasks(method: str, order: str, tmp_path: Pa
     assert sorted(replayed.values()) == [4, 4, 4]  # three rows are kept, each in turn
     later = [row_ids(batch) for batch in islice(strategy.batches(1, skip=5), 7)]
     assert later == batches[5:]
+    # In the order that the run asks for.
+    own = batches_of(strategy.setting.rows[1], strategy.config.training, 1, size=3)
+    assert [batch[:3] for batch in batches] == [row_ids(rows) for rows in islice(own, 12)]
     # Three passes over four rows of its own, three of them in a batch.
     assert [strategy.steps(task) for task in (0, 1)] == [3, 4]
 
