@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Without dropout, compiled parts, or gradients of parameters; what recomputes still does."""
+    """Without dropout, fused or compiled parts, or gradients of parameters; recomputing still."""
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
@@ -19,10 +19,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         # They recompute in training mode only; `Products` leaves out their dropout.
         module.training = _recomputes(module)
     model.requires_grad_(False)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.compiler.set_stance("force_eager"), _one_by_one(model):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes.items():
             module.training = mode
         for parameter, flag in flags.items():

@@ -6,6 +6,7 @@ in a function that reads it past both.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -73,6 +74,8 @@ class Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.dropout:  # Layers that recompute are in training mode.
             return args[0] if args else kwargs["input"]
+        if function is F.multi_head_attention_forward:
+            return self._attention(inspect.signature(function).bind(*args, **kwargs).arguments)
         result = function(*args, **kwargs)
         if function is Tensor.__getitem__:
             indices = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -114,6 +117,16 @@ class Products(TorchFunctionMode):
         # `x yᵀ`, which `y x` is as well for the columns of `x`; otherwise `x y`.
         by_rows = first or function is F.linear
         return Use(target, at, x, by_rows == flipped, columns=first and x.ndim > 1)
+
+    def _attention(self, given: dict[str, Any]) -> Any:
+        """Attention of torch, whose last product is in it: first without, then by itself."""
+        weight, bias = given["out_proj_weight"], given["out_proj_bias"]
+        if self._find(weight) is None:
+            return F.multi_head_attention_forward(**given)
+        eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        given |= {"out_proj_weight": eye, "out_proj_bias": None}
+        attended, shares = F.multi_head_attention_forward(**given)
+        return self.__torch_function__(F.linear, (), (attended, weight, bias)), shares
 
     def _find(self, weight: Any) -> tuple[Target, Place] | None:
         """The target whose memory this is; a divided one lies elsewhere each time."""

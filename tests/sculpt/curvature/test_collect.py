@@ -153,6 +153,37 @@ def test_weights_that_are_read_past_their_layers():
     assert_sums(right, (2 * h.tanh() @ model.c.weight).detach().flatten(0, 1))
 
 
+def test_the_transformer_of_torch():
+    """Its attention multiplies by itself, and in an evaluation all of it is one function."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).double()
+    model = nn.Sequential(layer, nn.Linear(8, 2, dtype=torch.float64))
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    memory = collected(model, [lambda model: model(x).square().sum()])
+    assert torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    names = ["0.linear1", "0.linear2", "1"]
+    found = by_hand(model, names, [lambda: model(x).square().sum()])
+    attention = copy.deepcopy(layer.self_attn)
+    with torch.no_grad():
+        attention.out_proj.weight.copy_(torch.eye(8))
+        attention.out_proj.bias.zero_()
+    said = []
+    layer.self_attn.register_forward_hook(
+        lambda *a: (a[2][0].retain_grad(), said.append(a[2][0]))[0]
+    )
+    model(x).square().sum().backward()
+    found["0.self_attn.out_proj"] = (
+        attention(x, x, x)[0].detach().flatten(0, 1),
+        said[0].grad.flatten(0, 1),
+    )
+    assert set(found) == set(memory.sides)
+    for name, (read, g) in found.items():
+        left, right = memory.of(name)
+        assert_sums(right, read)
+        assert_sums(left, g)
+
+
 def test_a_state_space_layer_that_multiplies_from_the_left():
     torch.manual_seed(0)
     config = MambaConfig(
