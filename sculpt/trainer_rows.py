@@ -32,6 +32,9 @@ from sculpt.sculptor import Sculptor
 from sculpt.storage.nested import random_states, set_random_states
 from sculpt.task.targets import find_targets
 
+SAVING = ("auto_find_batch_size", "activation_checkpointing", "gradient_checkpointing")
+"""Arguments by which a Trainer fits into memory what would not fit as a whole batch."""
+
 
 class TaskRows:
     """Rows of one task, or none where nothing is protected, or where the model gives no loss.
@@ -136,8 +139,8 @@ def draw(callback: TrainerCallback, count: int, processes: Processes) -> list[An
         raise ValueError("the Trainer was made without train_dataset")
     args = trainer.args
     # Activations are those of a whole batch here, even where training recomputes them.
-    one = args.auto_find_batch_size or args.activation_checkpointing
-    size = 1 if one else args.per_device_train_batch_size
+    alone = any(getattr(args, name, False) for name in SAVING)
+    size = 1 if alone else args.per_device_train_batch_size
     with _seeded(args.seed):
         loader = trainer.get_train_dataloader()
         # accelerate may have divided a stream.

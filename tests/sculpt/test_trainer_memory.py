@@ -136,6 +136,11 @@ def test_what_is_drawn_depends_on_the_seed_alone(tmp_path):
         made, _ = trainer(tmp_path, given=given, seed=seed)
         drawn.append(sculpted._rows.batches(made.model))
     assert [len(batch["input_ids"]) for batch in drawn[0]] == [4, 4]
+    # One after the other, where whole batches might not fit.
+    for saving in ("auto_find_batch_size", "gradient_checkpointing"):
+        sculpted = callback("first", calibration_rows=8)
+        made, _ = trainer(tmp_path, sculpted=sculpted, **{saving: True})
+        assert [len(b["input_ids"]) for b in sculpted._rows.batches(made.model)] == [1] * 8
     for name in ("input_ids", "labels"):
         one, same, other = (torch.cat([batch[name] for batch in batches]) for batches in drawn)
         assert torch.equal(one, same), name
