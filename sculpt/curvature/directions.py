@@ -29,7 +29,7 @@ RIDGE = 1e-3
 
 UNUSED = 1e-3
 
-ITERATIONS = 4
+ITERATIONS = 3
 
 LARGEST_GAIN = 30.0
 """Directions that no input uses would have an infinite one."""

@@ -73,7 +73,12 @@ class Full(Factor):
     kind = "full"
 
     def _add(self, total: Tensor, x: Tensor, at: int | None) -> None:
-        total.addmm_(x.mT, x)
+        half = len(total) // 2
+        x1, x2 = x[:, :half], x[:, half:]
+        total[:half, :half].addmm_(x1.mT, x1)
+        total[half:, half:].addmm_(x2.mT, x2)
+        total[half:, :half].addmm_(x2.mT, x1)
+        total[:half, half:] = total[half:, :half].mT
 
     def trace(self) -> Tensor:
         return self.total.diagonal(dim1=-2, dim2=-1).double().sum(-1)
