@@ -46,12 +46,17 @@ METRICS: tuple[Metric, ...] = (
         "lower is better",
         "best score ever minus score after the last task, mean over earlier tasks",
     ),
+    Metric(
+        "learned_accuracy",
+        "higher is better",
+        "score right after learning it, mean over all tasks",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The four figures of an accuracy matrix, in the unit of the scores that went in.
+    """The figures of an accuracy matrix, in the unit of the scores that went in.
 
     NaN says that a figure is not defined for this matrix (a single task, no baseline) or that an
     entry it needs was not evaluated. `METRICS` holds direction and definition of each.
@@ -61,6 +66,7 @@ class Summary:
     backward_transfer: float
     forward_transfer: float
     forgetting: float
+    learned_accuracy: float
 
     def __str__(self) -> str:
         width = max(len(metric.title) for metric in METRICS)
@@ -72,7 +78,7 @@ class Summary:
 
 
 def summary(matrix: Any, baseline: Any = None) -> Summary:
-    """Summarise an accuracy matrix by the usual four continual-learning figures.
+    """Summarise an accuracy matrix by the usual continual-learning figures.
 
     With ``T`` tasks, ``L = T - 1`` the last of them::
 
@@ -80,15 +86,16 @@ def summary(matrix: Any, baseline: Any = None) -> Summary:
         backward_transfer  mean over j < L   of a[L][j] - a[j][j]
         forward_transfer   mean over j > 0   of a[j-1][j] - b[j]
         forgetting         mean over j < L   of max_i a[i][j] - a[L][j]
+        learned_accuracy   mean over j       of a[j][j]
 
     An entry that was not evaluated is NaN, and a figure that needs it is NaN too: nothing is
     averaged over what happens to be there. Needed are: for the average accuracy the last row; for
     backward transfer the last row and the diagonal; for forward transfer the entries just above
     the diagonal and the baseline; for forgetting every entry on and below the diagonal (an unseen
-    score could have been the best one). Scores above the diagonal, of tasks not trained yet, take
-    part in the best score where they were evaluated, but need not be. The last task enters neither
-    backward transfer nor forgetting, the first one not forward transfer; so with a single task
-    these three are NaN.
+    score could have been the best one); for the learned accuracy the diagonal. Scores above it, of
+    tasks not trained yet, take part in the best score where they were evaluated, but need not be.
+    The last task enters neither backward transfer nor forgetting, the first one not forward
+    transfer; so with a single task these three are NaN.
 
     Args:
         matrix: ``(T, T)`` scores, ``matrix[i][j]`` on task ``j`` after task ``i``, NaN where not
@@ -126,6 +133,7 @@ def summary(matrix: Any, baseline: Any = None) -> Summary:
         backward_transfer=_mean((last - learned)[:-1]),
         forward_transfer=_mean(np.diagonal(a, offset=1) - b[1:]),
         forgetting=_mean((best - last)[:-1]),
+        learned_accuracy=_mean(learned),
     )
 
 

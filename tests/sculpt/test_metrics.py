@@ -20,6 +20,7 @@ NAN = float("nan")
 #   backward transfer  ((0.5 - 0.8) + (0.7 - 0.6)) / 2       = -0.1
 #   forward transfer   ((0.2 - 0.1) + (0.3 - 0.25)) / 2      = 0.075
 #   forgetting         ((0.8 - 0.5) + (0.7 - 0.7)) / 2       = 0.15
+#   learned accuracy   (0.8 + 0.6 + 0.9) / 3                 = 0.7667
 MATRIX = [[0.8, 0.2, 0.4], [0.6, 0.6, 0.3], [0.5, 0.7, 0.9]]
 BASELINE = [0.0, 0.1, 0.25]
 
@@ -29,16 +30,17 @@ def figures(result: Summary) -> list[float]:
 
 
 def test_three_tasks_by_hand() -> None:
-    assert figures(summary(MATRIX, BASELINE)) == pytest.approx([0.7, -0.1, 0.075, 0.15])
-    assert figures(summary(MATRIX)) == pytest.approx([0.7, -0.1, NAN, 0.15], nan_ok=True)
-    assert figures(summary([[0.5]], [0.1])) == pytest.approx([0.5, NAN, NAN, NAN], nan_ok=True)
+    assert figures(summary(MATRIX, BASELINE)) == pytest.approx([0.7, -0.1, 0.075, 0.15, 2.3 / 3])
+    assert figures(summary(MATRIX)) == pytest.approx([0.7, -0.1, NAN, 0.15, 2.3 / 3], nan_ok=True)
+    alone = [0.5, NAN, NAN, NAN, 0.5]
+    assert figures(summary([[0.5]], [0.1])) == pytest.approx(alone, nan_ok=True)
 
 
-# Which figures need which entry: A(verage), B(ackward), F(orward), O (forgetting).
+# Which figures need which entry: A(verage), B(ackward), F(orward), O (forgetting), L(earned).
 NEEDED = {
-    (0, 0): "BO", (0, 1): "F", (0, 2): "",
-    (1, 0): "O", (1, 1): "BO", (1, 2): "F",
-    (2, 0): "ABO", (2, 1): "ABO", (2, 2): "A",
+    (0, 0): "BOL", (0, 1): "F", (0, 2): "",
+    (1, 0): "O", (1, 1): "BOL", (1, 2): "F",
+    (2, 0): "ABO", (2, 1): "ABO", (2, 2): "AL",
 }  # fmt: skip
 
 
@@ -49,14 +51,14 @@ def test_a_missing_entry_is_nan_exactly_where_it_is_needed(
     matrix = np.array(MATRIX)
     matrix[entry] = NAN
     values = figures(summary(matrix, BASELINE))
-    assert {k for k, v in zip("ABFO", values, strict=True) if math.isnan(v)} == set(needed)
+    assert {k for k, v in zip("ABFOL", values, strict=True) if math.isnan(v)} == set(needed)
 
 
 def test_a_missing_baseline_is_needed_for_later_tasks_alone() -> None:
     for task, unknown in enumerate((False, True, True)):
         baseline = [NAN if j == task else b for j, b in enumerate(BASELINE)]
         values = figures(summary(MATRIX, baseline))
-        assert [math.isnan(v) for v in values] == [False, False, unknown, False]
+        assert [math.isnan(v) for v in values] == [False, False, unknown, False, False]
 
 
 @pytest.mark.parametrize(
@@ -103,9 +105,9 @@ def test_bad_baselines_say_what_was_wrong(baseline: object, said: str) -> None:
 
 def test_text_shows_value_direction_and_definition() -> None:
     lines = str(summary(MATRIX)).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line, metric, value in zip(
-        lines, METRICS, ["0.7000", "-0.1000", "nan", "0.1500"], strict=True
+        lines, METRICS, ["0.7000", "-0.1000", "nan", "0.1500", "0.7667"], strict=True
     ):
         assert line.startswith(metric.title)
         assert value in line
@@ -128,4 +130,5 @@ def test_definitions_entry_by_entry(matrix: np.ndarray) -> None:
         backward = sum(matrix[last, j] - matrix[j, j] for j in range(last)) / last
         forward = sum(matrix[j - 1, j] - baseline[j] for j in range(1, tasks)) / last
         forgot = sum(max(matrix[:, j]) - matrix[last, j] for j in range(last)) / last
-        assert figures(result)[1:] == pytest.approx([backward, forward, forgot], abs=1e-9)
+        learned = sum(matrix[j, j] for j in range(tasks)) / tasks
+        assert figures(result)[1:] == pytest.approx([backward, forward, forgot, learned], abs=1e-9)
