@@ -163,9 +163,7 @@ def figures(methods: Sequence[MethodResult]) -> list[Row]:
             rows.append(Row(f"{metric.title}, {accuracy}", arrow, cells, values, meaning))
     for name in dict.fromkeys(name for method in methods for name in method.general):
         cells = [method.general.get(name, "-") for method in methods]
-        rows.append(
-            Row(name, "", cells, [], "by lm-eval, before the first and after the last task")
-        )
+        rows.append(Row(name, "", cells, [], "before the first and after the last task"))
     for name, arrow, value_of, show, meaning in _FIGURES:
         values = [float(value_of(method)) for method in methods]
         cells = ["-" if math.isnan(value) else show.format(value) for value in values]

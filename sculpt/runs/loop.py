@@ -236,7 +236,7 @@ class Run:
         evaluation = self.config.evaluation
         if evaluation.lm_eval:
             with self._clock("evaluate"):
-                self.state.result.lm_eval[when] = general_ability(
+                self.state.result.general_scores[when] = general_ability(
                     self.learner, evaluation.lm_eval, evaluation.lm_eval_limit
                 )
 

@@ -47,6 +47,7 @@ class MethodResult:
     seconds: wall clock of the phases "subspaces", "train", "certify", "evaluate" and "save".
     peak_memory_bytes: of the whole process from the first task on, weights included.
     optimizer_state_bytes, trainable_elements: the largest over the tasks.
+    general_scores: by name, of what no task is about, "before" the first and "after" the last task.
     held_bytes: what the method keeps for the trained matrices beside weights, trained values, their
         gradients and the optimizer's state: bases, originals, Fisher, earlier adapters.
     """
@@ -65,7 +66,7 @@ class MethodResult:
     trainable_elements: int = 0
     held_bytes: int = 0
     certificates: list[Certificate] = field(default_factory=list)
-    lm_eval: dict[str, dict[str, float]] = field(default_factory=dict)
+    general_scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def total_seconds(self) -> float:
@@ -79,8 +80,9 @@ class MethodResult:
 
     @property
     def general(self) -> dict[str, str]:
-        """Scores of `lm-eval` before and after, e.g. `{"piqa acc": "0.780 → 0.752"}`."""
-        before, after = self.lm_eval.get("before", {}), self.lm_eval.get("after", {})
+        """General scores before and after, e.g. `{"piqa acc": "0.780 → 0.752"}`."""
+        scores = self.general_scores
+        before, after = scores.get("before", {}), scores.get("after", {})
         return {name: f"{before[name]:.3f} → {after[name]:.3f}" for name in before if name in after}
 
     def to_dict(self) -> dict[str, Any]:

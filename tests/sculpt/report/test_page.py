@@ -146,7 +146,7 @@ def test_runs_of_the_same_tasks_share_their_charts(tmp_path):
 
 def test_general_ability_is_shown_before_and_after(tmp_path):
     result = method("sculpt")
-    result.lm_eval = {"before": {"piqa acc": 0.78}, "after": {"piqa acc": 0.75}}
+    result.general_scores = {"before": {"piqa acc": 0.78}, "after": {"piqa acc": 0.75}}
     run = write(tmp_path / "a", method("plain", certified=False), result)
     assert "piqa acc - 0.780 → 0.750" in Page(report([run])).text
 

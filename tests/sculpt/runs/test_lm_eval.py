@@ -54,11 +54,11 @@ def test_it_is_measured_before_and_after_and_disturbs_nothing(
     config = run_config(tmp_path, training=training, evaluation=evaluation)
     result = run(config).methods["sculpt"]
     assert asked == [{"tasks": ["piqa"], "limit": 5}] * 2
-    assert result.lm_eval.keys() == {"before", "after"}
-    assert result.lm_eval["before"].keys() == {"piqa acc"}
-    assert result.lm_eval["before"] != result.lm_eval["after"]
+    assert result.general_scores.keys() == {"before", "after"}
+    assert result.general_scores["before"].keys() == {"piqa acc"}
+    assert result.general_scores["before"] != result.general_scores["after"]
     written = json.loads((config.out / "results.json").read_text())
-    assert written["methods"]["sculpt"]["lm_eval"] == result.lm_eval
+    assert written["methods"]["sculpt"]["general_scores"] == result.general_scores
     without = run(run_config(tmp_path, training=training, out=str(tmp_path / "without")))
     assert without.methods["sculpt"].losses == result.losses
 
