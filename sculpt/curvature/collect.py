@@ -59,7 +59,9 @@ def collect(
     Raises:
         TypeError, ValueError: the data cannot be used, values in the model are not finite, or the
             factors do not fit `config.factor_bytes`.
+        RuntimeError: it is called in inference mode.
     """
+    _refuse_inference()
     kinds: dict[str, str] = {}
     error: Exception | None = None
     try:
@@ -100,8 +102,9 @@ def checked(batches: Any, processes: Processes) -> Any:
 
     Raises:
         TypeError, ValueError: as `collect`.
-        RuntimeError: those of another process cannot be used.
+        RuntimeError: those of another process cannot be used, or gradients are off for good.
     """
+    _refuse_inference()
     error: Exception | None = None
     try:
         batches = list(batches) if isinstance(batches, Iterator) else batches
@@ -112,6 +115,11 @@ def checked(batches: Any, processes: Processes) -> Any:
         error = problem
     processes.fail_together(error)
     return batches
+
+
+def _refuse_inference() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("what is protected needs gradients; call this outside of inference_mode")
 
 
 def choose_kinds(

@@ -96,7 +96,7 @@ def test_outputs_on_earlier_rows_move_as_the_certificate_says(options, calibrati
     method = "ratio" if calibration else "trailing"
     method = method if sculptor.config.chosen_engine == "compact" else "leading preserved"
     assert {row.method for row in table.rows} == {f"curvature, {method}"}
-    start = float(loss_of(*rows(2), model)) / 160
+    start = float(loss_of(*rows(2), model).detach()) / 160
     loss = train(model, sculptor, 2)
     certificate = sculptor.verify()
     assert certificate.ok
@@ -135,13 +135,13 @@ def test_earlier_rows_hardly_notice_a_task_that_curvature_confines():
             sculptor.begin_task(batches(2))
         else:
             model, before, sculptor, _ = second_task(SculptConfig(subspaces=subspaces))
-        was = float(loss_of(*rows(1), model)) / 160
+        was = float(loss_of(*rows(1), model).detach()) / 160
         train(model, sculptor, 2)
         outputs[subspaces] = max(row.outputs for row in sculptor.verify().rows)
         sculptor.end_task()
         with torch.no_grad():
             moved[subspaces] = float((model(rows(1)[0]) - before).norm() / before.norm())
-        lost[subspaces] = float(loss_of(*rows(1), model)) / 160 - was
+        lost[subspaces] = float(loss_of(*rows(1), model).detach()) / 160 - was
     for subspaces in ("auto", "curvature"):
         assert moved[subspaces] < 0.2 * moved["weights"], moved
         assert lost[subspaces] < 0.2 * lost["weights"], lost
@@ -308,7 +308,10 @@ def test_calls_at_the_wrong_time(tmp_path):
     sculptor = Sculptor(model, SculptConfig(subspaces="curvature"))
     with pytest.raises(ValueError, match="subspaces='curvature' needs something to protect"):
         sculptor.begin_task(batches(1))
-    sculptor.protect(batches(1))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of inference_mode"):
+        sculptor.protect(batches(1))
+    with torch.no_grad():
+        sculptor.protect(batches(1))
     sculptor.save_memory(tmp_path)
     sculptor.begin_task(batches(1))
     for call in (
