@@ -312,10 +312,48 @@ def _gpu_training(rows: list[Row]) -> str:
     return f"{text}\n\n{markdown(head, lines)}"
 
 
+def curvature(files: dict[str, Row]) -> str:
+    """What protecting a task takes in steps, and what sketches lose."""
+    parts = []
+    for name, content in files.items():
+        machine, took = content["machine"], content["seconds"]
+        steps = [
+            [of, *(f"{took[what] / took[of]:.1f}" for what in ("pass", "choice"))]
+            for of in ("plain step", "sculpt step")
+        ]
+        sketches = [
+            [
+                str(row["rank"]),
+                f"{row['bytes']['sketch'] / row['bytes']['exact']:.2f}",
+                *(_of(row[part]) for part in ("captured", "unknown", "given up")),
+            ]
+            for row in content["sketches"]
+        ]
+        parts += [
+            f"### Protecting a task, {content['model']}",
+            f"`results/{name}`: `python -m bench.curvature`, {machine['cpu']}, torch "
+            f"{machine['torch']}, {_threads(machine['threads'])}, {machine['date']}. 64 rows of "
+            f"{content['tokens']} tokens in steps of such rows: a pass over 64 of them, and the "
+            "choice of all directions, once a task.",
+            markdown(["", "pass", "choice"], steps),
+            "Sketches beside exact factors, median (least to most): the trace in their "
+            "eigenvectors over what as many directions can hold, the share of the trace that they "
+            "do not tell apart, and the earlier curvature in the directions that they choose over "
+            "that in those of exact factors.",
+            markdown(["rank", "bytes / exact", "captured", "unknown", "given up"], sketches),
+        ]
+    return "\n\n".join(parts)
+
+
+def _of(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.3g} ({spread['least']:.3g} to {spread['most']:.3g})"
+
+
 WRITERS: dict[str, Callable[[dict[str, Row]], str]] = {
     "gpu-": gpu,
     "cpu-": cpu,
     "subspaces-": subspaces,
+    "curvature-": curvature,
     "training-memory-": training_memory,
     "training-": training,
 }
