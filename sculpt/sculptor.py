@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer
 from sculpt.certificate.leak import Certificate
 from sculpt.certificate.running import certify
 from sculpt.config import SculptConfig, config_to_json
+from sculpt.curvature.capacity import Capacity
 from sculpt.curvature.collect import checked, collect
 from sculpt.curvature.generated import share_of_distinct, written_by
 from sculpt.curvature.memory import Memory
@@ -222,6 +223,17 @@ class Sculptor:
         loaded = Memory.load(Path(path), self.model, device_of(targets[0].parameter))
         loaded.check(targets)
         self.memory.merge(loaded)
+
+    def capacity(self, limit: float = 0.01) -> Capacity:
+        """How many directions of each layer earlier tasks hardly use, and how long they last.
+
+        Args:
+            limit: the share of what they use, `tr S tr A`, that may be in those directions.
+
+        Raises:
+            ValueError: nothing is protected, or the limit is not in (0, 1).
+        """
+        return Capacity.of(self.memory, find_targets(self.model, self.config).chosen, limit)
 
     def _start(self, task: RunningTask) -> None:
         self._task = task
