@@ -75,8 +75,8 @@ class Capacity:
         table = text_table(["matrix", "directions", "cheap", "a task trains", "tasks left"], lines)
         return (
             f"{table}\nAfter {len(self.protected)} protected sets of rows: directions that hold at "
-            f"most {self.limit:g} of what they use suffice for {_tasks(self.tasks)} more in half of "
-            "the layers."
+            f"most {self.limit:g} of what they use suffice for {_tasks(self.tasks)} more, in half "
+            "of the layers."
         )
 
 

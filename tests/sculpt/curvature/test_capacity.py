@@ -31,7 +31,7 @@ def test_cheap_directions_are_those_outside_of_what_tasks_use() -> None:
         assert row.tasks == pytest.approx((40 - used - 10) / 6)
     found = sculptor.capacity(limit=1e-6)
     assert found.tasks == row.tasks
-    assert "suffice for 2.0 more in half of the layers" in str(found)
+    assert "suffice for 2.0 more, in half of the layers" in str(found)
     assert "1e-06 of what they use" in str(found)
     with pytest.raises(ValueError, match=r"limit must be a share in \(0, 1\); got 1.5"):
         sculptor.capacity(1.5)
