@@ -71,14 +71,14 @@ class Rows:
     """Rows of tokens with labels, alone and as padded batches.
 
     Args:
-        sizes: of the rows; the first tokens are a prompt, which is not learned.
+        sizes: of the rows; the second token is not learned, and the first is never predicted.
         answers: sizes of the answers of an encoder-decoder.
     """
 
     def __init__(self, sizes: Sequence[int] = (7, 4, 6), answers: Sequence[int] = ()) -> None:
         g = torch.Generator().manual_seed(0)
         self.ids = [torch.randint(2, 40, (size,), generator=g) for size in sizes]
-        self.labels = [torch.cat([torch.full((2,), IGNORED), ids[2:]]) for ids in self.ids]
+        self.labels = [ids.clone().index_fill_(0, torch.tensor(1), IGNORED) for ids in self.ids]
         if answers:
             self.labels = [torch.randint(2, 40, (size,), generator=g) for size in answers]
 

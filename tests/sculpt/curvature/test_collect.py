@@ -74,6 +74,24 @@ def test_a_tied_weight_has_both_uses_in_each_factor():
     assert memory.outputs(name, torch.eye(40, 16)) is None
 
 
+def test_nobody_shares_the_inputs_of_a_tied_weight():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.other = nn.Embedding(9, 6), nn.Linear(6, 9)
+            self.head = nn.Linear(6, 9, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            h = self.table(ids)
+            return (self.head(h) * self.other(h)).square().sum()
+
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.tensor([[1, 3, 3], [8, 0, 1]])
+    memory = collected(model, [lambda model: model(ids)], target_modules=["table", "other"])
+    assert_sums(memory.of("other")[1], model.table(ids).detach().flatten(0, 1))
+
+
 def test_experts_one_by_one():
     """Against the forward pass of a mixture, token by token; padding goes to experts as well."""
     rows = Rows()

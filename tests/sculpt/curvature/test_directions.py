@@ -133,6 +133,19 @@ def test_factors_without_anything(kind, old_is_zero, new_is_zero):
             assert float(share_of_trace(new, V)) >= 1 - 1e-6
 
 
+@pytest.mark.parametrize("kind", ["full", "diagonal", "sketch"])
+@pytest.mark.parametrize("t", [SIZE, SIZE - 1])
+def test_all_directions_or_all_but_one(kind, t):
+    old, new = (made(kind, vectors(60, SIZE, decay=d)) for d in (0.9, 0.8))
+    compared, last = by_ratio(old, new, t), trailing(old, t)
+    for V in (compared, last):
+        assert V.shape == (SIZE, t)
+        assert_orthonormal(V)
+    # All but one are all but the one that earlier tasks use most.
+    first = leading(old, 1)
+    assert float((last.mT @ first).norm()) == pytest.approx(float(t == SIZE), abs=1e-6)
+
+
 def test_a_member_of_a_stack_that_no_row_has_reached():
     X, Y = vectors(60, 12, rank=4), vectors(60, 12, rank=3).flip(-1)
     for kind in ("full", "sketch"):
