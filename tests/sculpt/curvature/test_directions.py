@@ -89,13 +89,13 @@ def test_ratio_against_dense_generalized_eigenvectors(t, gap):
 
 def test_ratio_of_a_slow_decay_holds_nearly_all_that_can_be_held():
     """Without a gap spans may differ; what they hold may not."""
-    old, _ = with_eigenvalues(torch.logspace(0, -3, 90), seed=1)
-    new, _ = with_eigenvalues(torch.logspace(0, -3, 90), seed=2)
+    old, _ = with_eigenvalues(torch.logspace(0, -1, 90), seed=1)
+    new, _ = with_eigenvalues(torch.logspace(0, -1, 90), seed=2)
     B = old.float().double() + RIDGE * old.trace() / 90 * torch.eye(90)
     values = scipy.linalg.eigh(new.float().double().numpy(), B.numpy(), eigvals_only=True)
     V = by_ratio(full(old), full(new), 22)
     held = torch.linalg.solve(V.mT @ B @ V, V.mT @ new @ V).trace()
-    assert held >= 0.98 * values[-22:].sum()
+    assert held >= 0.99 * values[-22:].sum()
 
 
 def test_what_is_new_in_fewer_directions_than_train():
