@@ -237,7 +237,7 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
             write_json(Path(args.output_dir) / CERTIFICATE, self.certificate.to_dict())
         self.sculptor.end_task()
         self._rows.protect(self.sculptor, self.name or "", args)
-        if state.is_world_process_zero and self.sculptor.memory:
+        if self.sculptor.memory:
             self.sculptor.save_memory(args.output_dir)
 
     def _certify(self) -> None:
