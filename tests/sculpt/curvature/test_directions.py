@@ -178,6 +178,7 @@ def test_a_diagonal_chooses_indices():
     assert rows(by_ratio(old, new, 3)) == [0, 2, 3]
     # A row that nobody uses before one that others need more than it is used.
     assert rows(by_ratio(diagonal(4.0, 0.0, 1e6), diagonal(9.0, 0.0, 0.0), 2)) == [0, 1]
+    assert rows(by_ratio(diagonal(1e6, 0.0, 4.0), diagonal(0.0, 0.0, 9.0), 2)) == [1, 2]
 
 
 @pytest.mark.parametrize("t", [1, 13, SIZE - 8, SIZE - 3, SIZE - 1])
