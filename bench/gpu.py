@@ -35,8 +35,8 @@ from sculpt_kernels import backends
 
 # Lists that parts add to, and what each part says of itself.
 EMPTY: dict[str, Any] = {
-    "rows": [], "compiled": [], "checks": [], "subspaces": [], "training": [], "continual": [],
-    "skipped": [], "finished": [], "now": None, "parts": {},
+    "rows": [], "compiled": [], "checks": [], "subspaces": [], "training": [], "curvature": [],
+    "continual": [], "skipped": [], "finished": [], "now": None, "parts": {},
 }  # fmt: skip
 
 

@@ -227,7 +227,7 @@ def gpu(files: dict[str, Row]) -> str:
     """All that one call of `bench.gpu` measured, a file for each device."""
     writers = {
         "rows": _kernels, "compiled": _kernels, "subspaces": _gpu_subspaces,
-        "training": _gpu_training, "continual": sequences,
+        "training": _gpu_training, "curvature": _gpu_curvature, "continual": sequences,
     }  # fmt: skip
     parts = []
     for name, content in files.items():
@@ -273,6 +273,18 @@ def _kernels(rows: list[Row]) -> str:
             "above over the time of the best of ours.")  # fmt: skip
     head = ["case", "chain, us", "best of ours, us", "ratio", "called", "roofline", "best",
             "the others, ratio"]  # fmt: skip
+    return f"{text}\n\n{markdown(head, lines)}"
+
+
+def _gpu_curvature(rows: list[Row]) -> str:
+    lines = [
+        [row["factors"], str(row["layers"]), f"{row['tokens']:,}", f"{row['pass_seconds']:.2f}",
+         f"{row['choice_seconds']:.2f}", f"{row['bytes'] / 1e9:.1f}",
+         f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else ""]
+        for row in rows
+    ]  # fmt: skip
+    text = "Protecting a task of 64 rows in the LLaMA-2-7B configuration, of which so many layers:"
+    head = ["factors", "layers", "tokens", "pass, s", "choice, s", "held, GB", "peak, GB"]
     return f"{text}\n\n{markdown(head, lines)}"
 
 

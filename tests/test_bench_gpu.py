@@ -56,6 +56,9 @@ def test_it_rehearses_on_the_cpu(tmp_path, capfd):
         assert row["seconds"] > 0
         assert abs(row.get("of_optimum", 1) - 1) < 1e-5
     assert [row["method"] for row in results["training"]] == list(METHODS)
+    exact, sketches = results["curvature"]
+    assert 0 < sketches["bytes"] < exact["bytes"]
+    assert min(exact["pass_seconds"], sketches["pass_seconds"]) > 0
     # What is skipped is what a CPU cannot do.
     assert all("no CUDA device" in reason for reason in results["skipped"])
     for row in (*results["rows"], *results["compiled"]):

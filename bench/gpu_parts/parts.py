@@ -5,6 +5,7 @@ from __future__ import annotations
 from bench.checks import checks
 from bench.gpu_parts.compile import part_compile
 from bench.gpu_parts.continual import part_continual
+from bench.gpu_parts.curvature import part_curvature
 from bench.gpu_parts.graph import part_graph
 from bench.gpu_parts.huge import part_huge
 from bench.gpu_parts.kernels import (
@@ -49,6 +50,7 @@ PARTS = {
     "many": Part(part_many, 15, 40),
     "coordinates": Part(part_coordinates, 45, 80),
     "training": Part(part_training, 165, 210),
+    "curvature": Part(part_curvature, 25, 60),
     "subspaces": Part(part_subspaces, 45, 80),
     "svd": Part(part_svd, 40, 60),
     "huge": Part(part_huge, 25, 50),

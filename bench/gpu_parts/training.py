@@ -34,7 +34,7 @@ def _measure(run: Run, method: str, shape: Shape, tokens: int) -> None:
 
     cuda = run.device.type == "cuda"
     kind, _, ratio = method.partition(" ")
-    model = _model(run.device, shape)
+    model = build(run.device, shape)
     known = {name: Random(module.weight) for name, module in model.matrices().items()}
     options = {"basis_dtype": "weight"} if kind == "sculpt" else {}
     contender = make(kind, RATIOS.get(ratio, 1.0), model, known, lr=1e-5, **options)
@@ -66,7 +66,7 @@ def _measure(run: Run, method: str, shape: Shape, tokens: int) -> None:
     })  # fmt: skip
 
 
-def _model(device: torch.device, shape: Shape) -> Llama:
+def build(device: torch.device, shape: Shape) -> Llama:
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
