@@ -233,7 +233,8 @@ class Sculptor:
         Raises:
             ValueError: nothing is protected, or the limit is not in (0, 1).
         """
-        return Capacity.of(self.memory, find_targets(self.model, self.config).chosen, limit)
+        targets = find_targets(self.model, self.config).chosen
+        return Capacity.of(self.memory, targets, self.config, limit)
 
     def _start(self, task: RunningTask) -> None:
         self._task = task

@@ -106,7 +106,7 @@ def _by_curvature(
     ]
     if not reached:
         return _under_budget(targets, config, ranks, scaled), scaled
-    costs = {name: Costs.of(memory, target, ranks.mrr) for name, target in reached.items()}
+    costs = {name: Costs.of(memory, t, config, ranks.mrr) for name, t in reached.items()}
 
     def ranked(threshold: float) -> list[Target]:
         return [
@@ -118,7 +118,8 @@ def _by_curvature(
         touched = (costs[t.name].touched(t) for t in chosen if t.name in costs)
         return 1 - math.fsum(touched) / math.fsum(cost.whole for cost in costs.values())
 
-    name, wanted = ranks.budget or ("trainable_elements", 0)
+    default = "trainable_elements" if config.chosen_engine == "compact" else "protected_energy"
+    name, wanted = ranks.budget or (default, 0)
     spent = energy if name == "protected_energy" else _spending(name, targets, config)
     budget = (name, wanted if ranks.budget else spent(uniform))
     ends = [cost.ends for cost in costs.values()]

@@ -26,10 +26,10 @@ class AdaptiveRanks:
             functions that return it) and `fully_shard` has divided no matrix, otherwise `"cosine"`;
             the table says which.
             `"curvature"`: no rule but the budget, by default as many numbers as at a retained
-            fraction of `trr` everywhere. A direction more trains where it adds least to
-            `tr S_l tr A_l`, the curvature of what is protected in the `t` trailing directions of
-            both sides, for each number that it trains, and no layer retains less than `mrr`.
-            Before anything is protected all layers retain `trr`.
+            fraction of `trr` everywhere, or as much energy where whole weights train. A direction
+            more trains where it adds least to the curvature `tr S_l tr A_l` of what is protected,
+            in the `t` trailing directions of both sides, for each number that it trains, and no
+            layer retains less than `mrr`. Before anything is protected all layers retain `trr`.
             `"cosine"`: mean cosine of a layer's input and output over all positions of the
             calibration data, below 0 counted as 0; vectors of unequal length are cut to the shorter
             one. `"fisher"`: `√(mn) ‖U_lᵀ G V_l‖ / t`, root mean square over the gradients `G` of

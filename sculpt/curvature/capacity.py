@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Self
 
+from sculpt.config import SculptConfig
 from sculpt.curvature.costs import Costs
 from sculpt.curvature.memory import Memory
 from sculpt.messages import text_table
@@ -46,7 +47,7 @@ class Capacity:
     rows: tuple[LayerCapacity, ...]
 
     @classmethod
-    def of(cls, memory: Memory, targets: list[Target], limit: float) -> Self:
+    def of(cls, memory: Memory, targets: list[Target], config: SculptConfig, limit: float) -> Self:
         """Raises `ValueError` where nothing is protected, or the limit is no share."""
         if not 0 < limit < 1:
             raise ValueError(f"limit must be a share in (0, 1); got {limit!r}")
@@ -57,7 +58,7 @@ class Capacity:
             if memory.of(target.name) is None:
                 continue
             k = min(target.shape[-2:])
-            cheap = int((Costs.of(memory, target, 0.0).shares <= limit).sum())
+            cheap = int((Costs.of(memory, target, config, 0.0).shares <= limit).sum())
             each, left = (k - cheap) / len(memory.rows), cheap - target.trainable_rank
             tasks = math.inf if each == 0 else max(0.0, left / each)
             rows.append(LayerCapacity(target.name, k, cheap, target.trainable_rank, tasks))

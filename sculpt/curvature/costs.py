@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from sculpt.config import SculptConfig
 from sculpt.curvature.directions import trailing_shares
 from sculpt.curvature.memory import Memory
 from sculpt.task.targets import Target
@@ -20,7 +21,8 @@ class Costs:
 
     Attributes:
         whole: `tr S tr A`.
-        shares: of it in the `t` trailing directions of both sides, `(k - 1,)` for `t = 1 ...`.
+        shares: of it in what trains with `t = 1, 2, ...` directions, `(k - 1,)`: the trailing
+            directions of both sides, or under the core constraint all but the leading ones of both.
         slopes: logarithm of what the direction `t` adds to it for each number that it trains,
             never falling, for all that may train.
     """
@@ -30,17 +32,22 @@ class Costs:
     slopes: Tensor
 
     @classmethod
-    def of(cls, memory: Memory, target: Target, least: float) -> Self:
+    def of(cls, memory: Memory, target: Target, config: SculptConfig, least: float) -> Self:
         """Of a target that was reached, at least the fraction `least` of which is preserved."""
         *stack, m, n = target.shape
         keys = memory.sides[target.name]
         left, right = (trailing_shares(memory.factors[key]) for key in (keys.left, keys.right))
-        t = torch.arange(1, min(m, n), dtype=torch.float64, device=left.device)
-        shares = left[: len(t)] * right[: len(t)]
+        t = torch.arange(1, min(m, n), device=left.device)
+        h = min(m, n) - t
+        thin = config.chosen_engine == "compact" and config.coordinates == "thin"
+        p, q = (t, t) if thin else (m - h, n - h)
+        a, b = left[p - 1], right[q - 1]
+        strict = config.constraint == "strict"
+        shares = a * b if strict else 1 - (1 - a) * (1 - b)
+        numbers = math.prod(stack) * (p * q if strict else m * n - h * h)
         whole = memory.curvature(target.name)
-        added = whole * torch.diff(shares, prepend=shares.new_zeros(1))
-        per_number = added / ((2 * t - 1) * math.prod(stack))
-        slopes = per_number.clamp_min(torch.finfo(t.dtype).tiny).log().cummax(0).values
+        added, more = (torch.diff(x, prepend=x.new_zeros(1)) for x in (whole * shares, numbers))
+        slopes = (added / more).clamp_min(torch.finfo(a.dtype).tiny).log().cummax(0).values
         slopes = slopes[: max(1, len(t) + 1 - math.ceil(least * (len(t) + 1)))]
         return cls(whole, shares.cpu(), slopes.cpu())
 

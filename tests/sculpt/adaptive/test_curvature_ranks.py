@@ -19,9 +19,12 @@ def model() -> nn.Module:
     return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
-def begun(**ranks: object) -> tuple[Sculptor, dict[str, int], dict[str, float | None]]:
+def begun(
+    constraint: str = "strict", **ranks: object
+) -> tuple[Sculptor, dict[str, int], dict[str, float | None]]:
     """Ranks `t` by name, after inputs that use few directions were protected."""
-    sculptor = Sculptor(model(), SculptConfig(ranks=AdaptiveRanks(trr=0.75, **ranks)))
+    adaptive = AdaptiveRanks(trr=0.75, **ranks)
+    sculptor = Sculptor(model(), SculptConfig(ranks=adaptive, constraint=constraint))
     generator = torch.Generator().manual_seed(1)
     X = torch.randn(256, 40, generator=generator) * torch.logspace(0, -2, 40)
     sculptor.protect([lambda model: (model(X) * torch.linspace(0.1, 1, 24)).square().sum()])
@@ -87,3 +90,24 @@ def test_before_anything_is_protected_all_layers_retain_trr() -> None:
     rows = Sculptor(model(), SculptConfig(ranks=ranks)).begin_task().rows
     assert [row.preserved for row in rows] == [math.floor(0.75 * k) for k in (40, 56, 24)]
     assert {row.note for row in rows} == {"no row that is protected has reached it: retains trr"}
+
+
+def test_the_core_form_leaves_a_stated_energy_of_both_sides() -> None:
+    sculptor, ranks, _ = begun(protected_energy=0.9, constraint="core")
+    whole = kept = 0.0
+    steps = []
+    for name, t in ranks.items():
+        left, right = sculptor.memory.of(name)
+        h = min(len(left.total), len(right.total)) - t
+        curvature = float(left.total.trace() * right.total.trace() / right.count)
+        whole += curvature
+        leading = [
+            1 - shares(F.total)[len(F.total) - r - 1] for F in (left, right) for r in (h, h + 1)
+        ]
+        kept += curvature * float(leading[0] * leading[2])
+        steps.append(curvature * float(leading[1] * leading[3] - leading[0] * leading[2]))
+    assert abs(kept / whole - 0.9) <= max(steps) / whole < 0.05
+    matrices = sculptor._task.matrices
+    assert {name: m.bases.U.shape[-1] for name, m in matrices.items()} == {
+        name: min(m.target.shape) - ranks[name] for name, m in matrices.items()
+    }
