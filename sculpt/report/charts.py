@@ -135,27 +135,31 @@ def matrix(values: Sequence[Sequence[float]], tasks: Sequence[str]) -> Figure:
 
 
 def matrices(results: Results) -> Figure:
-    """The accuracy matrices (generated answers) of all methods side by side."""
+    """The accuracy matrices (generated answers) of all methods, two in a line."""
     from sculpt.report.results import GENERATED
 
     methods, summaries = results.methods, results.summaries(GENERATED)
-    figure, [axes] = new_figure(4.8 * len(methods), 3.7, columns=len(methods))
-    figure.suptitle("What is left of earlier tasks after later ones", x=-0.1, y=1.42, ha="left",
-                    fontsize=16, fontweight="bold", color=INK)  # fmt: skip
-    figure.text(-0.1, 1.31,
+    lines, columns = math.ceil(len(methods) / 2), min(2, len(methods))
+    figure, axes = new_figure(4.8 * columns, 5.4 * lines - 1.7, rows=lines, columns=columns)
+    figure.subplots_adjust(hspace=0.46)
+    top = figure.get_figheight()
+    figure.suptitle("What is left of earlier tasks after later ones", x=-0.1, y=1 + 1.55 / top,
+                    ha="left", fontsize=16, fontweight="bold", color=INK)  # fmt: skip
+    figure.text(-0.1, 1 + 1.15 / top,
                 f"{results.config['model']}, seed {results.config['seed']}. Share of test texts "
                 "answered with exactly the right label; read down a column: what pales is "
                 "forgotten.", fontsize=10, color=MUTED)  # fmt: skip
-    for axis, (method, result) in zip(axes, methods.items(), strict=True):
+    for axis in axes.flat[len(methods) :]:
+        axis.remove()
+    for axis, (method, result) in zip(axes.flat, methods.items(), strict=False):
         _draw_matrix(axis, result.generated, results.task_names, 17)
         axis.set_anchor("W")
         axis.tick_params(labelsize=10.5)
-        title = "plain full fine-tuning" if method == "plain" else method
-        axis.set_title(title, fontsize=14, fontweight="bold", color=INK, loc="left", pad=8)
+        axis.set_title(method, fontsize=14, fontweight="bold", color=INK, loc="left", pad=8)
         of = summaries[method]
         said = f"average accuracy {of.average_accuracy:.2f}    forgetting {of.forgetting:.2f}"
         axis.set_xlabel(said, fontsize=11, color=INK, labelpad=10)
-    axes[0].set_ylabel("after training on", fontsize=10.5, color=MUTED)
+        axis.set_ylabel("after training on", fontsize=10.5, color=MUTED)
     return figure
 
 

@@ -110,6 +110,20 @@ def test_json_is_whole_and_legal(results: Results, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "matrix.png"}
 
 
+@pytest.mark.parametrize(
+    ("count", "lines", "columns"), [(1, 1, 1), (2, 1, 2), (3, 2, 2), (4, 2, 2)]
+)
+def test_the_picture_has_two_methods_in_a_line(
+    count: int, lines: int, columns: int, results: Results
+) -> None:
+    results.methods = {f"method {n}": made_up("plain", [0.5, 0.5, 0.5]) for n in range(count)}
+    axes = matrices(results).axes
+    assert [axis.get_title(loc="left") for axis in axes] == list(results.methods)
+    corners = [axis.get_position(original=True).p0.round(6).tolist() for axis in axes]
+    assert len({x for x, _ in corners}) == columns
+    assert len({y for _, y in corners}) == lines
+
+
 def test_worst_leak_is_the_one_nearest_to_its_limit(results: Results) -> None:
     worst = results.methods["sculpt"].worst_leak
     assert worst is not None
