@@ -63,8 +63,9 @@ class Run:
 
     @property
     def chosen(self) -> list[TaskRow]:
-        """The matrices and their ranks in the last task; none where no method chose any."""
-        last = [column.result.subspaces[-1:] for column in self.columns]
+        """Matrices and ranks in the last task by the last method that chose any: the one whose
+        model is saved."""
+        last = [column.result.subspaces[-1:] for column in reversed(self.columns)]
         rows = next((rows for [rows] in filter(None, last) if rows), [])
         # NaN is what None becomes in a file.
         known: list[dict[str, Any]] = [

@@ -151,6 +151,14 @@ def test_general_ability_is_shown_before_and_after(tmp_path):
     assert "piqa acc - 0.780 → 0.750" in Page(report([run])).text
 
 
+def test_layers_are_those_of_the_method_whose_model_is_saved(tmp_path):
+    weights, last = method("weights"), method("sculpt")
+    row = TaskRow(NAMES[0], (64, 32), 24, 8, 64, 0.9, "curvature, ratio")
+    last.subspaces[-1] = [vars(row)]
+    page = Page(report([write(tmp_path / "run", weights, last)])).text
+    assert "in the directions that the last task trained" in page
+
+
 @pytest.mark.parametrize(
     ("affordable", "wanted", "said"),
     [
