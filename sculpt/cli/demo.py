@@ -23,8 +23,11 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(help="Another causal model: a Hugging Face directory.")
     ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Some of plain-low,plain,sculpt-weights,sculpt; or all.")
+    ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Trainable fraction of the singular directions.")
+        float | None, typer.Option(help="Trainable fraction of the directions.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps for each task.")] = None,
     lr: Annotated[
@@ -33,16 +36,18 @@ def demo(
 ) -> None:
     """Three real tasks in a row, by plain full fine-tuning and by sculpt, side by side."""
     from sculpt.cli.console import Lines, new_console, show
-    from sculpt.demo.run import METHODS, run_demo
+    from sculpt.demo.run import run_demo
     from sculpt.demo.settings import QUICK, DemoSettings
     from sculpt.demo.tasks import NAMES
 
     choices: dict[str, Any] = QUICK if quick else {}
     given = {"model": model, "ratio": ratio, "steps": steps, "lr": lr}
     choices = choices | {name: value for name, value in given.items() if value is not None}
+    if methods is not None:
+        choices["methods"] = tuple(methods.split(","))
     folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     settings, console = DemoSettings(out=folder, seed=seed, **choices), new_console()
-    steps = len(METHODS) * len(NAMES) * settings.steps
+    steps = len(settings.runs(Path())) * len(NAMES) * settings.steps
     results = run_demo(settings, console, Lines(console, steps=steps))
     show(console, results, folder)
     end_by_certificates(results)

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sculpt.demo import models
 from sculpt.demo.assets import TEXTS, fetch
-from sculpt.demo.settings import DemoError, DemoSettings, check_space
+from sculpt.demo.general import GENERAL, general_loss
+from sculpt.demo.settings import TEST_PER_TASK, DemoError, DemoSettings, check_space
 from sculpt.demo.tasks import demo_tasks
 from sculpt.models.load import quiet_transformers
 from sculpt.report import charts
@@ -31,11 +33,9 @@ from sculpt.runs.state import MethodResult, Progress, Report
 from sculpt.runs.termination import EXIT_CODE, Terminated
 from sculpt.storage.files import write_json
 
-METHODS = ("plain", "sculpt")
-
 
 def run_demo(settings: DemoSettings, console: Console, report: Report) -> Results:
-    """Train the built-in tasks with both methods and fill the run directory `settings.out`.
+    """Train the built-in tasks with each method and fill the run directory `settings.out`.
 
     Raises `DemoError`, `RunError` or `AssetError` for what stands in the way, before anything is
     written where it can be known. After Ctrl-C and SIGTERM `status.json` tells where it stopped.
@@ -47,9 +47,9 @@ def run_demo(settings: DemoSettings, console: Console, report: Report) -> Result
         for name in TEXTS:
             fetch(name)
         model = settings.model or (models.minilm() if settings.quick else models.smollm2())
-        sizes = {"train_per_task": settings.train_per_task, "test_per_task": settings.test_per_task}
-        tasks = demo_tasks(settings.seed, **sizes)
-    check_space(settings.out, model)
+        tasks = demo_tasks(settings.seed, test_per_task=TEST_PER_TASK)
+        check_space(settings.out, model)
+        before = general_loss(model, encoder=settings.quick)
     results = Results(
         config={**vars(settings), "model": _model_name(settings)},
         versions=versions(),
@@ -61,9 +61,12 @@ def run_demo(settings: DemoSettings, console: Console, report: Report) -> Result
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
         write_json(settings.out / "config.json", results.config)
-        for method in METHODS:
-            results.methods[method] = _run_method(method, settings, model, report)
-        (settings.out / "sculpt" / "model").replace(settings.out / "model")
+        for name, config in settings.runs(model).items():
+            shutil.rmtree(settings.out / "model", ignore_errors=True)  # of the method before
+            result = results.methods[name] = _run_method(name, config, report)
+            (config.out / "model").replace(settings.out / "model")
+            after = general_loss(settings.out / "model", encoder=settings.quick)
+            result.general_scores = {"before": {GENERAL: before}, "after": {GENERAL: after}}
         results.write(settings.out)
         charts.save_png(charts.matrices(results), settings.out / "matrix.png")
     except OSError as error:
@@ -77,14 +80,14 @@ def run_demo(settings: DemoSettings, console: Console, report: Report) -> Result
     return results
 
 
-def _run_method(method: str, settings: DemoSettings, model: Path, report: Report) -> MethodResult:
-    """Run `method` in a fresh process and pass on what it reports."""
-    config = settings.run_config(method, model)
+def _run_method(method: str, config: RunConfig, report: Report) -> MethodResult:
+    """Run `config` in a fresh process and pass on what it reports, as the method of this name."""
+    demo = config.out.parent
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_work, args=(config, sender), daemon=True)
     where: Progress | None = None
-    RunDirectory(settings.out).write_status("running", None, method)
+    RunDirectory(demo).write_status("running", None, method)
     try:
         _start_without_sigint(process)
         sender.close()
@@ -94,8 +97,8 @@ def _run_method(method: str, settings: DemoSettings, model: Path, report: Report
                 return message
             if isinstance(message, str):
                 raise DemoError(f"{method}: {message}")
-            where = message
-            report(message)
+            where = replace(message, method=method)
+            report(where)
         process.join()
         if process.exitcode in (EXIT_CODE, -signal.SIGTERM):
             raise Terminated
@@ -107,7 +110,7 @@ def _run_method(method: str, settings: DemoSettings, model: Path, report: Report
         # Its own run has no checkpoints, so nothing is worth waiting for.
         _kill(process)
         stopped = not isinstance(error, DemoError)
-        for directory in (settings.out, config.out):
+        for directory in (demo, config.out):
             if directory.is_dir():
                 with suppress(OSError):  # the disk may be what failed
                     state = "interrupted" if stopped else "failed"

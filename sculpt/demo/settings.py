@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ class DemoError(RuntimeError):
     """The demo cannot run or go on; the message says why and what to do."""
 
 
+METHODS = ("plain-low", "plain", "sculpt-weights", "sculpt")
+PLAIN_LR = 2e-5
+MAX_TEXT_TOKENS = 40
+TEST_PER_TASK = 60
+
+
 @dataclass(frozen=True)
 class DemoSettings:
     """One run of the demo. How the presets were found is told in `docs/reference/demo.md`.
@@ -26,25 +33,20 @@ class DemoSettings:
     quick: the small sentence encoder instead of the language model.
     model: a plain Hugging Face directory of a causal language model instead of the built-in one.
     out: run directory.
-    ratio: trainable fraction of every matrix's singular directions.
-    steps, batch_size, lr, warmup_steps: see `TrainingConfig`; `lr` is that of dense weights, for
-        both methods.
-    max_text_tokens: where texts are cut.
-    train_per_task, test_per_task: examples drawn.
+    methods: some of `METHODS`.
+    ratio: trainable fraction of every matrix's directions.
+    steps, lr: of every task; the learning rate is that of dense weights, for all methods but
+        "plain-low", which has `PLAIN_LR`.
     """
 
     out: Path
     quick: bool = False
     model: Path | None = None
     seed: int = 0
+    methods: Sequence[str] = METHODS
     ratio: float = 0.25
     steps: int = 30
-    batch_size: int = 8
     lr: float = 6e-5
-    warmup_steps: int = 5
-    max_text_tokens: int = 40
-    train_per_task: int = 600
-    test_per_task: int = 60
 
     def __post_init__(self) -> None:
         if self.quick and self.model is not None:
@@ -56,36 +58,51 @@ class DemoSettings:
             check_directory(self.model)
         if self.seed < 0:
             raise DemoError(f"--seed {self.seed}: expected 0 or more")
+        if not self.methods or not set(self.methods) <= set(METHODS):
+            raise DemoError(
+                f"--methods {','.join(self.methods)}: expected some of {','.join(METHODS)}"
+            )
         try:
-            self.run_config("sculpt", Path())
+            self.runs(Path())
         except ValidationError as error:
             raise DemoError("\n".join(describe(item) for item in error.errors())) from error
 
-    def run_config(self, method: str, model: Path) -> RunConfig:
-        """The run of one method on the directory `model`."""
-        return RunConfig(
-            model=model,
-            model_kind="nearest" if self.quick else "causal",
-            out=self.out / method,
-            method=method,
-            data=DataConfig(
-                builtin="demo", train_rows=self.train_per_task, test_rows=self.test_per_task
-            ),
-            training=TrainingConfig(
-                steps=self.steps,
-                batch_size=self.batch_size,
-                lr=self.lr,
-                # Few steps still reach the full rate.
-                warmup_steps=min(self.warmup_steps, self.steps // 2),
-                max_tokens=None,
-                max_text_tokens=self.max_text_tokens,
-            ),
-            sculpt=SculptConfig(unfreeze_rank_ratio=self.ratio, seed=self.seed),
-            # Minutes long, so nobody resumes it; only the model that sculpt trained is of interest.
-            checkpoint=CheckpointConfig(keep=0, models="last" if method == "sculpt" else "none"),
-            device="cpu",
-            seed=self.seed,
-        )
+    def runs(self, model: Path) -> dict[str, RunConfig]:
+        """The run of each method on the directory `model`, by the method's name in the results."""
+        return {
+            self._name(method): RunConfig(
+                model=model,
+                model_kind="nearest" if self.quick else "causal",
+                out=self.out / method,
+                method=method.partition("-")[0],
+                data=DataConfig(builtin="demo", test_rows=TEST_PER_TASK),
+                training=TrainingConfig(
+                    steps=self.steps,
+                    lr=self._rate(method),
+                    warmup_steps=min(5, self.steps // 2),  # Few steps still reach the full rate.
+                    max_tokens=None,
+                    max_text_tokens=MAX_TEXT_TOKENS,
+                ),
+                sculpt=SculptConfig(
+                    unfreeze_rank_ratio=self.ratio,
+                    subspaces="weights" if method == "sculpt-weights" else "auto",
+                    seed=self.seed,
+                ),
+                checkpoint=CheckpointConfig(keep=0),  # Minutes long, so nobody resumes it.
+                device="cpu",
+                seed=self.seed,
+            )
+            for method in METHODS
+            if method in self.methods
+        }
+
+    def _rate(self, method: str) -> float:
+        return PLAIN_LR if method == "plain-low" else self.lr
+
+    def _name(self, method: str) -> str:
+        if method.startswith("plain"):
+            return f"plain {self._rate(method):g}".replace("e-0", "e-")
+        return method.replace("-", ", ")
 
 
 QUICK: dict[str, Any] = {"quick": True, "steps": 40, "lr": 5e-5}

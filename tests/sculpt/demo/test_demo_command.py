@@ -17,7 +17,15 @@ from tiny_language import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from sculpt.cli.app import app
-from sculpt.demo.settings import DemoError, DemoSettings, check_space
+from sculpt.demo.general import GENERAL, general_loss
+from sculpt.demo.settings import (
+    MAX_TEXT_TOKENS,
+    METHODS,
+    TEST_PER_TASK,
+    DemoError,
+    DemoSettings,
+    check_space,
+)
 from sculpt.demo.tasks import demo_tasks
 from sculpt.models.causal import CausalLearner
 from sculpt.runs.directory import RunDirectory, RunError, check_out
@@ -44,28 +52,41 @@ def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def test_a_run_leaves_everything_it_promises(finished: tuple[Path, str]) -> None:
     out, _ = finished
-    names = "config.json matrix.png model plain results.json sculpt status.json"
-    assert sorted(path.name for path in out.iterdir()) == names.split()
+    names = ["config.json", "matrix.png", "model", "results.json", "status.json", *METHODS]
+    assert {path.name for path in out.iterdir()} == set(names)
+    assert not any((out / method / "model").exists() for method in METHODS)
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
     assert (out / "matrix.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((out / "results.json").read_text())
     assert results["config"] == json.loads((out / "config.json").read_text())
     assert results["versions"]["torch"]
-    plain, sculpt = results["methods"]["plain"], results["methods"]["sculpt"]
-    for method in (plain, sculpt):
+    assert list(results["methods"]) == ["plain 2e-5", "plain 0.01", "sculpt, weights", "sculpt"]
+    low, plain, weights, sculpt = results["methods"].values()
+    for method in (low, plain, weights, sculpt):
         for accuracy in ("generated", "among_labels"):
             for task, row in enumerate(method[accuracy]):
                 assert [x is None for x in row] == [later > task for later in range(3)]
         assert [len(row) for row in method["losses"]] == [3, 3, 3]
         assert method["peak_memory_bytes"] > 50 * 2**20
         assert method["step_seconds"] > 0
+        assert method["general_scores"]["before"] == low["general_scores"]["before"]
+    assert abs(changed(low)) < abs(changed(plain))
     assert plain["certificates"] == []
-    assert [c["ok"] for c in sculpt["certificates"]] == [True, True, True]
-    assert len(sculpt["certificates"][0]["rows"]) == 14
+    for method, by_curvature in ((weights, False), (sculpt, True)):
+        assert [c["ok"] for c in method["certificates"]] == [True, True, True]
+        assert len(method["certificates"][0]["rows"]) == 14
+        for row in method["subspaces"][-1]:
+            assert row["method"].startswith("curvature") is by_curvature
     assert sculpt["trainable_elements"] < plain["trainable_elements"]
     assert sculpt["optimizer_state_bytes"] < plain["optimizer_state_bytes"]
     # The same model and data: the first loss, before any step, is the same.
     assert plain["losses"][0][0] == pytest.approx(sculpt["losses"][0][0], rel=1e-5)
+
+
+def changed(method: dict[str, Any]) -> float:
+    """By how much the loss on general text rose."""
+    scores = method["general_scores"]
+    return float(scores["after"][GENERAL] - scores["before"][GENERAL])
 
 
 def test_the_saved_model_is_a_plain_one_with_the_reported_accuracy(
@@ -73,30 +94,32 @@ def test_the_saved_model_is_a_plain_one_with_the_reported_accuracy(
 ) -> None:
     out, _ = finished
     results = json.loads((out / "results.json").read_text())
-    limit = results["config"]["max_text_tokens"]
-    learner = CausalLearner.from_directory(out / "model", max_text_tokens=limit)
+    learner = CausalLearner.from_directory(out / "model", max_text_tokens=MAX_TEXT_TOKENS)
     before = CausalLearner.from_directory(model).model.state_dict()
     after = learner.model.state_dict()
     assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
         k: (v.shape, v.dtype) for k, v in before.items()
     }
-    sizes = {name: results["config"][name] for name in ("train_per_task", "test_per_task")}
-    tasks = demo_tasks(0, **sizes)
+    tasks = demo_tasks(0, test_per_task=TEST_PER_TASK)
     reported = results["methods"]["sculpt"]
     scores = [learner.score(task) for task in tasks]
     assert [s.among_labels for s in scores] == reported["among_labels"][-1]
     assert [s.generated for s in scores] == reported["generated"][-1]
+    after = reported["general_scores"]["after"][GENERAL]
+    assert general_loss(out / "model", encoder=False) == pytest.approx(after, rel=1e-5)
 
 
 def test_output_is_readable_without_a_terminal(finished: tuple[Path, str]) -> None:
     _, text = finished
     assert "\x1b" not in text
     assert re.search(
-        r"plain +BBC topic: step 3/3 +loss \d+\.\d+ +[\d,]+ tokens/s +ETA \d+:\d\d", text
+        r"plain 0.01 +BBC topic: step 3/3 +loss \d+\.\d+ +[\d,]+ tokens/s +ETA \d+:\d\d", text
     )
-    assert "sculpt  movie verdict: tested: BBC topic" in text
-    for words in ("average accuracy", "forgetting", "worst leak", "peak memory", "optimizer state"):
+    assert "sculpt           movie verdict: tested: BBC topic" in text
+    for words in ("average accuracy", "forgetting", "learned accuracy", GENERAL, "worst leak"):
         assert words in text
+    assert "peak memory" in text
+    assert "optimizer state" in text
 
 
 @pytest.mark.parametrize(
@@ -108,6 +131,8 @@ def test_output_is_readable_without_a_terminal(finished: tuple[Path, str]) -> No
         (["--steps", "0"], "steps=0"),
         (["--lr", "0"], "lr=0.0"),
         (["--seed", "-1"], "--seed -1"),
+        (["--methods", "plain,lora"], "--methods plain,lora: expected some of plain-low,plain,"),
+        (["--methods", ""], "expected some of"),
         (["--quick", "--model", "."], "exclude each other"),
         (["--model", "no/such/place"], "model='no/such/place' does not exist"),
     ],
@@ -140,9 +165,9 @@ def test_out_must_be_a_new_or_empty_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (3, 1), (30, 5)])
 def test_a_short_run_still_reaches_the_full_rate(tmp_path: Path, steps: int, warmup: int) -> None:
-    training = DemoSettings(out=tmp_path, steps=steps).run_config("sculpt", tmp_path).training
-    assert training.warmup_steps == warmup
-    assert training.factor(steps, steps) == 1.0
+    for run in DemoSettings(out=tmp_path, steps=steps).runs(tmp_path).values():
+        assert run.training.warmup_steps == warmup
+        assert run.training.factor(steps, steps) == 1.0
 
 
 def test_a_full_disk_is_seen_before_training(
@@ -173,6 +198,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_no_half_model(tmp_path: Path) 
 def interrupted(model: Path, out: Path, stop: int) -> tuple[int, str, dict[str, Any]]:
     """Exit code, errors and status of a run that gets the signal `stop` in its first steps."""
     command = [*COMMAND, "--model", str(model), "--out", str(out), "--steps", "100000"]
+    command += ["--methods", "plain"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -200,9 +226,10 @@ def test_an_interrupted_run_says_where_it_stopped(
     code, errors, status = interrupted(model, tmp_path / "run", stop)
     assert code == expected
     assert "Traceback" not in errors
-    assert "stopped; in plain, BBC topic, train" in errors
+    assert "stopped; in plain 6e-5, BBC topic, train" in errors
     assert status["state"] == "interrupted"
-    assert (status["method"], status["task"], status["phase"]) == ("plain", "BBC topic", "train")
+    assert (status["method"], status["task"]) == ("plain 6e-5", "BBC topic")
+    assert status["phase"] == "train"
     assert 1 <= status["step"] < status["of"] == 100000
     assert RunDirectory(tmp_path / "run" / "plain").status() == "interrupted"
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
