@@ -41,7 +41,13 @@ class Seq2SeqLearner(GenerativeLearner):
         """Mean cross-entropy over all tokens of all answers, terminators included."""
         inputs = self.padded([row.ids for row in rows], self.end)
         decoder, targets = self._decoder([row.labels for row in rows])
-        logits = self.model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
+        logits = self.model(
+            **inputs,
+            decoder_input_ids=decoder,
+            # Nothing that is learned depends on it; it says what is padding.
+            decoder_attention_mask=(targets != IGNORED).long(),
+            use_cache=False,
+        ).logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         return loss, sum(len(row.ids) + len(row.labels) for row in rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from sculpt import SculptConfig, Sculptor
 from sculpt.data.examples import DataError, Example, Message, Task
+from sculpt.models.encoding import Encoded
 from sculpt.models.seq2seq import Seq2SeqLearner
+from sculpt.runs.sculpting import Summed
 
 
 def tokenizer() -> Any:
@@ -114,3 +118,21 @@ def test_a_run_of_an_encoder_decoder_is_resumed_to_the_same_bits(
     assert any("SelfAttention" in name for name in changed)
     assert any("EncDecAttention" in name for name in changed)
     assert not any("shared" in name or "norm" in name for name in changed)
+
+
+def test_what_is_protected_of_rows_has_no_padding(learner: Seq2SeqLearner) -> None:
+    # Of both as many columns, and padding in other rows.
+    rows = [Encoded((2, 3, 4, 0), (5, 3, 0)), Encoded((3, 0), (4, 5, 2, 0))]
+    sculptor = Sculptor(learner.model, SculptConfig())
+    sculptor.protect([Summed(learner, rows)], "both")
+    of_encoder = re.compile(r".*\bencoder\..*|.*(EncDecAttention|encoder_attn)[.](k|v).*")
+    for name, sides in sculptor.memory.sides.items():
+        expected = 6 if of_encoder.fullmatch(name) else 7
+        assert int(sculptor.memory.factors[sides.left].count) == expected, name
+    assert sculptor.memory.rows == {"both": 2}
+    alone = Sculptor(learner.model, SculptConfig())
+    alone.protect([Summed(learner, rows[:1]), Summed(learner, rows[1:])])
+    for key, factor in alone.memory.factors.items():
+        assert torch.allclose(
+            factor.total, sculptor.memory.factors[key].total, rtol=1e-3, atol=1e-5
+        )
