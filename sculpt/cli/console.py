@@ -33,7 +33,7 @@ class Lines:
         self._done: dict[tuple[str, str], int] = {}
 
     def __call__(self, now: Progress) -> None:
-        where = f"{now.method:<15}  {now.task}" if self._steps else now.task
+        where = f"{now.method:<16}  {now.task}" if self._steps else now.task
         if now.phase == "evaluate":
             self._scores.append(f"{now.scored} {now.accuracy:.3f}")
             if now.done == now.total:

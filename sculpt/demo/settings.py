@@ -102,7 +102,7 @@ class DemoSettings:
     def _name(self, method: str) -> str:
         if method.startswith("plain"):
             return f"plain {self._rate(method):g}".replace("e-0", "e-")
-        return method.replace("-", ", ")
+        return "sculpt (weights)" if method == "sculpt-weights" else method
 
 
 QUICK: dict[str, Any] = {"quick": True, "steps": 40, "lr": 5e-5}

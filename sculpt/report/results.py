@@ -211,30 +211,33 @@ def _matrix_table(results: Results, accuracy: str) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("after training on", no_wrap=True)
-    for index, method in enumerate(results.methods):
-        if index:
-            table.add_column("")
-        for name in results.task_names:
-            table.add_column(f"{method}\n{name}", justify="right", overflow="fold")
-    for row, name in enumerate(results.task_names):
-        cells: list[str] = []
-        for result in results.methods.values():
-            cells += ["", *(_share(value) for value in matrix(result, accuracy)[row])]
-        table.add_row(name, *cells[1:], style="bold" if row == len(results.tasks) - 1 else "")
+    table.add_column("")
+    table.add_column("after training on")
+    for name in results.task_names:
+        table.add_column(name, justify="right", overflow="fold")
+    for method, result in results.methods.items():
+        for row, name in enumerate(results.task_names):
+            last = row == len(results.tasks) - 1
+            cells = [_share(value) for value in matrix(result, accuracy)[row]]
+            style = "bold" if last else ""
+            table.add_row("" if row else method, name, *cells, style=style, end_section=last)
     return table
 
 
-def _figures_table(results: Results) -> Table:
+def _figures_table(results: Results) -> RenderableType:
+    """With what each figure says beside it, or below where many methods leave no space."""
+    rows, beside = figures(list(results.methods.values())), len(results.methods) <= 2
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("figure")
     table.add_column("")  # which direction is better
     for method in results.methods:
-        table.add_column(method, justify="right", style="bold", no_wrap=True)
-    table.add_column("what it says", style="dim", ratio=1)
-    for row in figures(list(results.methods.values())):
-        table.add_row(Text(row.name), row.arrow, *row.cells, row.meaning)
-    return table
+        table.add_column(method, justify="right", style="bold", no_wrap=beside)
+    if beside:
+        table.add_column("what it says", style="dim", ratio=1)
+    for row in rows:
+        table.add_row(Text(row.name), row.arrow, *row.cells, *([row.meaning] if beside else []))
+    below = [f"{row.name.strip()}: {row.meaning}" for row in rows if row.meaning and not beside]
+    return Group(table, Text("\n".join(below), style="dim"))
 
 
 def _share(value: float) -> str:

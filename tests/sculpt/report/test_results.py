@@ -88,6 +88,19 @@ def test_tables_fit_the_terminal(results: Results, width: int) -> None:
     assert max(len(line) for line in shown(results, width).splitlines()) <= width
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_of_four_methods_can_be_read(results: Results, width: int) -> None:
+    results.methods |= {f"method {n}": made_up("plain", [0.5, 0.6, 0.7]) for n in (3, 4)}
+    lines = shown(results, width).splitlines()
+    assert max(map(len, lines)) <= width
+    rows = [" ".join(line.split()) for line in lines]
+    for accuracy in ("0.50 0.60 0.70", "0.70 0.70 0.70"):
+        assert f"movie verdict {accuracy}" in rows
+    assert rows.count("method 4 BBC topic 0.90 · ·") == 1
+    assert "time in steps ↓ 40.0 s 40.0 s 40.0 s 40.0 s" in rows
+    assert "time in steps: all tasks" in rows
+
+
 def test_json_is_whole_and_legal(results: Results, tmp_path: Path) -> None:
     results.write(tmp_path)
     text = (tmp_path / "results.json").read_text()
