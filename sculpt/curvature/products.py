@@ -93,8 +93,7 @@ class Products(TorchFunctionMode):
 
     def _use(self, function: Any, args: Any, kwargs: Any) -> Use | None:
         i, names, j, others = FACTORS[function]
-        x = args[i] if len(args) > i else next(kwargs[name] for name in names if name in kwargs)
-        y = args[j] if len(args) > j else next(kwargs[name] for name in others if name in kwargs)
+        x, y = _given(args, kwargs, i, names), _given(args, kwargs, j, others)
         found = self._find(y)
         first = found is None
         if found is None:
@@ -132,6 +131,8 @@ class Products(TorchFunctionMode):
         """The target whose memory this is; a divided one lies elsewhere each time."""
         if not isinstance(weight, Tensor) or tuple(weight.shape[-2:]) not in self._sizes:
             return None
+        if weight.layout is not torch.strided:
+            return None
         key = weight.untyped_storage()._cdata
         known = self._known.get(key)
         if known is not None and _holds(known[1], weight):
@@ -141,6 +142,10 @@ class Products(TorchFunctionMode):
                 self._known[key] = found
                 return found
         return None
+
+
+def _given(args: Any, kwargs: Any, at: int, names: tuple[str, ...]) -> Any:
+    return args[at] if len(args) > at else next((kwargs[k] for k in names if k in kwargs), None)
 
 
 def _holds(place: Place, weight: Tensor) -> bool:

@@ -346,8 +346,11 @@ def test_nothing_to_compare_with_yet():
     assert not any("curvature" in row.method for row in table.rows)
 
 
+COSINE = AdaptiveRanks(mrr=0.2, trr=0.6, importance="cosine")
+
+
 def test_ranks_adapt_with_directions_of_curvature():
-    sculptor = Sculptor(network(), SculptConfig(ranks=AdaptiveRanks(mrr=0.2, trr=0.6)))
+    sculptor = Sculptor(network(), SculptConfig(ranks=COSINE))
     sculptor.protect(batches(1))
     x = [partial(loss_of, *rows(2))]
     table = sculptor.begin_task(x)
