@@ -73,6 +73,7 @@ def protect(make, names, folder):
 
 
 def assert_same_sums(found, alone):
+    assert alone["sums"]
     assert found["sides"] == alone["sides"]
     assert found["rows"] == alone["rows"]
     for key, tensors in alone["sums"].items():
