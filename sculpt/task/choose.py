@@ -59,12 +59,14 @@ def choose(
         )
     memory.check(targets)
     new = None
-    if curved and calibration is not None:
-        batches = list(calibration) if isinstance(calibration, Iterator) else calibration
-        new = collect(model, targets, batches, memory, config, processes, argument="calibration")
-        calibration = batches if config.ranks is not None else None
-    elif config.subspaces == "auto" and config.ranks is None:
-        calibration = None  # There is nothing yet that its directions could be compared with.
+    # Other engines preserve what earlier tasks use most, whatever the new one uses.
+    if curved and calibration is not None and config.chosen_engine == "compact":
+        calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
+        new = collect(
+            model, targets, calibration, memory, config, processes, argument="calibration"
+        )
+    if config.ranks is None and (curved or config.subspaces == "auto"):
+        calibration = None  # Used, or for directions that there is nothing yet to compare with.
     ranked, importance = adapt(
         model, targets, config, calibration, processes, memory if curved else Memory()
     )

@@ -349,6 +349,17 @@ def test_nothing_to_compare_with_yet():
 COSINE = AdaptiveRanks(mrr=0.2, trr=0.6, importance="cosine")
 
 
+def test_engines_that_compare_nothing_collect_nothing():
+    sculptor = Sculptor(network(), SculptConfig(engine="update"))
+    sculptor.protect(batches(1))
+
+    def unwanted(model: nn.Module) -> torch.Tensor:
+        raise AssertionError("a batch was passed")
+
+    rows = sculptor.begin_task([unwanted]).rows
+    assert {row.method for row in rows} == {"curvature, leading preserved"}
+
+
 def test_ranks_adapt_with_directions_of_curvature():
     sculptor = Sculptor(network(), SculptConfig(ranks=COSINE))
     sculptor.protect(batches(1))
