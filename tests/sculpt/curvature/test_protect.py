@@ -13,7 +13,7 @@ from sculpt import AdaptiveRanks, SculptConfig, Sculptor
 from sculpt.curvature.collect import bytes_of_all
 from sculpt.task.targets import find_targets
 from tests.sculpt.curvature.oracle import Rows
-from tests.sculpt.curvature.test_memory import assert_same
+from tests.sculpt.curvature.test_sums import assert_same
 from tests.sculpt.small_models import KINDS
 
 WIDTH = 24

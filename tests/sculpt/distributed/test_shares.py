@@ -70,7 +70,7 @@ def held_beside(layers):
     config = SculptConfig(unfreeze_rank_ratio=0.25)
     targets, found = find_targets(model, config).chosen, []
     processes = Processes(None, torch.device("cpu"))
-    held = peak(lambda: found.extend(find_all(targets, config, {}, processes, None)))
+    held = peak(lambda: found.extend(find_all(targets, config, {}, None, processes, None)))
     stays = sum(local(part).nbytes for bases in found for part in (bases.U, bases.V))
     return (held.total - stays) / (4 * 96**2), stays
 
