@@ -105,7 +105,7 @@ class DemoSettings:
         return "sculpt (weights)" if method == "sculpt-weights" else method
 
 
-QUICK: dict[str, Any] = {"quick": True, "steps": 40, "lr": 5e-5}
+QUICK: dict[str, Any] = {"quick": True, "steps": 40, "lr": 2e-4}
 
 
 def check_space(out: Path, model: Path) -> None:
