@@ -101,7 +101,8 @@ class DemoSettings:
 
     def _name(self, method: str) -> str:
         if method.startswith("plain"):
-            return f"plain {self._rate(method):g}".replace("e-0", "e-")
+            digits, exponent = f"{self._rate(method):e}".split("e")
+            return f"plain {float(digits):g}e{int(exponent)}"
         return "sculpt (weights)" if method == "sculpt-weights" else method
 
 

@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_it_promises(finished: tuple[Path, str]) -> None
     results = json.loads((out / "results.json").read_text())
     assert results["config"] == json.loads((out / "config.json").read_text())
     assert results["versions"]["torch"]
-    assert list(results["methods"]) == ["plain 2e-5", "plain 0.01", "sculpt (weights)", "sculpt"]
+    assert list(results["methods"]) == ["plain 2e-5", "plain 1e-2", "sculpt (weights)", "sculpt"]
     low, plain, weights, sculpt = results["methods"].values()
     for method in (low, plain, weights, sculpt):
         for accuracy in ("generated", "among_labels"):
@@ -113,7 +113,7 @@ def test_output_is_readable_without_a_terminal(finished: tuple[Path, str]) -> No
     _, text = finished
     assert "\x1b" not in text
     assert re.search(
-        r"plain 0.01 +BBC topic: step 3/3 +loss \d+\.\d+ +[\d,]+ tokens/s +ETA \d+:\d\d", text
+        r"plain 1e-2 +BBC topic: step 3/3 +loss \d+\.\d+ +[\d,]+ tokens/s +ETA \d+:\d\d", text
     )
     assert "sculpt            movie verdict: tested: BBC topic" in text
     for words in ("average accuracy", "forgetting", "learned accuracy", GENERAL, "worst leak"):
