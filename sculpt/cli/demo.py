@@ -14,7 +14,7 @@ from sculpt.cli.common import end_by_certificates, orderly_exit
 @orderly_exit()
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A small sentence encoder: under 2 minutes.")
+        bool, typer.Option("--quick", help="A small sentence encoder: a few minutes.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the examples drawn and their order.")] = 0,
     out: Annotated[
