@@ -28,7 +28,7 @@ def general_loss(path: Path, *, encoder: bool) -> float:
     texts = [tokenizer(topics[name], **cut).input_ids for name in sorted(topics)]
     rows = torch.tensor([ids for ids in texts if len(ids) == TOKENS][:ROWS])
     if not encoder:
-        losses = [model(part, labels=part).loss for part in rows.split(8)]
+        losses = [model(part, labels=part).loss for part in torch.split(rows, 8)]
         return float(torch.stack(losses).mean())
     first, second = (
         F.normalize(model(half).last_hidden_state.mean(dim=1), dim=-1)
