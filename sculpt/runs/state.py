@@ -96,6 +96,8 @@ class MethodResult:
     def from_dict(cls, values: dict[str, Any]) -> MethodResult:
         """The inverse of `to_dict`, through JSON, where NaN is null."""
         known = {item.name for item in fields(cls)}
+        if "lm_eval" in values:  # as an earlier version wrote it
+            values = {"general_scores": values["lm_eval"], **values}
         result = cls(**{key: _numbers(item) for key, item in values.items() if key in known})
         result.certificates = [Certificate.from_dict(item) for item in values["certificates"]]
         return result

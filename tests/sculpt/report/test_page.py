@@ -149,6 +149,9 @@ def test_general_ability_is_shown_before_and_after(tmp_path):
     result.general_scores = {"before": {"piqa acc": 0.78}, "after": {"piqa acc": 0.75}}
     run = write(tmp_path / "a", method("plain", certified=False), result)
     assert "piqa acc - 0.780 → 0.750" in Page(report([run])).text
+    results = run / "results.json"
+    results.write_text(results.read_text().replace("general_scores", "lm_eval"))
+    assert "piqa acc - 0.780 → 0.750" in Page(report([run])).text, "of an earlier version"
 
 
 def test_layers_are_those_of_the_method_whose_model_is_saved(tmp_path):
