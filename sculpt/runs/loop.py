@@ -52,9 +52,6 @@ class Run:
         self.checkpoints = Checkpoints(directory.path / "checkpoints", kept)
         self.strategy = prepared.strategy
         self.state = RunState(MethodResult(self.config.method))
-        self.state.result.held_bytes = sum(
-            self.strategy.cost(target).fixed for target in self.strategy.targets
-        )
         self.optimizer: torch.optim.Optimizer | None = None
         self._report = report
         self._where: Progress | None = None
@@ -185,6 +182,8 @@ class Run:
         with self._clock("certify"):
             certificate = self.strategy.certify(self._advance("certify"))
             self.strategy.end_task(state.task)
+        held = self.strategy.held_bytes()
+        state.result.held_bytes = max(state.result.held_bytes, held)
         if certificate is not None:
             state.result.certificates.append(certificate)
         self._log.certified(state, certificate)

@@ -187,6 +187,10 @@ class Strategy(ABC):
         """What one matrix takes between steps; as full fine-tuning where nothing else is said."""
         return plain(Matrix.of(target), Storage.of(target, self.config.sculpt))
 
+    def held_bytes(self) -> int:
+        """Kept beside weights, trained values, their gradients and the optimizer's state."""
+        return sum(self.cost(target).fixed for target in self.targets)
+
     def memory_bytes(self) -> int:
         """How many bytes `memory` takes at most."""
         return 0

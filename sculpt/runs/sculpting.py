@@ -87,6 +87,11 @@ class Sculpt(Strategy):
         """Inside of a task `save` writes it."""
         return {} if self._in_task else self._sculptor.memory.tensors()
 
+    def held_bytes(self) -> int:
+        factors = self._sculptor.memory.factors.values()
+        sums = sum(t.nbytes for factor in factors for t in factor.tensors().values())
+        return super().held_bytes() + sums
+
     def memory_bytes(self) -> int:
         config = self.config.sculpt
         if config.subspaces == "weights":

@@ -49,7 +49,8 @@ class MethodResult:
     optimizer_state_bytes, trainable_elements: the largest over the tasks.
     general_scores: by name, of what no task is about, "before" the first and "after" the last task.
     held_bytes: what the method keeps for the trained matrices beside weights, trained values, their
-        gradients and the optimizer's state: bases, originals, Fisher, earlier adapters.
+        gradients and the optimizer's state: bases, originals, what earlier tasks use, Fisher,
+        earlier adapters.
     """
 
     method: str

@@ -257,8 +257,12 @@ def test_a_later_run_protects_what_an_earlier_one_learned(tmp_path: Path) -> Non
     earlier = run(first).methods["sculpt"]
     assert {row["method"] for row in earlier.subspaces[0]}.isdisjoint({"curvature, ratio"})
     saved = first.out / "model"
+    weights = run_config(tmp_path, sculpt={"subspaces": "weights"}, out=str(tmp_path / "weights"))
+    without = run(weights).methods["sculpt"].held_bytes
     one, both = (Memory.load(f, tiny_model(), CPU) for f in (first.out / "models/01-very", saved))
     assert (one.rows, both.rows) == ({"very": 2}, {"very": 2, "short": 2})
+    sums = sum(t.nbytes for f in both.factors.values() for t in f.tensors().values())
+    assert earlier.held_bytes == without + sums
     later = run_config(tmp_path, model=str(saved), memory=str(saved), out=str(tmp_path / "later"))
     result = run(later).methods["sculpt"]
     assert {row["method"] for row in result.subspaces[0]} == {"curvature, ratio"}
