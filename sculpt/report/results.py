@@ -200,7 +200,7 @@ _FIGURES: Sequence[tuple[str, str, Callable[[MethodResult], float], str, str]] =
     ("optimizer state", "↓", lambda result: result.optimizer_state_bytes / 2**20, "{:,.0f} MiB",
      "both moments of AdamW"),
     ("held by the method", "↓", lambda result: result.held_bytes / 2**20, "{:,.0f} MiB",
-     "for the trained matrices: weights before the task, bases, what tasks use, Fisher, earlier adapters"),
+     "for the matrices: weights before the task, bases, what tasks use, Fisher, earlier adapters"),
 )  # fmt: skip
 
 
