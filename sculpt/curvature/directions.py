@@ -100,20 +100,19 @@ class Directions:
         return float(factor.quadratic(basis.mT).sum()) / whole if whole > 0 else 0.0
 
     def gain(self, name: str, U: Tensor, V: Tensor) -> float:
-        """`√(t/d / (tr Vᵀ A V / tr A))` of the basis `(d, t)` on the side of the inputs.
+        """`√(tr A / tr Vᵀ A V)` of the basis `V` `(d, t)` on the side of the inputs.
 
-        In directions that earlier tasks hardly use inputs are smaller than in the mean. With this
-        factor a step of an optimizer that normalises its elements moves the outputs of the layer,
-        over inputs with the second moment `A`, as far as a dense step with random signs would. 1
-        where inputs are on both sides, or the basis meets none; at most `LARGEST_GAIN`.
+        An optimizer that normalises its elements turns the gradient `g xᵀ` of an input into signs.
+        A dense step then moves the output on `x` by `lr √m ‖x‖₁`, one of coordinates, scaled by
+        `γ = √(mn)/t`, by `lr γ √t ‖Vᵀx‖₁`: as far, but for `‖Vᵀx‖ / ‖x‖`. This makes up for that,
+        in the mean over inputs with the second moment `A`. 1 where inputs are on both sides, or
+        the basis meets none; at most `LARGEST_GAIN`.
         """
         reads = self.old.sides[name].reads
         if reads == "both":
             return 1.0
-        basis = U if reads == "left" else V
-        d, t = basis.shape[-2:]
-        share = self.used(name, basis)
-        return min(LARGEST_GAIN, math.sqrt(t / d / share)) if share > 0 else 1.0
+        share = self.used(name, U if reads == "left" else V)
+        return min(LARGEST_GAIN, 1 / math.sqrt(share)) if share > 0 else 1.0
 
 
 def trailing(old: Factor, t: int) -> Tensor:

@@ -229,17 +229,20 @@ def test_the_gain_is_what_inputs_lack_in_the_basis():
     directions = Directions(old, None)
     U, V = torch.eye(6, dtype=torch.float64)[:, :3], trailing(full(A), 10)
     share = 10 * 0.01 / float(values.sum())
-    expected = math.sqrt(10 / SIZE / share)
+    expected = math.sqrt(1 / share)
     assert directions.gain("w", U, V) == pytest.approx(expected, rel=1e-5)
-    # A step of equal size in every coordinate moves outputs as far as a dense one.
+    # Steps of signs move the output on their own input as far as dense ones, in the mean square.
     torch.manual_seed(0)
-    signs = torch.randn(20000, 10, dtype=torch.float64).sign()
-    dense = torch.randn(20000, SIZE, dtype=torch.float64).sign()
-    moved = ((expected * signs @ V.mT) @ A).mul(signs @ V.mT * expected).sum() * SIZE / 10
-    assert float(moved) == pytest.approx(float(((dense @ A) * dense).sum()), rel=0.03)
+    x = torch.randn(20000, SIZE, dtype=torch.float64) @ torch.linalg.cholesky(A.double()).mT
+    m, t = 6, 10
+    dense = m * x.abs().sum(1).square()
+    ours = (expected * math.sqrt(m * SIZE) / t) ** 2 * t * (x @ V).abs().sum(1).square()
+    mean = (t + (t * t - t) * 2 / math.pi) / (SIZE + (SIZE * SIZE - SIZE) * 2 / math.pi)  # ‖.‖₁²
+    assert float(ours.mean() / dense.mean()) == pytest.approx(mean * (SIZE / t) ** 2, rel=0.1)
     # With rows of the new task it is its inputs that count.
     new = memory(full(torch.eye(SIZE)), S)
-    assert Directions(old, new).gain("w", U, V) == pytest.approx(1, rel=1e-5)
+    plain = math.sqrt(SIZE / 10)
+    assert Directions(old, new).gain("w", U, V) == pytest.approx(plain, rel=1e-5)
     # On the other side where the weight is read from there.
     turned = Directions(memory(S, full(A), "left"), None)
     assert turned.gain("w", V, U) == pytest.approx(expected, rel=1e-5)
@@ -259,7 +262,8 @@ def test_the_gain_of_a_stack_is_that_of_all_its_inputs():
     V = torch.eye(SIZE, dtype=torch.float64)[:, :10].expand(3, SIZE, 10)
     directions = Directions(memory(Full(stack, count), S), None)
     # A member that no input has reached says nothing.
-    assert directions.gain("w", V[:, :6, :2], V) == pytest.approx(1, rel=1e-6)
+    gain = directions.gain("w", V[:, :6, :2], V)
+    assert gain == pytest.approx(math.sqrt(SIZE / 10), rel=1e-6)
 
 
 def test_shares_are_those_of_the_trace():
