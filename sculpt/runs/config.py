@@ -206,11 +206,27 @@ class RunConfig(Section):
             raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
-    def _can_be_certified(self) -> Self:
-        if self.certificate == "independent" and self.sculpt.subspaces != "weights":
+    def _can_protect(self) -> Self:
+        if self.method != "sculpt":
+            wanted = {"memory": self.memory, "checkpoint.memory": self.checkpoint.memory}
+            for name in (name for name, value in wanted.items() if value):
+                raise ValueError(f"{name} is for method='sculpt'; got method={self.method!r}")
+            return self
+        subspaces = self.sculpt.subspaces
+        if subspaces == "weights" and (self.memory or self.checkpoint.memory):
+            raise ValueError(
+                "memory is what earlier tasks use, which sculpt.subspaces='weights' does not ask "
+                "for; use sculpt.subspaces='auto'"
+            )
+        if subspaces == "curvature" and self.memory is None:
+            raise ValueError(
+                "sculpt.subspaces='curvature' needs something to protect in the first task: name "
+                "the memory of an earlier run, or use sculpt.subspaces='auto'"
+            )
+        if self.certificate == "independent" and subspaces != "weights":
             raise ValueError(
                 "certificate='independent' decomposes weights, and from the second task on "
-                f"subspaces={self.sculpt.subspaces!r} come from what earlier tasks use; use "
+                f"subspaces={subspaces!r} come from what earlier tasks use; use "
                 "certificate='complement', or sculpt.subspaces='weights'"
             )
         return self

@@ -310,3 +310,26 @@ def test_certificates_that_a_later_task_could_not_have_are_refused_before_the_fi
     path.write_text(GOOD + "certificate: independent\n")
     with pytest.raises(ConfigError, match="use certificate='complement'"):
         read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sculpt": {"subspaces": "curvature"}}, "name the memory of an earlier run"),
+        ({"sculpt": {"subspaces": "weights"}, "memory": "m"}, "'weights' does not ask for"),
+        (
+            {"sculpt": {"subspaces": "weights"}, "checkpoint": {"memory": True}},
+            "'weights' does not ask for",
+        ),
+        ({"method": "plain", "memory": "m"}, "memory is for method='sculpt'; got method='plain'"),
+        ({"method": "plain", "checkpoint": {"memory": True}}, "checkpoint.memory is for method"),
+    ],
+)
+def test_memory_that_nothing_uses_or_lacks_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    values = {"model": "m", "out": "o", "data": {"builtin": "demo"}}
+    with pytest.raises(ValueError, match=message):
+        RunConfig.model_validate(values | changes)
+    plain = {"method": "plain", "certificate": "independent"}
+    assert RunConfig.model_validate(values | plain).certificate == "independent"
