@@ -164,6 +164,14 @@ class Sculptor:
                 SculptWarning,
                 stacklevel=2,
             )
+        few = [target.name for target in targets if self.memory.is_thin(target.name)]
+        if few:
+            warnings.warn(
+                f"fewer tokens than directions are protected at {some(few)}: directions that these "
+                "did not use look free and may not be; protect more rows",
+                SculptWarning,
+                stacklevel=2,
+            )
 
     def protect_generated(
         self, tokenizer: Any, tokens: int = 20_000, *, length: int = 128, seed: int = 0

@@ -87,6 +87,17 @@ class Memory:
         mean = inputs.trace() / inputs.count.clamp_min(1)
         return float((self.factors[written].trace() * mean).sum())
 
+    def is_thin(self, name: str) -> bool:
+        """Whether a target was reached by fewer vectors than it has inputs.
+
+        A member of a stack, and a row of a table, may have none.
+        """
+        pair = self.of(name)
+        if pair is None:
+            return False
+        inputs = pair[0] if self.sides[name].reads == "left" else pair[1]
+        return inputs.kind != "diagonal" and float(inputs.count.sum()) < inputs.total.shape[-2]
+
     def merge(self, other: Memory) -> None:
         """Add the sums of `other`, which was collected on the same targets.
 

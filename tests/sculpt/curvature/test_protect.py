@@ -237,6 +237,16 @@ def test_a_layer_that_no_row_reaches_is_named_and_keeps_its_weights():
     assert "curvature" not in methods["idle"] + methods["unread"]
 
 
+def test_fewer_rows_than_directions_are_said(recwarn):
+    sculptor = Sculptor(network(), SculptConfig())
+    x, y = rows(1)
+    sculptor.protect([partial(loss_of, x[:WIDTH], y[:WIDTH])])
+    [warning] = [w for w in recwarn if "fewer tokens than directions" in str(w.message)]
+    assert "are protected at 2, 4: directions" in str(warning.message)  # 32 wide, the first 24
+    sculptor.protect([partial(loss_of, x[:8], y[:8])])
+    assert len([w for w in recwarn if "fewer tokens than directions" in str(w.message)]) == 1
+
+
 NAN = [lambda model: model(rows(1)[0]).sum() * torch.nan]
 HUGE = [lambda model: model(1e30 * rows(1)[0]).sum() * 1e-30]
 X = rows(1)[0]
