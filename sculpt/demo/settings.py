@@ -13,7 +13,7 @@ from sculpt.config import SculptConfig
 from sculpt.data.config import DataConfig
 from sculpt.models.load import check_directory
 from sculpt.runs.config import CheckpointConfig, RunConfig, TrainingConfig, describe
-from sculpt.runs.space import free_bytes
+from sculpt.runs.space import free_disk
 
 
 class DemoError(RuntimeError):
@@ -113,7 +113,7 @@ def check_space(out: Path, model: Path) -> None:
     """Raise `DemoError` when the disk of `out` has no room for the final model."""
     weights = [*model.glob("*.safetensors"), *model.glob("*.bin")]
     needed = int(1.1 * sum(path.stat().st_size for path in weights)) + 20 * 2**20
-    free = free_bytes(out)
+    free = free_disk(out)
     if free < needed:
         raise DemoError(
             f"--out {out}: {free / 2**20:.0f} MB are free on its disk, about "

@@ -15,7 +15,7 @@ from sculpt.runs.config import RunConfig
 from sculpt.runs.duration import Duration, duration_of
 from sculpt.runs.method import Strategy
 from sculpt.runs.prepare import Prepared
-from sculpt.runs.space import Disk, Memory, free_bytes, space_of
+from sculpt.runs.space import DiskUse, MemoryUse, free_disk, space_of
 
 
 def preview(prepared: Prepared) -> str:
@@ -27,7 +27,7 @@ def preview(prepared: Prepared) -> str:
             _paths(config),
             _data(prepared),
             _ranks(prepared.strategy),
-            _space(memory, disk, free_bytes(config.out)),
+            _space(memory, disk, free_disk(config.out)),
             _time(duration_of(prepared)),
         )
     )
@@ -92,7 +92,7 @@ def _ranks(strategy: Strategy) -> str:
     return title + text_table(header, rows)
 
 
-def _space(memory: Memory, disk: Disk, free: int) -> str:
+def _space(memory: MemoryUse, disk: DiskUse, free: int) -> str:
     rows = (
         ("weights", memory.weights),
         ("what stays in a task: weights before it, bases, sums", memory.fixed),

@@ -15,7 +15,7 @@ AROUND = 20 * 2**20
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes that a method holds beside activations.
 
     weights: of the model.
@@ -33,7 +33,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Disk:
+class DiskUse:
     """Bytes in the run directory, at most. checkpoints: while it goes on; models: to stay."""
 
     checkpoints: int
@@ -44,15 +44,15 @@ class Disk:
         return self.checkpoints + self.models + AROUND
 
 
-def memory_of(strategy: Strategy) -> Memory:
+def memory_of(strategy: Strategy) -> MemoryUse:
     """An estimate from shapes and ranks alone."""
     weights = sum(p.numel() * p.element_size() for p in strategy.model.parameters())
     costs = [strategy.cost(target) for target in strategy.targets]
     fixed = strategy.memory_bytes() + sum(cost.fixed for cost in costs)
-    return Memory(weights, fixed, sum(cost.moving for cost in costs))
+    return MemoryUse(weights, fixed, sum(cost.moving for cost in costs))
 
 
-def disk_of(strategy: Strategy, memory: Memory) -> Disk:
+def disk_of(strategy: Strategy, memory: MemoryUse) -> DiskUse:
     """The most that is there at once.
 
     One checkpoint more than are kept, while it is written. Those of a task share what does not
@@ -62,32 +62,32 @@ def disk_of(strategy: Strategy, memory: Memory) -> Disk:
     keep, tasks = config.checkpoint.keep, len(strategy.setting.names)
     models = {"none": 0, "last": 1, "each": tasks + 1}[config.checkpoint.models]
     if keep == 0:
-        return Disk(0, models * memory.weights)
+        return DiskUse(0, models * memory.weights)
     fixed = min(2, keep) if strategy.shares_fixed else keep + 1
     checkpoints = (keep + 1) * memory.trained + fixed * memory.fixed
     checkpoints += (2 if strategy.weights_follow() else keep + 1) * memory.weights
-    return Disk(checkpoints, models * memory.weights)
+    return DiskUse(checkpoints, models * memory.weights)
 
 
-def space_of(strategy: Strategy) -> tuple[Memory, Disk]:
+def space_of(strategy: Strategy) -> tuple[MemoryUse, DiskUse]:
     """Both, of a run by this method."""
     memory = memory_of(strategy)
     return memory, disk_of(strategy, memory)
 
 
-def free_bytes(path: Path) -> int:
+def free_disk(path: Path) -> int:
     """On the disk where `path` is, or would be."""
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(above).free
 
 
-def check_room(disk: Disk, config: RunConfig) -> None:
+def check_disk(disk: DiskUse, config: RunConfig) -> None:
     """Raise `RunError` where the disk of the run directory cannot hold the run.
 
     What an interrupted run has there already counts as room.
     """
     held = {file.stat().st_ino: file.stat().st_size for file in config.out.rglob("*.safetensors")}
-    free = free_bytes(config.out) + sum(held.values())
+    free = free_disk(config.out) + sum(held.values())
     if free < disk.total:
         raise RunError(
             f"out={config.out}: {free / 1e6:,.0f} MB are free on its disk, and up to "

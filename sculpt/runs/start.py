@@ -14,7 +14,7 @@ from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunDirectory, RunError, check_out, how_to_go_on, locked, versions
 from sculpt.runs.loop import Run
 from sculpt.runs.prepare import Prepared
-from sculpt.runs.space import check_room, space_of
+from sculpt.runs.space import check_disk, space_of
 from sculpt.runs.state import Progress, Report
 from sculpt.runs.termination import Terminated
 
@@ -85,7 +85,7 @@ def _advice(folder: Path) -> Iterator[None]:
 
 def check_space(prepared: Prepared) -> None:
     """Raise `RunError` where the disk cannot hold the run."""
-    check_room(space_of(prepared.strategy)[1], prepared.config)
+    check_disk(space_of(prepared.strategy)[1], prepared.config)
 
 
 def _warn_of_changes(folder: Path, began: dict[str, object]) -> None:

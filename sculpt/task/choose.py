@@ -25,7 +25,7 @@ from sculpt.task.targets import Target
 from sculpt_kernels import Subspace
 
 
-class Choice(NamedTuple):
+class TaskBases(NamedTuple):
     """Targets, their bases, and importance by name where it was measured."""
 
     targets: list[Target]
@@ -42,7 +42,7 @@ def choose(
     given: Mapping[str, Subspace],
     processes: Processes,
     progress: Callable[[int, int, str], None] | None,
-) -> Choice:
+) -> TaskBases:
     """See `Sculptor.begin_task`; nothing is changed.
 
     Raises:
@@ -72,7 +72,7 @@ def choose(
     )
     directions = Directions(memory, new) if curved else None
     bases = find_all(ranked, config, given, directions, processes, progress)
-    return Choice(ranked, bases, importance)
+    return TaskBases(ranked, bases, importance)
 
 
 PARTS = ("U", "V", "removed")

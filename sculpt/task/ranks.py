@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import replace
 
 from sculpt.config import SculptConfig
 from sculpt.task.patterns import matches_end
@@ -28,12 +25,6 @@ def preserved_rank(name: str, shape: tuple[int, int], config: SculptConfig) -> i
         return _from_preserved("effective_rank", config.effective_rank, name, k)
     assert config.unfreeze_rank_ratio is not None
     return floor_inside((1.0 - config.unfreeze_rank_ratio) * k, k)
-
-
-def with_ranks(config: SculptConfig, preserved: Mapping[str, int]) -> SculptConfig:
-    """The configuration that says as numbers what ranks that adapt came to, by module name."""
-    patterns = {re.escape(name): rank for name, rank in preserved.items()}
-    return replace(config, ranks=None, rank_pattern={**patterns, **config.rank_pattern})
 
 
 def pattern_rank(name: str, k: int, config: SculptConfig) -> int | None:

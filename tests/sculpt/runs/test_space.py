@@ -16,7 +16,7 @@ from bench.baselines import BASELINES
 from sculpt.runs.config import RunConfig
 from sculpt.runs.directory import RunDirectory, RunError
 from sculpt.runs.prepare import Prepared
-from sculpt.runs.space import AROUND, Disk, space_of
+from sculpt.runs.space import AROUND, DiskUse, space_of
 from sculpt.runs.start import resume, run
 from sculpt.runs.state import Progress
 from sculpt.storage.checkpoint import CheckpointError
@@ -30,7 +30,7 @@ class Usage(NamedTuple):
     free: int
 
 
-def disk_of(config: RunConfig) -> Disk:
+def disk_of(config: RunConfig) -> DiskUse:
     return space_of(Prepared(config).strategy)[1]
 
 
