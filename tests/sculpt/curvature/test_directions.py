@@ -231,14 +231,17 @@ def test_the_gain_is_what_inputs_lack_in_the_basis():
     share = 10 * 0.01 / float(values.sum())
     expected = math.sqrt(1 / share)
     assert directions.gain("w", U, V) == pytest.approx(expected, rel=1e-5)
-    # Steps of signs move the output on their own input as far as dense ones, in the mean square.
-    torch.manual_seed(0)
-    x = torch.randn(20000, SIZE, dtype=torch.float64) @ torch.linalg.cholesky(A.double()).mT
+    # Of normal inputs, E|x|_1 goes with the roots of the diagonal: a step of signs moves the output
+    # on its own input as far as a dense one, but for how uneven the diagonal of A is.
     m, t = 6, 10
-    dense = m * x.abs().sum(1).square()
-    ours = (expected * math.sqrt(m * SIZE) / t) ** 2 * t * (x @ V).abs().sum(1).square()
-    mean = (t + (t * t - t) * 2 / math.pi) / (SIZE + (SIZE * SIZE - SIZE) * 2 / math.pi)  # ‖.‖₁²
-    assert float(ours.mean() / dense.mean()) == pytest.approx(mean * (SIZE / t) ** 2, rel=0.1)
+    F = A.double()
+    ours = (
+        expected * math.sqrt(m * SIZE) / t * math.sqrt(t) * (V.mT @ F @ V).diagonal().sqrt().sum()
+    )
+    dense = math.sqrt(m) * F.diagonal().sqrt().sum()
+    uneven = math.sqrt(SIZE * float(F.trace())) / float(F.diagonal().sqrt().sum())
+    assert float(ours / dense) == pytest.approx(uneven, rel=1e-5)
+    assert uneven < 1.02
     # With rows of the new task it is its inputs that count.
     new = memory(full(torch.eye(SIZE)), S)
     plain = math.sqrt(SIZE / 10)
