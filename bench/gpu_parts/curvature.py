@@ -68,3 +68,31 @@ def _seconds(run: Run, call: Callable[[], Any]) -> float:
     if run.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def predict() -> None:
+    """Counts of the whole model, with exact factors and with what fits into 16 GiB."""
+    from transformers import LlamaConfig
+
+    from sculpt import SculptConfig
+    from sculpt.inspection.estimate import inspect_model
+
+    shape = LLAMA_2_7B
+    model = LlamaConfig(
+        hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, vocab_size=shape.vocabulary,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    options = {"tokens": SIZE * LENGTH, "sequence": LENGTH, "checkpointing": True}
+    for limit in (10**12, 2**34):
+        found = inspect_model(model, SculptConfig(factor_bytes=limit), dtype="bfloat16", **options)
+        assert found.statistics is not None
+        of = found.statistics
+        print(
+            f"{of.factors} factors, {of.sketches} sketches: {of.bytes / 1e9:.1f} GB, pass "
+            f"{ROWS // SIZE * of.flops / 1e12:,.0f}, choice {of.choice / 1e12:,.0f} TFLOP"
+        )
+
+
+if __name__ == "__main__":
+    predict()
