@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,8 +13,12 @@ import torch
 
 from sculpt.certificate.leak import measure
 from sculpt.config import SculptConfig
+from sculpt.curvature.directions import Directions
+from sculpt.messages import SculptWarning
 from sculpt.runs.config import RunConfig
 from sculpt.runs.prepare import Prepared
+from sculpt.runs.sculpting import Summed
+from sculpt.sculptor import Sculptor
 from sculpt.task.targets import Target
 from sculpt_kernels import split
 
@@ -26,6 +31,7 @@ class Duration:
     rows: int
     tokens: int
     training: float
+    statistics: float
     subspaces: float
     certificates: float
     tests: float
@@ -33,11 +39,12 @@ class Duration:
 
     @property
     def total(self) -> float:
-        return self.training + self.subspaces + self.certificates + self.tests
+        return self.training + self.statistics + self.subspaces + self.certificates + self.tests
 
 
 def duration_of(prepared: Prepared) -> Duration:
-    """Estimate by one plain step, one matrix of each shape and one batch of tests.
+    """Estimate by one plain step, one batch of statistics, one matrix of each shape and one batch
+    of tests.
 
     Tests: of the model as it is now, which may write longer answers than a trained one.
     """
@@ -63,6 +70,10 @@ def duration_of(prepared: Prepared) -> Duration:
         for number, rows in enumerate(prepared.rows)
     )
     subspaces, certificates = matrix_seconds(targets, prepared.config)
+    one_batch, choice = protect_seconds(prepared)
+    begins, ends = protected_tasks(prepared.config, len(tasks))
+    passes = [-(-min(prepared.config.calibration_rows, len(rows)) // training.batch_size)
+              for rows in prepared.rows]  # fmt: skip
     shown = tasks[0].test[: prepared.config.evaluation.batch_size]
     some = replace(tasks[0], test=shown)
     test = seconds_of(lambda: prepared.learner.score(some)) / len(shown)
@@ -72,7 +83,8 @@ def duration_of(prepared: Prepared) -> Duration:
         len(batch),
         tokens,
         train * one / tokens,
-        len(tasks) * subspaces,
+        one_batch * (sum(passes[len(tasks) - begins :]) + sum(passes[:ends])),
+        (len(tasks) - begins) * subspaces + begins * choice,
         len(tasks) * certificates,
         tested * test,
         tested,
@@ -93,6 +105,33 @@ def matrix_seconds(targets: list[Target], config: RunConfig) -> tuple[float, flo
         independent = config.certificate == "independent"
         certificates += count * stacked * (certify + independent * find)
     return subspaces, certificates
+
+
+def protected_tasks(config: RunConfig, tasks: int) -> tuple[int, int]:
+    """How many tasks begin with something protected, the last ones, and how many end with it."""
+    if config.method != "sculpt" or config.sculpt.subspaces == "weights":
+        return 0, 0
+    return tasks - (config.memory is None), tasks - (not config.checkpoint.memory)
+
+
+def protect_seconds(prepared: Prepared) -> tuple[float, float]:
+    """A pass over one batch, and choosing all directions of a task by what it collects."""
+    if protected_tasks(prepared.config, 2) == (0, 0):
+        return 0.0, 0.0
+    config, targets = prepared.config.sculpt, prepared.strategy.targets
+    sculptor = Sculptor(prepared.learner.model, config)
+    batch = Summed(prepared.learner, prepared.rows[0][: prepared.config.training.batch_size])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SculptWarning)  # One batch is not what is protected.
+        passed = seconds_of(lambda: sculptor.protect([batch]))
+    directions = Directions(sculptor.memory, sculptor.memory)
+    kinds = Counter((target.shape, target.trainable_rank) for target in targets)
+    examples = {(t.shape, t.trainable_rank): t.name for t in targets if directions.has(t.name)}
+    choice = sum(
+        kinds[kind] * seconds_of(lambda kind=kind: directions.trainable(examples[kind], kind[1]))  # type: ignore[misc]
+        for kind in examples
+    )
+    return passed, choice
 
 
 def _seconds_of_one(target: Target, config: SculptConfig) -> tuple[float, float]:

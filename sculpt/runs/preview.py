@@ -112,12 +112,16 @@ def _time(took: Duration) -> str:
     rows = (
         (step, took.step),
         ("training, all tasks", took.training),
+        ("statistics of what tasks use, all tasks", took.statistics),
         ("subspaces, all tasks", took.subspaces),
         ("certificates, all tasks", took.certificates),
         (f"tests, {took.tested:,} rows", took.tests),
         ("together", took.total),
     )
-    note = "From one step, one matrix of each shape, and one batch of tests as the model is now."
+    note = (
+        "From one step, one batch of statistics, one matrix of each shape, and one batch of tests "
+        "as the model is now."
+    )
     shown = [(name, _minutes(seconds)) for name, seconds in rows]
     return "Time (estimate)\n" + text_table(("part", "time"), shown, note=note)
 

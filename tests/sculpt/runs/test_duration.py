@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import run_config
 
 from sculpt.runs import duration
-from sculpt.runs.duration import duration_of, matrix_seconds
+from sculpt.runs.duration import duration_of, matrix_seconds, protected_tasks
 from sculpt.runs.prepare import Prepared
 
 
@@ -19,7 +20,10 @@ def test_every_part_counts_all_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(duration, "seconds_of", lambda work: (work(), 2.0)[1])
     found = duration_of(prepared)
     assert (found.step, found.rows) == (2.0, 2)
-    assert found.subspaces == 2 * len(targets)
+    # The first task by its weights, the second by what the first one uses.
+    assert found.subspaces == len(targets) + 2 * len(targets)
+    calibrated = [-(-min(64, len(rows)) // 2) for rows in prepared.rows]
+    assert found.statistics == 2.0 * (calibrated[0] + calibrated[1]), "an end and a beginning"
     assert found.certificates == 2 * 10 * len(targets)
     tests = [len(task.test) for task in prepared.tasks]
     assert found.tested == 2 * tests[0] + tests[1], "the first task is tested twice"
@@ -43,3 +47,19 @@ def test_methods_pay_for_what_they_do(tmp_path: Path, monkeypatch: pytest.Monkey
         config = run_config(tmp_path, **changes)
         expected = tuple(len(targets) * seconds for seconds in each)
         assert matrix_seconds(targets, config) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "begin", "end"),
+    [
+        ({}, 1, 1),
+        ({"checkpoint": {"memory": True}}, 1, 2),
+        ({"memory": "m"}, 2, 1),
+        ({"sculpt": {"subspaces": "weights"}}, 0, 0),
+        ({"method": "plain"}, 0, 0),
+    ],
+)
+def test_tasks_that_are_protected_are_counted(
+    tmp_path: Path, changes: dict[str, Any], begin: int, end: int
+) -> None:
+    assert protected_tasks(run_config(tmp_path, **changes), 2) == (begin, end)
