@@ -90,7 +90,12 @@ class SculptCallback(TrainerCallback):  # type: ignore[misc]
             raise TypeError(
                 f"memory must be that of a Sculptor or a path; got {type(memory).__name__}"
             )
-        if independent and memory is not None and config.subspaces != "weights":
+        if memory is not None and config.subspaces == "weights":
+            raise ValueError(
+                "memory is what earlier tasks use, which subspaces='weights' does not ask for; use "
+                "subspaces='auto'"
+            )
+        if independent and memory is not None:
             raise ValueError(
                 "independent=True decomposes the weights before the task, and with a memory its "
                 "subspaces are from curvature; use independent=False"

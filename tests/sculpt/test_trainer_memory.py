@@ -211,6 +211,8 @@ def test_weights_alone_draw_nothing(tmp_path):
     made.train()
     assert not sculpted.sculptor.memory
     assert not (tmp_path / FILE).exists()
+    with pytest.raises(ValueError, match="subspaces='weights' does not ask for"):
+        callback("second", tmp_path, config=config)
 
 
 def test_rows_that_teach_nothing_are_not_drawn(tmp_path):
