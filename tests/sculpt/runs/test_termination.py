@@ -202,7 +202,7 @@ def test_a_process_that_is_terminated_goes_on_with_the_same_bits(tmp_path: Path)
     newest = max((out / "checkpoints").iterdir()) / "state.json"
     assert json.loads(newest.read_text())["state"]["step"] == status["step"] >= 6
     with warnings.catch_warnings():
-        warnings.simplefilter("error", SculptWarning)  # of another number of threads
+        warnings.filterwarnings("error", ".* began with .*", SculptWarning)
         assert resume(out) is not None
     run(RunConfig.model_validate(values | {"out": str(tmp_path / "whole")}))
     assert fingerprint(out) == fingerprint(tmp_path / "whole")
