@@ -2,10 +2,13 @@
 
 Four layers are measured, of 32. Exact factors of all 32 would take 64 GB a set; by default the
 longest sides are sketches.
+
+    python -m bench.gpu_parts.curvature    # counts of the whole model, on any machine
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,8 +73,11 @@ def _seconds(run: Run, call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def predict() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Counts of the whole model, with exact factors and with what fits into 16 GiB."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args(arguments)
     from transformers import LlamaConfig
 
     from sculpt import SculptConfig
@@ -95,4 +101,4 @@ def predict() -> None:
 
 
 if __name__ == "__main__":
-    predict()
+    main()
